@@ -1,0 +1,66 @@
+// Argument checks of the raw ops: each error names the op, the argument, what was given and what is accepted.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <string>
+
+#define FT_CHECK(op, cond, ...) STD_TORCH_CHECK(cond, "fasttricks::", op, ": ", __VA_ARGS__)
+
+namespace fasttricks {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline std::string shape_of(const Tensor& t) {
+  std::string s = "(";
+  for (int64_t i = 0; i < t.dim(); ++i) s += (i ? ", " : "") + std::to_string(t.size(i));
+  return s + ")";
+}
+
+inline const char* name_of(ScalarType t) {
+  switch (t) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Bool:
+      return "bool";
+    default:
+      return "another dtype";
+  }
+}
+
+inline bool is_floating(ScalarType t) {
+  return t == ScalarType::Float || t == ScalarType::Double || t == ScalarType::Half || t == ScalarType::BFloat16;
+}
+
+// The type in which values of type t are accumulated.
+inline ScalarType accumulate_type(ScalarType t) { return t == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+
+inline void check_floating(const char* op, const char* arg, const Tensor& t) {
+  FT_CHECK(op, is_floating(t.scalar_type()), arg, " has dtype ", name_of(t.scalar_type()),
+           "; accepted: float16, bfloat16, float32, float64");
+}
+
+inline void check_dtype(const char* op, const char* arg, const Tensor& t, ScalarType want) {
+  FT_CHECK(op, t.scalar_type() == want, arg, " has dtype ", name_of(t.scalar_type()), "; accepted: ", name_of(want));
+}
+
+inline void check_same_device(const char* op, const char* arg, const Tensor& t, const Tensor& x) {
+  FT_CHECK(op, t.device() == x.device(), arg, " is on another device than the first tensor argument");
+}
+
+}  // namespace fasttricks
