@@ -85,7 +85,7 @@ def why_not(name: str, device: torch.device) -> str | None:
 
 
 def select(op: str, device: torch.device) -> str:
-    """The backend that runs `op` on `device`: the forced one, else the first of cuda, triton, cpu, reference that can."""
+    """The backend for `op` on `device`: the forced one, else the first of cuda, triton, cpu, reference that fits."""
     if _wish != "auto":
         if reason := why_not(_wish, device):
             raise RuntimeError(f"fasttricks.{op}: backend {_wish!r} was asked for, but {reason}")

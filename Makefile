@@ -1,0 +1,55 @@
+# Every target makes its own environment first: a virtual environment in .venv with fasttricks installed in it.
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+RUNS ?= runs/digits
+SOURCES := $(shell git ls-files '*.py')
+CXX_SOURCES := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.h')
+
+.PHONY: train test lint bench wheel wheel-matrix clean
+
+$(VENV)/ready: pyproject.toml setup.py build_libraries.py
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q "setuptools>=70.1" wheel ninja "torch>=2.10" torchvision
+	$(PY) -m pip install -q --no-build-isolation -e ".[train,timm,test]"
+	touch $@
+
+# The libraries again wherever a source is newer; ninja knows which.
+.PHONY: libraries
+libraries: $(VENV)/ready
+	@$(PY) setup.py -q build_ext --inplace
+
+train: libraries
+	$(PY) -m fasttricks.train --data digits --model resnet50d --recipe baseline --out $(RUNS)/baseline
+	$(PY) -m fasttricks.train --data digits --model resnet50d --recipe efficient --out $(RUNS)/efficient
+	$(VENV)/bin/fasttricks report $(RUNS)/baseline $(RUNS)/efficient --out $(RUNS)/curves.png
+
+test: libraries lint
+	$(PY) -m pytest tests
+
+lint: $(VENV)/ready
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_SOURCES)
+
+bench: libraries
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(PY) -m pytest benchmarks --benchmark-only
+
+wheel: $(VENV)/ready
+	rm -rf dist
+	$(PY) -m pip wheel -q --no-build-isolation --no-deps -w dist .
+	@ls dist
+
+# One wheel under several interpreters: make wheel-matrix PYTHONS="python3.12 .venv-old/bin/python", each with a torch.
+PYTHONS ?= $(PY)
+wheel-matrix: wheel
+	@set -e; for python in $(PYTHONS); do \
+	  target=$$(mktemp -d); \
+	  $$python -m pip install -q --no-deps --target $$target dist/fasttricks-*.whl; \
+	  PYTHONPATH=$$target $$python tests/wheel_smoke.py; \
+	  rm -rf $$target; \
+	done
+
+clean:
+	rm -rf build dist src/fasttricks/lib

@@ -1,0 +1,167 @@
+"""Every op of the library through torch.library.opcheck and a full-graph compile; an op without a sample fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import fasttricks
+from fasttricks.backend import not_loaded
+
+if "cpu" in not_loaded:
+    pytest.skip(f"the CPU library is {not_loaded['cpu']}", allow_module_level=True)
+
+# without tensors there is nothing to trace, fake or differentiate
+NO_TENSORS = {"cpu_isa"}
+
+
+def names() -> list[str]:
+    found = [
+        n.removeprefix("fasttricks::") for n in torch._C._dispatch_get_all_op_names() if n.startswith("fasttricks::")
+    ]
+    return sorted(set(found) - NO_TENSORS)
+
+
+def x(*shape: int, layout: torch.memory_format = torch.contiguous_format, grad: bool = False) -> torch.Tensor:
+    return torch.randn(shape).contiguous(memory_format=layout).requires_grad_(grad)
+
+
+def channel(c: int = 3, grad: bool = False) -> torch.Tensor:
+    return torch.rand(c).add(0.5).requires_grad_(grad)
+
+
+LAYOUTS = (torch.contiguous_format, torch.channels_last)
+SHAPES = ((2, 3, 5, 4), (2, 1, 4, 4), (3, 3, 1, 1), (0, 3, 4, 4))
+
+
+def activations(grad: bool = False) -> list[torch.Tensor]:
+    """Each layout, the shapes where layouts are ambiguous, an empty one, a transposed one and a slice."""
+    made = [x(*shape, layout=layout, grad=grad) for shape in SHAPES for layout in LAYOUTS]
+    made.append(torch.randn(2, 3, 4, 5).transpose(2, 3).requires_grad_(grad))
+    made.append(torch.randn(2, 6, 5, 4)[:, ::2].requires_grad_(grad))
+    return made
+
+
+def bn_relu_forward() -> list[tuple]:
+    plain = [(a, channel(a.shape[1], True), channel(a.shape[1], True), 1e-5) for a in activations(True)]
+    return [*plain, (x(2, 3, 5, 4, grad=True), None, None, 1e-5)]
+
+
+def bn_add_relu_forward() -> list[tuple]:
+    return [
+        (a, torch.randn_like(a).requires_grad_(), channel(a.shape[1], True), channel(a.shape[1], True), 1e-5)
+        for a in activations(True)
+    ]
+
+
+def bn_relu_apply() -> list[tuple]:
+    return [
+        (a, channel(c, True), channel(c, True), channel(c), channel(c), 1e-5)
+        for a in activations(True)
+        for c in [a.shape[1]]
+    ]
+
+
+def bn_add_relu_apply() -> list[tuple]:
+    return [
+        (a, torch.randn_like(a).requires_grad_(), channel(c, True), channel(c, True), channel(c), channel(c), 1e-5)
+        for a in activations(True)
+        for c in [a.shape[1]]
+    ]
+
+
+def backward_arguments(a: torch.Tensor) -> tuple:
+    c = a.shape[1]
+    return (torch.randn_like(a), a, None, channel(c), channel(c), channel(c), channel(c), 1e-5)
+
+
+def with_mask(a: torch.Tensor) -> tuple:
+    mask = torch.randint(0, 256, ((a.numel() + 7) // 8,), dtype=torch.uint8)
+    dy, a, _, *rest = backward_arguments(a)
+    return (dy, a, mask, *rest)
+
+
+def bn_relu_backward() -> list[tuple]:
+    plain = [(*backward_arguments(a), training, False) for a in activations() for training in (True, False)]
+    return plain + [(*with_mask(a), True, need) for a in activations() for need in (True, False)]
+
+
+def bn_relu_backward_reduce() -> list[tuple]:
+    return [f(a) for f in (backward_arguments, with_mask) for a in activations()]
+
+
+def bn_relu_backward_apply() -> list[tuple]:
+    return [
+        (*f(a), channel(a.shape[1]), channel(a.shape[1]), 64, f is with_mask)
+        for f in (backward_arguments, with_mask)
+        for a in activations()
+    ]
+
+
+def avgpool_conv1x1_forward() -> list[tuple]:
+    some = [a for a in activations(True) if min(a.shape[2:]) > 1]
+    return [
+        (a, torch.randn(4, a.shape[1], 1, 1, requires_grad=True), bias, stride, ceil_mode)
+        for a in some
+        for bias in (None, channel(4, True))
+        for stride, ceil_mode in ((1, False), (2, False), (2, True))
+    ]
+
+
+def avgpool_conv1x1_backward() -> list[tuple]:
+    made = []
+    for a, weight, _, stride, ceil_mode in avgpool_conv1x1_forward():
+        dy = torch.randn_like(torch.ops.fasttricks.avgpool_conv1x1_forward(a, weight, None, stride, ceil_mode))
+        made.append((dy, a.detach(), weight.detach(), stride, ceil_mode, True, True, ceil_mode))
+    return made
+
+
+SAMPLES: dict[str, Callable[[], list[tuple]]] = {
+    "bn_relu_forward": bn_relu_forward,
+    "bn_add_relu_forward": bn_add_relu_forward,
+    "bn_relu_apply": bn_relu_apply,
+    "bn_add_relu_apply": bn_add_relu_apply,
+    "bn_stats": lambda: [(a,) for a in activations()],
+    "bn_relu_backward": bn_relu_backward,
+    "bn_relu_backward_reduce": bn_relu_backward_reduce,
+    "bn_relu_backward_apply": bn_relu_backward_apply,
+    "bn_update_stats_": lambda: [(channel(), channel(), channel(), channel(), count, 0.1) for count in (2, 100)],
+    "avgpool_conv1x1_forward": avgpool_conv1x1_forward,
+    "avgpool_conv1x1_backward": avgpool_conv1x1_backward,
+}
+
+
+def test_every_op_has_samples() -> None:
+    assert sorted(SAMPLES) == names()
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLES))
+def test_opcheck(name: str) -> None:
+    for arguments in SAMPLES[name]():
+        torch.library.opcheck(getattr(torch.ops.fasttricks, name).default, arguments)
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLES))
+def test_full_graph_compile(name: str) -> None:
+    """One compiled graph gives what the op gives, for the first sample of each op."""
+    op = getattr(torch.ops.fasttricks, name).default
+    arguments = SAMPLES[name]()[0]
+
+    def copy(value: object) -> object:
+        if isinstance(value, torch.Tensor):
+            return value.detach().clone()
+        return [copy(v) for v in value] if isinstance(value, list) else value
+
+    eager, traced = [copy(a) for a in arguments], [copy(a) for a in arguments]
+    want = op(*eager)
+    got = torch.compile(lambda *a: op(*a), fullgraph=True, backend="aot_eager")(*traced)
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+    torch.testing.assert_close(traced, eager, rtol=0, atol=0)  # arguments that the op mutates, too
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    from importlib.metadata import version
+
+    assert fasttricks.info()["fasttricks"] == version("fasttricks")
