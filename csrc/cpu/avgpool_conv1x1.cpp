@@ -1,0 +1,232 @@
+// avgpool_conv1x1 on the CPU: checks, allocation and the division of work; the kernels are in isa/avgpool_conv1x1.cpp.
+#include "cpu/avgpool_conv1x1.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <array>
+#include <optional>
+#include <tuple>
+
+#include "checks.h"
+#include "cpu/huge_pages.h"
+#include "math/pool.h"
+
+namespace fasttricks::cpu {
+namespace {
+
+using torch::headeronly::MemoryFormat;
+using torch::stable::parallel_for;
+
+const PoolConvOfType& kernels_of(ScalarType t) {
+  const AvgPoolConv1x1Kernels& all = FT_KERNELS(avgpool_conv1x1_kernels);
+  return t == ScalarType::Float    ? all.float32
+         : t == ScalarType::Double ? all.float64
+         : t == ScalarType::Half   ? all.float16
+                                   : all.bfloat16;
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// y and dx take the layout of x; an x that is dense in neither is copied into the one it resembles. The fake in
+// ops/avgpool_conv1x1.py makes the same choice.
+MemoryFormat layout_of(const Tensor& x) {
+  int64_t dense = 1;
+  bool nchw = true;
+  for (int64_t d = 3; d >= 0; --d) {
+    nchw = nchw && (x.size(d) == 1 || x.stride(d) == dense);
+    dense *= x.size(d);
+  }
+  return !nchw && x.numel() > 0 && x.size(1) > 1 && x.stride(1) == 1 ? MemoryFormat::ChannelsLast
+                                                                     : MemoryFormat::Contiguous;
+}
+
+PoolConvSizes check_sizes(const char* op, const Tensor& x, const Tensor& weight, int64_t stride, bool ceil_mode) {
+  FT_CHECK(op, x.dim() == 4, "x has shape ", shape_of(x), "; accepted: 4 dimensions (N, C, H, W)");
+  check_floating(op, "x", x);
+  check_dtype(op, "weight", weight, x.scalar_type());
+  check_same_device(op, "weight", weight, x);
+  FT_CHECK(op, weight.dim() == 4 && weight.size(2) == 1 && weight.size(3) == 1, "weight has shape ", shape_of(weight),
+           "; accepted: (Cout, C, 1, 1)");
+  FT_CHECK(op, weight.size(1) == x.size(1), "weight has shape ", shape_of(weight), " and x has ", x.size(1),
+           " channels; accepted: weight of shape (Cout, ", x.size(1), ", 1, 1), without groups");
+  FT_CHECK(op, weight.size(0) > 0 && x.size(1) > 0, "weight has shape ", shape_of(weight),
+           "; accepted: no size of zero");
+  FT_CHECK(op, stride == 1 || stride == 2, "stride is ", stride, "; accepted: 1, 2");
+  PoolConvSizes s;
+  s.n = x.size(0), s.c = x.size(1), s.h = x.size(2), s.w = x.size(3), s.o = weight.size(0), s.stride = stride;
+  s.ho = pool_out_size(s.h, stride, ceil_mode), s.wo = pool_out_size(s.w, stride, ceil_mode);
+  FT_CHECK(op, s.ho > 0 && s.wo > 0, "x has shape ", shape_of(x), " and the output would be ", s.ho, " x ", s.wo,
+           ": Output size is too small");
+  s.nhwc = layout_of(x) == MemoryFormat::ChannelsLast;
+  return s;
+}
+
+Tensor make(const Tensor& like, std::array<int64_t, 4> sizes, bool nhwc) {
+  Tensor made = torch::stable::empty(sizes, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
+                                     nhwc ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  advise_huge_pages(made.mutable_data_ptr(), made.numel() * int64_t(made.element_size()));
+  return made;
+}
+
+Tensor make_bytes(const Tensor& like, int64_t bytes) {
+  return torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
+}
+
+// Workspaces of several tasks in one allocation, each on cache lines of its own.
+int64_t round_up(int64_t bytes) { return ceil_div(bytes, 64) * 64; }
+
+// How many tasks the work is worth: one a thread, or a single one where starting threads would cost more than it saves.
+int64_t tasks_for(int64_t pixels, int64_t c, int64_t o) {
+  constexpr int64_t kSmall = 1 << 18;  // multiply-adds: some 10 us
+  return pixels * c * o < kSmall ? 1 : int64_t(torch::stable::get_num_threads());
+}
+
+// y from x, or dx from dy.
+void convolve(const PoolConvOfType& kernels, const PoolConvSizes& s, PoolConvPass pass, const Tensor& src,
+              const Tensor& weight, const Tensor* bias, Tensor& dst) {
+  const bool forward = pass == PoolConvPass::forward;
+  const int64_t k = forward ? s.c : s.o, m = forward ? s.o : s.c, pixels = s.n * s.ho * s.wo;
+  // over the pixels, whole tiles; over the output channels too only where the pixels are too few for all threads
+  const int64_t unit = s.nhwc ? kernels.mr : kernels.nr, units = ceil_div(pixels, unit);
+  const int64_t tasks = tasks_for(pixels, s.c, s.o), across = std::min(tasks, units);
+  const int64_t panels = ceil_div(m, kernels.nr), along = std::min(tasks / across, panels);
+
+  const int64_t packed_bytes = round_up(kernels.packed_weight_bytes(s, pass));
+  const int64_t task_bytes = round_up(kernels.convolve_bytes(s, pass));
+  Tensor memory = make_bytes(src, packed_bytes + across * along * task_bytes);
+  char* base = static_cast<char*>(memory.mutable_data_ptr());
+  parallel_for(0, panels, ceil_div(1 << 15, k * kernels.nr), [&](int64_t begin, int64_t end) {
+    kernels.pack_weight(s, pass, weight.const_data_ptr(), base, begin, end);
+  });
+  parallel_for(0, across * along, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t i = t % across, j = t / across;
+      kernels.convolve(s, pass,
+                       {src.const_data_ptr(), base, bias ? bias->const_data_ptr() : nullptr, dst.mutable_data_ptr(),
+                        std::min(pixels, units * i / across * unit), std::min(pixels, units * (i + 1) / across * unit),
+                        std::min(m, panels * j / along * kernels.nr),
+                        std::min(m, panels * (j + 1) / along * kernels.nr), base + packed_bytes + t * task_bytes});
+    }
+  });
+}
+
+// How the weight's gradient is divided: slices of the reduction over the pixels, parts of o and of c.
+struct WeightGrid {
+  int64_t slices, o_parts, c_parts;
+};
+
+// The grid with the least work for the busiest task, from the sizes and the thread count alone. In units of one
+// multiply-add of the register tile: copying an element of dy, pooling one of x (four reads) and adding one of a slice.
+WeightGrid weight_grid(const PoolConvOfType& kernels, const PoolConvSizes& s, int64_t tasks) {
+  constexpr double kCopy = 32, kPool = 96, kAdd = 96;
+  const int64_t pixels = s.n * s.ho * s.wo;
+  WeightGrid best{1, 1, 1};
+  double least = 0;
+  for (int64_t slices = 1; slices <= std::min(tasks, ceil_div(pixels, 128)); ++slices)
+    for (int64_t o_parts = 1; o_parts <= std::min(tasks / slices, ceil_div(s.o, kernels.mr)); ++o_parts) {
+      const int64_t c_parts = std::min(tasks / (slices * o_parts), ceil_div(s.c, kernels.nr));
+      const double p = double(ceil_div(pixels, slices)), o = double(ceil_div(s.o, o_parts));
+      const double c = double(ceil_div(ceil_div(s.c, kernels.nr), c_parts) * kernels.nr);
+      const double sums = slices > 1 ? double(s.o * s.c) * double(slices + 1) / double(tasks) : 0;
+      const double work = p * o * c + kCopy * p * o + kPool * p * c + kAdd * sums;
+      if (least == 0 || work < least) least = work, best = {slices, o_parts, c_parts};
+    }
+  return best;
+}
+
+void weight_grad(const PoolConvOfType& kernels, const PoolConvSizes& s, const Tensor& dy, const Tensor& x,
+                 Tensor& dweight) {
+  const int64_t pixels = s.n * s.ho * s.wo, numel = s.o * s.c, c_panels = ceil_div(s.c, kernels.nr);
+  const WeightGrid grid = weight_grid(kernels, s, tasks_for(pixels, s.c, s.o));
+  const ScalarType sum_type = accumulate_type(x.scalar_type());
+  const bool direct = grid.slices == 1 && sum_type == x.scalar_type();
+  const int64_t sum_bytes = sum_type == ScalarType::Double ? 8 : 4;
+  const int64_t partial_bytes = direct ? 0 : round_up(grid.slices * numel * sum_bytes);
+  const int64_t tasks = grid.slices * grid.o_parts * grid.c_parts, task_bytes = round_up(kernels.weight_grad_bytes(s));
+  Tensor memory = make_bytes(x, partial_bytes + tasks * task_bytes);
+  char* base = static_cast<char*>(memory.mutable_data_ptr());
+  char* sums = direct ? static_cast<char*>(dweight.mutable_data_ptr()) : base;
+  parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t i = t % grid.c_parts, j = t / grid.c_parts % grid.o_parts, l = t / (grid.c_parts * grid.o_parts);
+      const auto c_at = [&](int64_t q) { return std::min(s.c, c_panels * q / grid.c_parts * kernels.nr); };
+      kernels.weight_grad(
+          s, {dy.const_data_ptr(), x.const_data_ptr(), sums + l * numel * sum_bytes, pixels * l / grid.slices,
+              pixels * (l + 1) / grid.slices, s.o * j / grid.o_parts, s.o * (j + 1) / grid.o_parts, c_at(i),
+              c_at(i + 1), base + partial_bytes + t * task_bytes});
+    }
+  });
+  if (direct) return;
+  parallel_for(0, numel, 1 << 14, [&](int64_t begin, int64_t end) {
+    kernels.sum_slices(sums, grid.slices, numel, dweight.mutable_data_ptr(), begin, end);
+  });
+}
+
+Tensor avgpool_conv1x1_forward(Tensor x, Tensor weight, std::optional<Tensor> bias, int64_t stride, bool ceil_mode) {
+  const char* op = "avgpool_conv1x1_forward";
+  const PoolConvSizes s = check_sizes(op, x, weight, stride, ceil_mode);
+  if (bias.has_value()) {
+    check_dtype(op, "bias", *bias, x.scalar_type());
+    check_same_device(op, "bias", *bias, x);
+    FT_CHECK(op, bias->dim() == 1 && bias->size(0) == s.o, "bias has shape ", shape_of(*bias), "; accepted: (", s.o,
+             ",)");
+    bias = torch::stable::contiguous(*bias);
+  }
+  Tensor y = make(x, {s.n, s.o, s.ho, s.wo}, s.nhwc);
+  if (s.n == 0) return y;
+  convolve(kernels_of(x.scalar_type()), s, PoolConvPass::forward, torch::stable::contiguous(x, layout_of(x)),
+           torch::stable::contiguous(weight), bias.has_value() ? &*bias : nullptr, y);
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor> avgpool_conv1x1_backward(Tensor dy, Tensor x, Tensor weight, int64_t stride,
+                                                            bool ceil_mode, bool need_dx, bool need_dweight,
+                                                            bool need_dbias) {
+  const char* op = "avgpool_conv1x1_backward";
+  const PoolConvSizes s = check_sizes(op, x, weight, stride, ceil_mode);
+  check_dtype(op, "dy", dy, x.scalar_type());
+  check_same_device(op, "dy", dy, x);
+  FT_CHECK(op, dy.dim() == 4 && dy.size(0) == s.n && dy.size(1) == s.o && dy.size(2) == s.ho && dy.size(3) == s.wo,
+           "dy has shape ", shape_of(dy), "; accepted: (", s.n, ", ", s.o, ", ", s.ho, ", ", s.wo, ")");
+  const PoolConvOfType& kernels = kernels_of(x.scalar_type());
+  const MemoryFormat layout = layout_of(x);
+  const bool empty = s.n == 0;
+  if (!empty) dy = torch::stable::contiguous(dy, layout);
+
+  Tensor dx = need_dx ? make(x, {s.n, s.c, s.h, s.w}, s.nhwc) : torch::stable::new_empty(x, {0});
+  if (need_dx && !empty) {
+    convolve(kernels, s, PoolConvPass::backward, dy, torch::stable::contiguous(weight), nullptr, dx);
+    if (s.ho * stride < s.h || s.wo * stride < s.w)
+      parallel_for(0, s.n, 1,
+                   [&](int64_t begin, int64_t end) { kernels.zero_uncovered(s, dx.mutable_data_ptr(), begin, end); });
+  }
+
+  // dweight has the strides of weight, so that neither autograd nor DistributedDataParallel copies it
+  Tensor dweight = need_dweight ? torch::stable::empty_like(weight) : torch::stable::new_empty(weight, {0});
+  if (need_dweight && empty) torch::stable::zero_(dweight);
+  if (need_dweight && !empty) {
+    x = torch::stable::contiguous(x, layout);
+    const bool rows = (s.c == 1 || dweight.stride(1) == 1) && (s.o == 1 || dweight.stride(0) == s.c);
+    Tensor dense = rows ? dweight : torch::stable::new_empty(weight, {s.o, s.c, 1, 1});
+    weight_grad(kernels, s, dy, x, dense);
+    if (!rows) torch::stable::copy_(dweight, dense);
+  }
+
+  Tensor dbias = torch::stable::new_empty(weight, {need_dbias ? s.o : 0});
+  if (need_dbias && empty) torch::stable::zero_(dbias);
+  if (need_dbias && !empty)
+    parallel_for(0, s.o, 32, [&](int64_t begin, int64_t end) {
+      kernels.bias_grad(s, dy.const_data_ptr(), dbias.mutable_data_ptr(), begin, end);
+    });
+  return {dx, dweight, dbias};
+}
+
+}  // namespace
+}  // namespace fasttricks::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(fasttricks, CPU, m) {
+  m.impl("avgpool_conv1x1_forward", TORCH_BOX(&fasttricks::cpu::avgpool_conv1x1_forward));
+  m.impl("avgpool_conv1x1_backward", TORCH_BOX(&fasttricks::cpu::avgpool_conv1x1_backward));
+}

@@ -1,0 +1,63 @@
+// The table between the op avgpool_conv1x1 (argument checks, plan) and its kernels (one set per ISA).
+#pragma once
+
+#include <stdint.h>
+
+#include "cpu/isa.h"
+
+namespace fasttricks::cpu {
+
+// x: n x c x h x w;  weight: o x c;  y: n x o x ho x wo.  All three dense, x and y both NCHW or both NHWC.
+struct PoolConvSizes {
+  int64_t n, c, h, w, o, ho, wo, stride;
+  bool nhwc;
+};
+
+// forward: y = W pool(x) + bias.   backward: dx = spread(W^T dy).
+// The same product over k channels, of x or of dy, at each output pixel; m channels leave.
+enum class PoolConvPass { forward, backward };
+
+// A part of that product: output pixels [p0, p1) counted over the batch, output channels [m0, m1).
+struct PoolConvTask {
+  const void* src;            // x or dy
+  const void* packed_weight;  // from pack_weight of the same pass
+  const void* bias;           // m values, or null
+  void* dst;                  // y or dx
+  int64_t p0, p1, m0, m1;     // NHWC: m0 is a multiple of nr
+  void* workspace;            // convolve_bytes, 64-byte aligned
+};
+
+// A part of dW = dy pool(x)^T: output channels [o0, o1), input channels [c0, c1), summed over the pixels [p0, p1), p0 <
+// p1.
+struct PoolConvWeightTask {
+  const void* dy;
+  const void* x;
+  void* dweight;  // o x c sums in the accumulation type; the part is overwritten
+  int64_t p0, p1, o0, o1, c0, c1;
+  void* workspace;  // weight_grad_bytes, 64-byte aligned
+};
+
+struct PoolConvOfType {
+  int64_t mr, nr;  // the register tile
+  int64_t (*packed_weight_bytes)(const PoolConvSizes&, PoolConvPass);
+  // Rows of nr output channels each: units [begin, end) of ceil(m / nr).
+  void (*pack_weight)(const PoolConvSizes&, PoolConvPass, const void* weight, void* packed, int64_t begin, int64_t end);
+  int64_t (*convolve_bytes)(const PoolConvSizes&, PoolConvPass);
+  void (*convolve)(const PoolConvSizes&, PoolConvPass, const PoolConvTask&);
+  int64_t (*weight_grad_bytes)(const PoolConvSizes&);
+  void (*weight_grad)(const PoolConvSizes&, const PoolConvWeightTask&);
+  // dst[i] = sum over the slices, in their order, of partial[slice * numel + i], for i in [begin, end).
+  void (*sum_slices)(const void* partial, int64_t slices, int64_t numel, void* dst, int64_t begin, int64_t end);
+  // dbias[o] = sum of dy over its pixels, for o in [o0, o1).
+  void (*bias_grad)(const PoolConvSizes&, const void* dy, void* dbias, int64_t o0, int64_t o1);
+  // Zeros the pixels of dx that no window covers, in the images [n0, n1).
+  void (*zero_uncovered)(const PoolConvSizes&, void* dx, int64_t n0, int64_t n1);
+};
+
+struct AvgPoolConv1x1Kernels {
+  PoolConvOfType float32, float64, float16, bfloat16;
+};
+
+}  // namespace fasttricks::cpu
+
+FT_DECLARE_KERNELS(AvgPoolConv1x1Kernels, avgpool_conv1x1_kernels)

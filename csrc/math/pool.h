@@ -1,0 +1,33 @@
+// The 2x2 average pool with stride 2 of a ResNet-D shortcut, and its absence (stride 1): the geometry, for host and
+// device.
+//
+//   p[i, j] = sum of x[r, s] over the window / count        r in [i * stride, min((i + 1) * stride, H)), s alike in W
+//   dx[r, s] = dp[r / stride, s / stride] / count            0 for the pixels that no window covers (floor, odd H or W)
+//
+// count is the number of pixels inside the image, 1, 2 or 4 (count_include_pad=False): 1 / count is exact.
+#pragma once
+
+#include <stdint.h>
+
+#ifndef FT_HD
+#ifdef __CUDACC__
+#define FT_HD __host__ __device__ __forceinline__
+#else
+#define FT_HD inline __attribute__((always_inline))
+#endif
+#endif
+
+namespace fasttricks {
+
+// How many windows cover `size` pixels: floor is torch's default; ceil adds the window that overhangs an odd edge.
+FT_HD int64_t pool_out_size(int64_t size, int64_t stride, bool ceil_mode) {
+  return ceil_mode ? (size + stride - 1) / stride : size / stride;
+}
+
+// How many of a window's pixels along one axis lie inside the image: `stride`, or 1 at an overhanging edge.
+FT_HD int64_t pool_extent(int64_t size, int64_t stride, int64_t window) {
+  const int64_t left = size - window * stride;
+  return left < stride ? left : stride;
+}
+
+}  // namespace fasttricks
