@@ -178,8 +178,8 @@ FT_INLINE void transpose_tile(Vec<A> (&r)[Vec<A>::N]) {
 template <class A, class T>
 static void transpose(const T* src, int64_t src_ld, int64_t rows, int64_t cols, A* dst, int64_t dst_ld) {
   constexpr int N = Vec<A>::N;
-  int64_t r = 0;
-  for (; r + N <= rows; r += N) {
+  const int64_t whole = rows / N * N;
+  for (int64_t r = 0; r < whole; r += N) {
     int64_t c = 0;
     for (; c + N <= cols; c += N) {
       Vec<A> tile[N];
@@ -192,11 +192,8 @@ static void transpose(const T* src, int64_t src_ld, int64_t rows, int64_t cols, 
     for (; c < cols; ++c)
       for (int i = 0; i < N; ++i) dst[c * dst_ld + r + i] = load1(src + (r + i) * src_ld + c);
   }
-  const T* row = src + r * src_ld;
-  for (; r < rows; ++r, row += src_ld) {
-    A* out = dst + r;
-    for (int64_t c = 0; c < cols; ++c, out += dst_ld) *out = load1(row + c);
-  }
+  for (int64_t r = whole; r < rows; ++r)
+    for (int64_t c = 0; c < cols; ++c) dst[c * dst_ld + r] = load1(src + r * src_ld + c);
 }
 
 }  // namespace fasttricks::cpu::FT_ISA
