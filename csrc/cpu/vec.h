@@ -124,6 +124,13 @@ struct Vec<float> {
   FT_INLINE Vec abs() const { return _mm512_abs_ps(v); }
   // Bit i: lane i is infinite or NaN.
   FT_INLINE uint32_t non_finite() const { return _mm512_fpclass_ps_mask(v, 0x99); }
+  // The values after rounding to that storage type.
+  FT_INLINE Vec rounded(const Half*) const { return _mm512_cvtph_ps(half()); }
+  FT_INLINE Vec rounded(const BFloat16*) const { return widen(bf16()); }
+  // Lane by lane: yes where a == b, else no.
+  static FT_INLINE Vec where_equal(Vec a, Vec b, Vec yes, Vec no) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ), no.v, yes.v);
+  }
 
  private:
   static FT_INLINE Vec widen(__m256i h) {
@@ -211,6 +218,13 @@ struct Vec<float> {
   FT_INLINE uint32_t non_finite() const {  // x - x is NaN where x is infinite or NaN
     const __m256 d = _mm256_sub_ps(v, v);
     return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(d, d, _CMP_UNORD_Q)));
+  }
+  // The values after rounding to that storage type.
+  FT_INLINE Vec rounded(const Half*) const { return _mm256_cvtph_ps(half()); }
+  FT_INLINE Vec rounded(const BFloat16*) const { return widen(bf16()); }
+  // Lane by lane: yes where a == b, else no.
+  static FT_INLINE Vec where_equal(Vec a, Vec b, Vec yes, Vec no) {
+    return _mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ));
   }
 
  private:
@@ -343,6 +357,18 @@ struct Vec {
     uint32_t bits = 0;
     for (int i = 0; i < N; ++i) bits |= uint32_t(v[i] - v[i] != T(0)) << i;
     return bits;
+  }
+  // The values after rounding to the storage type P.
+  template <class P>
+  FT_INLINE Vec rounded(const P*) const {
+    P stored[N];
+    store(stored);
+    return load(stored);
+  }
+  // Lane by lane: yes where a == b, else no.
+  static FT_INLINE Vec where_equal(Vec a, Vec b, Vec yes, Vec no) {
+    for (int i = 0; i < N; ++i) no.v[i] = a.v[i] == b.v[i] ? yes.v[i] : no.v[i];
+    return no;
   }
 };
 #endif

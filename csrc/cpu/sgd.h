@@ -1,0 +1,30 @@
+// The table between csrc/cpu/sgd.cpp (checks, plan) and csrc/cpu/isa/sgd.cpp (kernels).
+#pragma once
+
+#include <stdint.h>
+
+#include "cpu/isa.h"
+#include "math/sgd.h"
+
+namespace fasttricks::cpu {
+
+enum class SgdType { half = 0, bfloat16 = 1, single = 2, twofold = 3 };
+
+struct SgdKernels {
+  // n elements that lie one after another. master: fp32, of half and bfloat16 parameters only; buf: null without
+  // momentum.
+  using Step = void (*)(void* param, const void* grad, void* master, void* buf, int64_t n, const SgdScalars& scalars);
+  // Whether any value is infinite or NaN; *square_sum (unless null) receives the sum of squares.
+  using Check = bool (*)(const void* grad, int64_t n, double* square_sum);
+  // The sum of squares of the weights as a step sees them: master, or param where param is no longer the rounded
+  // master.
+  using WeightSquare = double (*)(const void* param, const void* master, int64_t n);
+
+  Step step[4][4];  // [parameter][gradient]
+  Check check[4];
+  WeightSquare weight_square[4];
+};
+
+}  // namespace fasttricks::cpu
+
+FT_DECLARE_KERNELS(SgdKernels, sgd_kernels)

@@ -1,0 +1,54 @@
+"""What the optimizers need to know of sharded parameters: local parts, and sums and flags agreed among ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def is_sharded_type(t: Tensor) -> bool:
+    """Whether t is a DTensor (FSDP2, tensor parallel)."""
+    return type(t) not in _PLAIN and hasattr(t, "_local_tensor") and hasattr(t, "device_mesh")
+
+
+def local(t: Tensor) -> Tensor:
+    """The part of t that lies on this rank: t itself, or a DTensor's local tensor."""
+    return t.to_local() if is_sharded_type(t) else t  # type: ignore[attr-defined]
+
+
+def _meshes(params: list[Tensor]) -> list[Any]:
+    meshes: list[Any] = []
+    for p in params:
+        if is_sharded_type(p) and p.device_mesh not in meshes:  # type: ignore[attr-defined]
+            meshes.append(p.device_mesh)  # type: ignore[attr-defined]
+    return meshes
+
+
+def agree_on_found_inf(found_inf: Tensor, params: list[Tensor], group: Any | None) -> None:
+    """found_inf becomes the largest of all ranks that hold parts of these parameters, and of `group`; no host sync."""
+    import torch.distributed as dist
+
+    groups = [mesh.get_group(d) for mesh in _meshes(params) for d in range(mesh.ndim)]
+    for each in [*groups, *([group] if group is not None else [])]:
+        dist.all_reduce(found_inf, op=dist.ReduceOp.MAX, group=each)
+
+
+def sum_over_shards(squares: Tensor, params: list[Tensor]) -> None:
+    """squares[i], this rank's sum of squares of params[i], becomes that of the whole parameter; no host sync."""
+    import torch.distributed as dist
+
+    for mesh in _meshes(params):
+        for d in range(mesh.ndim):
+            split = [
+                is_sharded_type(p) and p.device_mesh == mesh and not p.placements[d].is_replicate()  # type: ignore[attr-defined]
+                for p in params
+            ]
+            if any(split):
+                mask = torch.tensor(split, device=squares.device)
+                part = torch.where(mask, squares, 0)
+                dist.all_reduce(part, group=mesh.get_group(d))
+                squares.copy_(torch.where(mask, part, squares))

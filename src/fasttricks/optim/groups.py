@@ -1,0 +1,61 @@
+"""Parameter groups without decay of biases and norms, and the linear scaling of the learning rate."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import nn
+
+_NORMS = (
+    nn.modules.batchnorm._NormBase,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.LocalResponseNorm,
+    *([nn.RMSNorm] if hasattr(nn, "RMSNorm") else []),
+)
+
+
+def param_groups(model: nn.Module, weight_decay: float, no_bias_decay: bool = True) -> list[dict[str, Any]]:
+    """All parameters of `model` in groups for an optimizer: decayed weights, then those that are not decayed.
+
+    With no_bias_decay, only the weights of convolutions, linear layers and the like are decayed; biases, the weight and bias
+    of normalisation layers, and every other parameter of at most one dimension are not (He et al. 2019, "Bag of Tricks for
+    Image Classification with Convolutional Neural Networks", section 3.1). Every parameter is in exactly one group, also
+    a shared one; a group that would be empty is left out.
+
+    Raises:
+        ValueError: weight_decay is negative or not finite, or the model has no parameters.
+    """
+    if not (math.isfinite(weight_decay) and weight_decay >= 0):
+        raise ValueError(f"weight_decay is {weight_decay}; accepted: a finite number >= 0")
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    seen: set[int] = set()
+    for module in model.modules():
+        for name, param in module.named_parameters(recurse=False):
+            if id(param) in seen:
+                continue
+            seen.add(id(param))
+            plain = param.ndim <= 1 or name.endswith("bias") or isinstance(module, _NORMS)
+            (others if no_bias_decay and plain else decayed).append(param)
+    if not seen:
+        raise ValueError(f"model ({type(model).__name__}) has no parameters")
+    # the second group says 0 itself: it must not inherit the optimizer's default
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def linear_scaled_lr(base_lr: float, batch: int, base_batch: int = 256) -> float:
+    """base_lr * batch / base_batch (Goyal et al. 2017, "Accurate, Large Minibatch SGD", section 2.1).
+
+    `batch` is the number of images behind one step, over all processes.
+
+    Raises:
+        ValueError: base_lr is negative or not finite, or a batch is below 1.
+    """
+    if not (math.isfinite(base_lr) and base_lr >= 0):
+        raise ValueError(f"base_lr is {base_lr}; accepted: a finite number >= 0")
+    if batch < 1 or base_batch < 1:
+        raise ValueError(f"batch is {batch} and base_batch {base_batch}; accepted: at least 1")
+    return base_lr * batch / base_batch

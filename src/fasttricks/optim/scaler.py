@@ -1,0 +1,267 @@
+"""LossScaler: dynamic (or static) loss scaling whose scale, flag and counter live on the device."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops.sgd import DTYPES, check_raw
+from .base import FusedOptimizer
+from .distributed import agree_on_found_inf, local
+
+
+class LossScaler:
+    """Scales losses so that fp16 gradients neither vanish nor overflow; used as torch.amp.GradScaler.
+
+        scaler.scale(loss).backward();  scaler.step(optimizer);  scaler.update()
+
+    With FusedSGD and FusedLARS nothing waits for the device: the check pass sets found_inf, the step reads it, update()
+    moves the scale, all on the device. fp16 gradients are welcome, also in unscale_(), which puts the unscaled fp32 gradients of
+    fp16 and bf16 parameters on their masters (optimizer.master_params()).
+
+    Args:
+        init_scale: the first scale.
+        growth_factor: the scale's factor after growth_interval steps without overflow.
+        backoff_factor: its factor after an overflow.
+        growth_interval: steps without overflow before the scale grows.
+        dynamic: False: the scale stays init_scale; steps with overflow are still skipped.
+        enabled: False: scale() returns its argument and step() calls optimizer.step().
+        process_group: ranks that must agree on found_inf. Not needed with DDP (all ranks hold the same gradients), FSDP2
+            or ZeroRedundancyOptimizer (found by itself).
+
+    Raises:
+        ValueError: a scale or a factor is out of range.
+    """
+
+    def __init__(
+        self,
+        init_scale: float = 2.0**16,
+        growth_factor: float = 2.0,
+        backoff_factor: float = 0.5,
+        growth_interval: int = 2000,
+        *,
+        dynamic: bool = True,
+        enabled: bool = True,
+        process_group: Any | None = None,
+    ) -> None:
+        if not (math.isfinite(init_scale) and init_scale > 0):
+            raise ValueError(f"init_scale is {init_scale}; accepted: a finite number above 0")
+        if not (math.isfinite(growth_factor) and growth_factor > 1):
+            raise ValueError(f"growth_factor is {growth_factor}; accepted: a finite number above 1")
+        if not 0 < backoff_factor < 1:
+            raise ValueError(f"backoff_factor is {backoff_factor}; accepted: between 0 and 1")
+        if growth_interval < 1:
+            raise ValueError(f"growth_interval is {growth_interval}; accepted: at least 1")
+        self.growth_factor = growth_factor
+        self.backoff_factor = backoff_factor
+        self.growth_interval = growth_interval
+        self.dynamic = dynamic
+        self.process_group = process_group
+        self._enabled = enabled
+        self._tensors(torch.device("cpu"), float(init_scale), 0)
+        self._placed = False
+        self._stages: dict[int, str] = {}
+
+    def _tensors(self, device: torch.device, scale: float, growth_tracker: int) -> None:
+        #: fp32, one element: the scale
+        self.loss_scale = torch.full((), scale, device=device)
+        #: fp32, one element: not 0 if the last iteration's gradients were not finite; holds until the next iteration
+        self.found_inf = torch.zeros((), device=device)
+        self._growth_tracker = torch.full((), growth_tracker, dtype=torch.int32, device=device)
+
+    def _place(self, device: torch.device) -> None:
+        """Moves to the device of the first loss; later losses elsewhere get a copy of the scale."""
+        if not self._placed:
+            self.loss_scale, self.found_inf, self._growth_tracker = (
+                t.to(device) for t in (self.loss_scale, self.found_inf, self._growth_tracker)
+            )
+            self._placed = True
+
+    def is_enabled(self) -> bool:
+        """Whether the scaler does anything."""
+        return self._enabled
+
+    def get_scale(self) -> float:
+        """The scale as a float (waits for the device; `loss_scale` is the tensor), 1.0 if not enabled."""
+        return self.loss_scale.item() if self._enabled else 1.0
+
+    def scale(self, outputs: Any) -> Any:
+        """outputs * scale, for a tensor or a list or tuple of tensors."""
+        if not self._enabled:
+            return outputs
+        if isinstance(outputs, Tensor):
+            self._place(outputs.device)
+            return outputs * self.loss_scale.to(outputs.device, non_blocking=True)
+        if isinstance(outputs, (list, tuple)):
+            return type(outputs)(self.scale(o) for o in outputs)
+        raise TypeError(f"outputs is {type(outputs).__name__}; accepted: a tensor, or a list or tuple of tensors")
+
+    @staticmethod
+    def _grads(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+        """The gradients that the optimizer will use: a master's own, where it has one."""
+        if isinstance(optimizer, FusedOptimizer):
+            tensors = list(optimizer.master_params())
+        else:
+            tensors = [p for group in optimizer.param_groups for p in group["params"]]
+        grads = [p.grad for p in tensors if p.grad is not None]
+        for grad in grads:
+            if grad.layout is not torch.strided or grad.dtype not in DTYPES:
+                raise RuntimeError(
+                    f"a gradient has layout {grad.layout} and dtype {grad.dtype}; accepted: dense floating"
+                )
+        return grads
+
+    def _begin(self, optimizer: torch.optim.Optimizer) -> None:
+        if not self._stages:
+            self.found_inf.zero_()
+        stage = self._stages.get(id(optimizer))
+        if stage == "stepped":
+            raise RuntimeError("this optimizer has been stepped already since the last update()")
+
+    @torch.no_grad()
+    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
+        """Divides the optimizer's gradients by the scale, in place, and checks them; for clipping before step().
+
+        The gradients of fp16 and bf16 parameters of a fused optimizer are not touched (fp16 could not hold them): their
+        masters get fp32 copies, unscaled; clip optimizer.master_params(), and step() takes those.
+
+        Raises:
+            RuntimeError: called twice since update(), or after step().
+            ValueError: another optimizer has fp16 gradients.
+        """
+        if not self._enabled:
+            return
+        self._begin(optimizer)
+        if self._stages.get(id(optimizer)) == "unscaled":
+            raise RuntimeError("unscale_() has been called already on this optimizer since the last update()")
+        inner = _inner(optimizer)
+        grads = self._grads(inner)
+        if any(g.dtype in (torch.float16, torch.bfloat16) for g in grads):
+            raise ValueError("unscale_() on fp16 or bf16 gradients; accepted: those of FusedSGD and FusedLARS, or fp32")
+        self._check(optimizer, grads)
+        for grad in grads:
+            inv_scale = self.loss_scale.double().reciprocal().to(grad.dtype)
+            local(grad).mul_(inv_scale.to(grad.device, non_blocking=True))
+        self._stages[id(optimizer)] = "unscaled"
+
+    def _check(self, optimizer: torch.optim.Optimizer, grads: list[Tensor]) -> None:
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for grad in grads:
+            by_device.setdefault(grad.device, []).append(local(grad))
+        for device, tensors in by_device.items():
+            found = torch.zeros((), device=device)
+            check_raw(device, tensors, [], [], found, None, None)
+            self._agree(optimizer, found, grads)
+            self.found_inf.copy_(torch.maximum(self.found_inf, found.to(self.found_inf.device)))
+
+    def _agree(self, optimizer: torch.optim.Optimizer, found: Tensor, tensors: list[Tensor]) -> None:
+        agree_on_found_inf(found, tensors, self._group(optimizer))
+
+    def _group(self, optimizer: torch.optim.Optimizer) -> Any | None:
+        if self.process_group is None and _inner(optimizer) is not optimizer:
+            return optimizer.process_group  # type: ignore[attr-defined]  # each rank checks only its own parameters
+        return self.process_group
+
+    def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+        """Checks the gradients and steps the optimizer, which unscales them; a step with overflow changes nothing.
+
+        FusedSGD, FusedLARS and other optimizers that unscale by themselves (`_step_supports_amp_scaling`, such as torch's with
+        fused=True) are stepped without waiting for the device; for any other the gradients are unscaled first and the host
+        waits for found_inf, as in torch.amp.GradScaler.
+
+        Raises:
+            RuntimeError: called twice since update().
+        """
+        if not self._enabled:
+            return optimizer.step(*args, **kwargs)
+        self._begin(optimizer)
+        unscaled = self._stages.get(id(optimizer)) == "unscaled"
+        inner = _inner(optimizer)
+        if isinstance(inner, FusedOptimizer):
+            if unscaled:
+                inner.found_inf = self.found_inf
+            else:
+                inner.grad_scale = self.loss_scale
+                inner._check_into = self.found_inf
+            inner._agree_in = self._group(optimizer)
+            try:
+                result = optimizer.step(*args, **kwargs)
+            finally:
+                inner._check_into = inner._agree_in = None
+                for name in ("grad_scale", "found_inf"):
+                    inner.__dict__.pop(name, None)
+        elif getattr(optimizer, "_step_supports_amp_scaling", False):
+            if not unscaled:
+                self._check(optimizer, self._grads(optimizer))
+            optimizer.grad_scale = None if unscaled else self.loss_scale  # type: ignore[attr-defined]
+            optimizer.found_inf = self.found_inf  # type: ignore[attr-defined]
+            try:
+                result = optimizer.step(*args, **kwargs)
+            finally:
+                del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+        else:
+            if not unscaled:
+                self.unscale_(optimizer)
+            result = None if self.found_inf.item() else optimizer.step(*args, **kwargs)
+        self._stages[id(optimizer)] = "stepped"
+        return result
+
+    def update(self, new_scale: float | Tensor | None = None) -> None:
+        """Ends the iteration: after an overflow the scale shrinks, after growth_interval steps without one it grows.
+
+        Args:
+            new_scale: sets the scale to this instead.
+        """
+        if not self._enabled:
+            return
+        if new_scale is not None:
+            self.loss_scale.copy_(torch.as_tensor(new_scale))
+        elif not self._stages:
+            raise RuntimeError("update() without a step() or unscale_() before it")
+        elif self.dynamic:
+            torch._amp_update_scale_(
+                self.loss_scale,
+                self._growth_tracker,
+                self.found_inf,
+                self.growth_factor,
+                self.backoff_factor,
+                self.growth_interval,
+            )
+        self._stages = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The scale, the factors and the counter, as torch.amp.GradScaler's state_dict; {} if not enabled."""
+        if not self._enabled:
+            return {}
+        return {
+            "scale": self.loss_scale.item(),
+            "growth_factor": self.growth_factor,
+            "backoff_factor": self.backoff_factor,
+            "growth_interval": self.growth_interval,
+            "_growth_tracker": int(self._growth_tracker.item()),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state_dict() of this class or of torch.amp.GradScaler.
+
+        Raises:
+            ValueError: it lacks an entry (that of a scaler that was not enabled is empty).
+        """
+        if not self._enabled:
+            return
+        names = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
+        if missing := [name for name in names if name not in state_dict]:
+            raise ValueError(f"state_dict lacks {', '.join(missing)}; accepted: the state_dict of an enabled scaler")
+        self.growth_factor = state_dict["growth_factor"]
+        self.backoff_factor = state_dict["backoff_factor"]
+        self.growth_interval = state_dict["growth_interval"]
+        self._tensors(self.loss_scale.device, state_dict["scale"], state_dict["_growth_tracker"])
+
+
+def _inner(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The fused optimizer within a torch.distributed.optim.ZeroRedundancyOptimizer, else the optimizer itself."""
+    inner = getattr(optimizer, "optim", None)
+    return inner if isinstance(inner, FusedOptimizer) and hasattr(optimizer, "process_group") else optimizer

@@ -1,0 +1,65 @@
+"""FusedSGD: torch.optim.SGD in one pass over memory, with fp32 masters for fp16 and bf16 parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from .base import FusedOptimizer
+
+
+class FusedSGD(FusedOptimizer):
+    """torch.optim.SGD, with the same arguments, results, hooks and checkpoints, as one fused kernel a step.
+
+    fp32 and fp64 parameters are updated as torch.optim.SGD(foreach=False, fused=False) updates them. An fp16 or bf16 parameter
+    has an fp32 master and fp32 momentum: the master is updated as an fp32 parameter, then rounded into the parameter.
+    All dtypes may be mixed in one group.
+
+    Args:
+        params: parameters, named parameters, or groups of them.
+        lr: learning rate, a float or a tensor of one element (read on the device at every step).
+        momentum, dampening, weight_decay, nesterov, maximize: as in torch.optim.SGD.
+        max_grad_norm: if given, gradients are clipped to this global L2 norm within the step, as by
+            torch.nn.utils.clip_grad_norm_ (after unscaling); a step whose norm is not finite is skipped. `grad_norm` holds
+            the norm of the last step.
+        foreach, fused: accepted as torch.optim.SGD's; this class has one implementation a backend.
+        differentiable: accepted as False.
+
+    Raises:
+        TypeError: a parameter is complex, sparse or not of a floating dtype; an option is of another type.
+        ValueError: an option is negative or not finite, nesterov without momentum or with dampening.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        max_grad_norm: float | None = None,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "maximize": maximize,
+        }
+        super().__init__(
+            params,
+            defaults,
+            max_grad_norm=max_grad_norm,
+            foreach=foreach,
+            differentiable=differentiable,
+            fused=fused,
+        )
