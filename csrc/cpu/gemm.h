@@ -20,7 +20,7 @@ constexpr int kMr = 6, kNv = 2;
 constexpr int kMr = 4, kNv = 1;
 #endif
 constexpr int64_t kKc = 512;   // the deepest block of k
-constexpr int64_t kSum = 256;  // the longest sum in registers: rounding errors grow with its length
+constexpr int64_t kSum = 128;  // the longest sum in registers: rounding errors grow with its length
 constexpr int64_t kPad = 64;   // bytes
 template <class A>
 constexpr int kNr = kNv * Vec<A>::N;

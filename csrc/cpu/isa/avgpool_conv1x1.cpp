@@ -262,7 +262,18 @@ void sum_slices(const void* partial, int64_t slices, int64_t numel, void* dst, i
 
 // ---- the bias's gradient, and the edge that no window covers ----
 
-// Two levels of sums (a run, then all runs), so that rounding errors grow with neither's length alone.
+// Sum of `count` rows that lie `stride` apart, n lanes of each: by halves, so that rounding errors grow with
+// log(count).
+template <class T>
+Vec<accumulate_t<T>> sum_rows(const T* src, int64_t stride, int64_t count, int64_t n) {
+  using A = accumulate_t<T>;
+  if (count > 32)
+    return sum_rows(src, stride, count / 2, n) + sum_rows(src + count / 2 * stride, stride, count - count / 2, n);
+  Vec<A> part(A(0));
+  for (int64_t i = 0; i < count; ++i) part = part + load_n<A>(src + i * stride, n);
+  return part;
+}
+
 template <class T>
 void bias_grad(const PoolConvSizes& s, const void* dy, void* dbias, int64_t o0, int64_t o1) {
   using A = accumulate_t<T>;
@@ -270,18 +281,11 @@ void bias_grad(const PoolConvSizes& s, const void* dy, void* dbias, int64_t o0, 
   const T* src = static_cast<const T*>(dy);
   T* dst = static_cast<T*>(dbias);
   const int64_t plane = s.ho * s.wo, pixels = s.n * plane;
-  constexpr int64_t kRun = 256;
+  constexpr int64_t kRun = 32;  // vectors of one partial sum
   if (s.nhwc) {
     for (int64_t o = o0; o < o1; o += N) {
       const int64_t n = min_of(N, o1 - o);
-      Vec<A> total(A(0));
-      for (int64_t p = 0; p < pixels;) {
-        const int64_t stop = min_of(pixels, p + kRun);
-        Vec<A> part(A(0));
-        for (; p < stop; ++p) part = part + load_n<A>(src + p * s.o + o, n);
-        total = total + part;
-      }
-      store_n(total, dst + o, n);
+      store_n(sum_rows(src + o, s.o, pixels, n), dst + o, n);
     }
     return;
   }

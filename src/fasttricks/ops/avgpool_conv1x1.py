@@ -58,13 +58,17 @@ def avgpool_conv1x1(
 def _autocast(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
     """The rule of convolutions: floating tensors other than float64 go to the autocast dtype of their device."""
     first = tensors[0]
-    if not isinstance(first, torch.Tensor) or not torch.is_autocast_enabled(first.device.type):
+    if not isinstance(first, torch.Tensor) or not torch.amp.is_autocast_available(first.device.type):
         return tensors
-    device, dtype = first.device.type, torch.get_autocast_dtype(first.device.type)
+    device = first.device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
 
     def cast(t: torch.Tensor | None) -> torch.Tensor | None:
-        eligible = isinstance(t, torch.Tensor) and t.device.type == device and t.is_floating_point()
-        return t.to(dtype) if eligible and t.dtype != torch.float64 else t
+        if not isinstance(t, torch.Tensor) or t.device.type != device:
+            return t
+        return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
 
     return tuple(cast(t) for t in tensors)
 

@@ -1,0 +1,100 @@
+"""Shapes, layouts, dtypes and tolerances of the tests, one section an op; every backend runs the same ones."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+LAYOUTS = (torch.contiguous_format, torch.channels_last)
+
+
+def relative_error(out: torch.Tensor, exact: np.ndarray | torch.Tensor) -> float:
+    """||out - exact|| / ||exact||, in the precision of `exact` or float64; of an exact zero, ||out||."""
+    want = exact if isinstance(exact, np.ndarray) else exact.detach().double().numpy()
+    got = out.detach().double().numpy().astype(want.dtype)
+    norm = np.sqrt((want**2).sum())
+    return float(np.sqrt(((got - want) ** 2).sum()) / (norm if norm > 0 else 1))
+
+
+def allowed(torch_error: float, dtype: torch.dtype) -> float:
+    """What an error may be where torch's own is torch_error: twice that, and one unit in the last place."""
+    return 2 * torch_error + torch.finfo(dtype).eps
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Within this context new tensors hold NaN (integers: their largest value): no unwritten element goes unseen."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+# ---- avgpool_conv1x1 ----
+
+# (N, C, H, W, Cout): odd sizes, channels that fill no register, one pixel rows and columns, sums longer than one block
+POOL_CONV_SHAPES = (
+    (4, 3, 5, 4, 40),
+    (3, 33, 7, 9, 65),
+    (2, 64, 14, 14, 128),
+    (2, 530, 6, 4, 35),
+    (2, 7, 3, 1, 600),
+    (5, 16, 1, 5, 37),
+    (20, 24, 15, 15, 40),
+)
+# (stride, ceil_mode)
+POOL_CONV_MODES = ((1, False), (2, False), (2, True))
+
+
+def pool_conv_fits(shape: tuple[int, ...], stride: int, ceil_mode: bool) -> bool:
+    """Whether the output has a pixel: floor drops a single row or column."""
+    return stride == 1 or ceil_mode or min(shape[2:4]) > 1
+
+
+def pool_conv_exact(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dy: torch.Tensor, stride: int, ceil_mode: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(y, dx, dweight, dbias) from the formulas, in numpy's long double (80 bits on x86): an oracle for float64 too."""
+
+    def long(t: torch.Tensor) -> np.ndarray:
+        return t.detach().double().numpy().astype(np.longdouble)
+
+    def product(a: np.ndarray, b: np.ndarray) -> np.ndarray:  # numpy's own loop: BLAS has no long double
+        return np.dot(a, b)
+
+    n, c, h, w = x.shape
+    ho, wo = ((s + (stride - 1 if ceil_mode else 0)) // stride for s in (h, w))
+    # every pixel's window, and every window's number of pixels inside the image
+    rows, columns = np.arange(h) // stride, np.arange(w) // stride
+    inside = (rows < ho)[:, None] & (columns < wo)[None, :]
+    count = np.zeros((ho, wo), dtype=np.longdouble)
+    pooled = np.zeros((n, c, ho, wo), dtype=np.longdouble)
+    values = long(x)
+    for r in range(h):
+        for s in range(w):
+            if inside[r, s]:
+                count[rows[r], columns[s]] += 1
+                pooled[:, :, rows[r], columns[s]] += values[:, :, r, s]
+    pooled = pooled / count
+    flat = pooled.transpose(1, 0, 2, 3).reshape(c, -1)
+    grad = long(dy).transpose(1, 0, 2, 3).reshape(dy.shape[1], -1)
+    matrix = long(weight)[:, :, 0, 0]
+
+    y = product(matrix, flat).reshape(-1, n, ho, wo).transpose(1, 0, 2, 3)
+    if bias is not None:
+        y = y + long(bias)[:, None, None]
+    dpooled = product(matrix.T, grad).reshape(c, n, ho, wo).transpose(1, 0, 2, 3) / count
+    dx = np.zeros((n, c, h, w), dtype=np.longdouble)
+    for r in range(h):
+        for s in range(w):
+            if inside[r, s]:
+                dx[:, :, r, s] = dpooled[:, :, rows[r], columns[s]]
+    return y, dx, product(grad, flat.T)[:, :, None, None], grad.sum(axis=1)
