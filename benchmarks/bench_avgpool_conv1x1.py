@@ -1,9 +1,9 @@
-"""avgpool_conv1x1 against F.avg_pool2d + F.conv2d: forward and backward, float32, the shortcuts of ResNet-50-D at batch 32.
+"""avgpool_conv1x1 against F.avg_pool2d + F.conv2d: forward and backward of ResNet-50-D's shortcuts, float32, batch 32.
 
     pytest benchmarks/bench_avgpool_conv1x1.py --benchmark-only -s
 
-Both sides run in turn in one process, so that a ratio is of one machine state; each prints its best of the rounds, the ratio,
-and GFLOP/s of the three products (2 N H' W' C Cout each).
+Both sides run in turn in one process, so that a ratio is of one machine state. Printed are the best of the rounds, the
+ratio, and GFLOP/s of the three products (2 N H' W' C Cout each).
 """
 
 from __future__ import annotations
@@ -48,11 +48,9 @@ def test_forward_backward(benchmark, c: int, o: int, size: int, layout: str) -> 
     ours, theirs = min(benchmark.stats.stats.data), min(eager_times)
     name = f"{c}->{o} {size}x{size} {layout}"
     ratios[name] = theirs / ours
-    flop = 3 * 2 * BATCH * (size // 2) ** 2 * c * o
-    benchmark.extra_info |= {"eager_ms": theirs * 1e3, "ratio": theirs / ours, "gflops": flop / ours / 1e9}
-    print(
-        f"\n{name}: {ours * 1e3:.1f} ms ({flop / ours / 1e9:.0f} GFLOP/s), eager {theirs * 1e3:.1f} ms: {theirs / ours:.2f}x"
-    )
+    gflops = 3 * 2 * BATCH * (size // 2) ** 2 * c * o / ours / 1e9
+    benchmark.extra_info |= {"eager_ms": theirs * 1e3, "ratio": theirs / ours, "gflops": gflops}
+    print(f"\n{name}: {ours * 1e3:.1f} ms ({gflops:.0f} GFLOP/s), eager {theirs * 1e3:.1f} ms: {theirs / ours:.2f}x")
 
 
 def test_geometric_mean(benchmark) -> None:
