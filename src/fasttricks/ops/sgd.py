@@ -1,19 +1,19 @@
-"""sgd_check and sgd_step: SGD with momentum over whole lists of tensors, fp32 masters for half parameters, one call each.
+"""sgd_check and sgd_step: SGD with momentum and fp32 masters over whole lists of tensors, one call each.
 
     g = grad * inv_scale * clip;  if maximize: g = -g;  g += wd * p;  [LARS: g *= trust]
     buf = g on a parameter's first step, else mu * buf + (1 - damp) * g
     d = g + mu * buf if nesterov else buf;  p -= lr * d;  half_param = half(p)          p is the fp32 master
 
-This is torch.optim.SGD's arithmetic (foreach=False, fused=False) on the masters. What decides is read on the device: lr,
-the loss scale, found_inf, the norms and the per-parameter step counts, so that a step never waits for the host and can be
-captured in a CUDA graph.
+This is torch.optim.SGD's arithmetic (foreach=False, fused=False) on the masters. What decides is read on the device:
+lr, the loss scale, found_inf, the norms and the per-parameter step counts, so that a step never waits for the host and
+can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +22,6 @@ from ..backend import select
 from ..reference import sgd as _reference
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-T = TypeVar("T")
 
 
 def _kernel(name: str, device: torch.device) -> Any:
@@ -78,8 +77,8 @@ def sgd_check(
         grads: gradients of any shapes and strides, fp16, bf16, fp32 or fp64, on one device.
         found_inf: fp32, one element; set to 1 on a non-finite value, otherwise left as it is.
         grad_sq: fp64, (len(grads),); receives each gradient's sum of squares.
-        params, masters, weight_sq: for LARS. weight_sq, fp64 (len(params),), receives the sum of squares of each weight:
-            of its fp32 master where it is fp16 or bf16 (masters: one for each of those, in order).
+        params, masters, weight_sq: for LARS. weight_sq, fp64 (len(params),), receives the sum of squares of each
+            weight: of its fp32 master where it is fp16 or bf16 (masters: one for each of those, in order).
 
     Raises:
         TypeError, ValueError: an argument of another type, dtype, shape or device.
@@ -97,9 +96,9 @@ def sgd_check(
     check_raw(device, list(grads), list(params), list(masters), found_inf, grad_sq, weight_sq)
 
 
-def _per_group(name: str, value: T | Sequence[T], count: int) -> list[T]:
+def _per_group(name: str, value: Any, count: int) -> list[Any]:
     if not isinstance(value, (list, tuple)):
-        return [value] * count  # type: ignore[list-item]
+        return [value] * count
     if len(value) != count:
         raise ValueError(f"{name} has {len(value)} values; accepted: one value, or one for each of the {count} groups")
     return list(value)

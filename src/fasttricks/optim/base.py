@@ -227,8 +227,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     def sync_masters(self) -> None:
         """Sets every fp32 master to its parameter's present value.
 
-        Not needed for correctness: a step notices parameters that were changed from outside (model.load_state_dict, an EMA
-        swap, p.data edits) value by value. It also drops what the masters hold beyond the parameters' precision.
+        Not needed for correctness: a step notices parameters that were changed from outside (model.load_state_dict, an
+        EMA swap, p.data edits) value by value. It also drops what the masters hold beyond the parameters' precision.
         """
         for group in self.param_groups:
             for p in group["params"]:
@@ -245,7 +245,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @property
     def grad_norm(self) -> Tensor | None:
-        """The global L2 norm of the (unscaled, not yet clipped) gradients of the last step that measured it, or None."""
+        """The global L2 norm (unscaled, not yet clipped) of the last step that measured it, or None."""
         if self._last_norm is None:
             return None
         squares, scale = self._last_norm
@@ -253,7 +253,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         return (total if scale is None else total / scale.to(total.device)).to(torch.float32)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step, on all parameters that have a gradient; nothing in it waits for the device.
 
         With `found_inf` set (by torch.amp.GradScaler, LossScaler) and not 0 on the device, nothing changes.
@@ -361,7 +361,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 if norms:
                     b.grad_sq = torch.zeros(len(b.params), dtype=torch.float64, device=device)
                 if any(b.trust_coefficient):
-                    b.weight_sq = torch.zeros_like(b.grad_sq)
+                    b.weight_sq = torch.zeros(len(b.params), dtype=torch.float64, device=device)
                 weights = (b.params, b.masters) if b.weight_sq is not None else ([], [])
                 check_raw(device, b.grads, *weights, b.found_inf, b.grad_sq, b.weight_sq)
                 for squares in (b.grad_sq, b.weight_sq):
@@ -400,8 +400,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim.Optimizer.state_dict; loads into torch.optim.SGD, too.
 
-        state[i]: momentum_buffer (fp32, fp64 for fp64) and step, its count of steps, once the parameter has been stepped
-        with momentum; master (fp32) for an fp16 or bf16 parameter.
+        state[i]: momentum_buffer (fp32, fp64 for fp64) and step, its count of steps, once the parameter has been
+        stepped with momentum; master (fp32) for an fp16 or bf16 parameter.
         """
         result = super().state_dict()
         entries = {k: s for k, s in result["state"].items() if isinstance(s, dict) and "step" in s}
@@ -422,7 +422,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what state_dict() gave, or a checkpoint of torch.optim.SGD; masters and momentum stay fp32, bit for bit.
+        """Loads what state_dict() gave, or a checkpoint of torch.optim.SGD; masters and momentum stay as saved.
 
         The parameters are the authority: where a loaded master does not round to its parameter, the next step takes the
         parameter's value. A parameter without a master in the checkpoint gets one from its value.
@@ -462,8 +462,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                 state[name] = value.tensor.detach().reshape(()).to(p.device, torch.float32, copy=True)
             elif value.tensor.shape != p.shape:
                 raise ValueError(
-                    f"state_dict: {name} of a parameter has shape {tuple(value.tensor.shape)}; accepted: {tuple(p.shape)}, "
-                    "the parameter's. Is it the checkpoint of another model?"
+                    f"state_dict: {name} of a parameter has shape {tuple(value.tensor.shape)}; accepted: "
+                    f"{tuple(p.shape)}, the parameter's. Is it the checkpoint of another model?"
                 )
             else:
                 state[name] = self._state_tensor(p, value.tensor)
@@ -474,7 +474,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         elif "step" not in state:
             state["step"] = torch.ones((), dtype=torch.float32, device=p.device)
         if loaded and not is_half(p):
-            state.pop("master", None)
+            state.pop("master", None)  # p, from the same checkpoint, is the authority
 
 
 def _on(t: Tensor | None, device: torch.device) -> Tensor | None:

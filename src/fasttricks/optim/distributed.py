@@ -28,6 +28,11 @@ def _meshes(params: list[Tensor]) -> list[Any]:
     return meshes
 
 
+def _split(p: Any, mesh: Any, dim: int) -> bool:
+    """Whether p is a DTensor of which the ranks along this dimension of the mesh hold different parts."""
+    return is_sharded_type(p) and p.device_mesh == mesh and not p.placements[dim].is_replicate()
+
+
 def agree_on_found_inf(found_inf: Tensor, params: list[Tensor], group: Any | None) -> None:
     """found_inf becomes the largest of all ranks that hold parts of these parameters, and of `group`; no host sync."""
     import torch.distributed as dist
@@ -43,10 +48,7 @@ def sum_over_shards(squares: Tensor, params: list[Tensor]) -> None:
 
     for mesh in _meshes(params):
         for d in range(mesh.ndim):
-            split = [
-                is_sharded_type(p) and p.device_mesh == mesh and not p.placements[d].is_replicate()  # type: ignore[attr-defined]
-                for p in params
-            ]
+            split = [_split(p, mesh, d) for p in params]
             if any(split):
                 mask = torch.tensor(split, device=squares.device)
                 part = torch.where(mask, squares, 0)

@@ -19,10 +19,10 @@ _NORMS = (
 def param_groups(model: nn.Module, weight_decay: float, no_bias_decay: bool = True) -> list[dict[str, Any]]:
     """All parameters of `model` in groups for an optimizer: decayed weights, then those that are not decayed.
 
-    With no_bias_decay, only the weights of convolutions, linear layers and the like are decayed; biases, the weight and bias
-    of normalisation layers, and every other parameter of at most one dimension are not (He et al. 2019, "Bag of Tricks for
-    Image Classification with Convolutional Neural Networks", section 3.1). Every parameter is in exactly one group, also
-    a shared one; a group that would be empty is left out.
+    With no_bias_decay, only the weights of convolutions, linear layers and the like are decayed; biases, the weight and
+    bias of normalisation layers, and every other parameter of at most one dimension are not (He et al. 2019, "Bag of
+    Tricks for Image Classification with Convolutional Neural Networks", section 3.1). Every parameter is in exactly one
+    group, also a shared one; a group that would be empty is left out.
 
     Raises:
         ValueError: weight_decay is negative or not finite, or the model has no parameters.

@@ -17,9 +17,9 @@ class FusedLARS(FusedOptimizer):
         trust = trust_coefficient * |w| / (|g| + weight_decay * |w| + eps)      per tensor; 1 where a norm is 0
         v = momentum * v + lr * trust * (g + weight_decay * w);  w -= v
 
-    Parameters of at most one dimension (biases, weights and biases of BatchNorm) are not adapted (trust = 1), as in the ResNet-50
-    runs at batch 8K to 32K; a group with adapt_1d=True adapts them, too. What else holds of FusedSGD (masters, scaling,
-    checkpoints, clipping) holds here.
+    Parameters of at most one dimension (biases, weights and biases of BatchNorm) are not adapted (trust = 1), as in the
+    ResNet-50 runs at batch 8K to 32K; a group with adapt_1d=True adapts them, too. What else holds of FusedSGD
+    (masters, scaling, checkpoints, clipping) holds here.
 
     Args:
         params: parameters, named parameters, or groups of them.

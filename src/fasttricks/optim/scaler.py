@@ -19,8 +19,8 @@ class LossScaler:
         scaler.scale(loss).backward();  scaler.step(optimizer);  scaler.update()
 
     With FusedSGD and FusedLARS nothing waits for the device: the check pass sets found_inf, the step reads it, update()
-    moves the scale, all on the device. fp16 gradients are welcome, also in unscale_(), which puts the unscaled fp32 gradients of
-    fp16 and bf16 parameters on their masters (optimizer.master_params()).
+    moves the scale, all on the device. fp16 gradients are welcome, also in unscale_(), which puts the unscaled fp32
+    gradients of fp16 and bf16 parameters on their masters (optimizer.master_params()).
 
     Args:
         init_scale: the first scale.
@@ -29,8 +29,8 @@ class LossScaler:
         growth_interval: steps without overflow before the scale grows.
         dynamic: False: the scale stays init_scale; steps with overflow are still skipped.
         enabled: False: scale() returns its argument and step() calls optimizer.step().
-        process_group: ranks that must agree on found_inf. Not needed with DDP (all ranks hold the same gradients), FSDP2
-            or ZeroRedundancyOptimizer (found by itself).
+        process_group: ranks that must agree on found_inf. Not needed with DDP (all ranks hold the same gradients),
+            FSDP2 or ZeroRedundancyOptimizer (found by itself).
 
     Raises:
         ValueError: a scale or a factor is out of range.
@@ -168,9 +168,9 @@ class LossScaler:
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
         """Checks the gradients and steps the optimizer, which unscales them; a step with overflow changes nothing.
 
-        FusedSGD, FusedLARS and other optimizers that unscale by themselves (`_step_supports_amp_scaling`, such as torch's with
-        fused=True) are stepped without waiting for the device; for any other the gradients are unscaled first and the host
-        waits for found_inf, as in torch.amp.GradScaler.
+        FusedSGD, FusedLARS and other optimizers that unscale by themselves (`_step_supports_amp_scaling`, such as
+        torch's with fused=True) are stepped without waiting for the device; for any other the gradients are unscaled
+        first and the host waits for found_inf, as in torch.amp.GradScaler.
 
         Raises:
             RuntimeError: called twice since update().

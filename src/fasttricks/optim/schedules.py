@@ -21,7 +21,8 @@ def _warmup(step: int, warmup_steps: int) -> float:
 class warmup_cosine:
     """(step + 1) / warmup_steps during the warm-up, then half a cosine from 1 to min_factor at total_steps.
 
-        factor = min_factor + (1 - min_factor) * (1 + cos(pi * t / T)) / 2,  t = step - warmup_steps, T = total_steps - warmup_steps
+        factor = min_factor + (1 - min_factor) * (1 + cos(pi * t / T)) / 2
+        t = step - warmup_steps, T = total_steps - warmup_steps
 
     He et al. 2019, "Bag of Tricks", sections 3.1 and 5.1. From total_steps on the factor is min_factor.
 

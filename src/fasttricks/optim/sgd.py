@@ -13,17 +13,17 @@ from .base import FusedOptimizer
 class FusedSGD(FusedOptimizer):
     """torch.optim.SGD, with the same arguments, results, hooks and checkpoints, as one fused kernel a step.
 
-    fp32 and fp64 parameters are updated as torch.optim.SGD(foreach=False, fused=False) updates them. An fp16 or bf16 parameter
-    has an fp32 master and fp32 momentum: the master is updated as an fp32 parameter, then rounded into the parameter.
-    All dtypes may be mixed in one group.
+    fp32 and fp64 parameters are updated as torch.optim.SGD(foreach=False, fused=False) updates them. An fp16 or bf16
+    parameter has an fp32 master and fp32 momentum: the master is updated as an fp32 parameter, then rounded into the
+    parameter. All dtypes may be mixed in one group.
 
     Args:
         params: parameters, named parameters, or groups of them.
         lr: learning rate, a float or a tensor of one element (read on the device at every step).
         momentum, dampening, weight_decay, nesterov, maximize: as in torch.optim.SGD.
         max_grad_norm: if given, gradients are clipped to this global L2 norm within the step, as by
-            torch.nn.utils.clip_grad_norm_ (after unscaling); a step whose norm is not finite is skipped. `grad_norm` holds
-            the norm of the last step.
+            torch.nn.utils.clip_grad_norm_ (after unscaling); a step whose norm is not finite is skipped. `grad_norm`
+            holds the norm of the last step.
         foreach, fused: accepted as torch.optim.SGD's; this class has one implementation a backend.
         differentiable: accepted as False.
 
