@@ -1,0 +1,292 @@
+"""fp32 masters and momentum: through checkpoints, copies, changed weights, and steps below fp16's resolution."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fasttricks.optim import FusedLARS, FusedSGD
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def make_model(dtype: torch.dtype = torch.float16) -> nn.Module:
+    """Half weights around an fp32 batch norm, as trained in mixed precision."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    model[0].to(dtype)
+    model[2].to(dtype)
+    return model
+
+
+def give_grads(*models: nn.Module) -> None:
+    for same in zip(*[m.parameters() for m in models], strict=True):
+        grad = torch.randn(same[0].shape)
+        for p in same:
+            p.grad = grad.to(p.dtype)
+
+
+def train(optimizers: list[Any], models: list[nn.Module], steps: int = 3) -> None:
+    for _ in range(steps):
+        give_grads(*models)
+        for o in optimizers:
+            o.step()
+
+
+def tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    found: list[Tensor] = []
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            found += [p.detach(), *[v for _, v in sorted(optimizer.state[p].items())]]
+    return found
+
+
+def assert_equal(a: torch.optim.Optimizer, b: torch.optim.Optimizer) -> None:
+    left, right = tensors(a), tensors(b)
+    assert len(left) == len(right)
+    for x, y in zip(left, right, strict=True):
+        assert x.dtype == y.dtype
+        assert torch.equal(x, y)
+
+
+def saved(optimizer: torch.optim.Optimizer) -> dict:
+    """state_dict through a file, read back with weights_only=True."""
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("kind", [FusedSGD, FusedLARS])
+@pytest.mark.parametrize("dtype", HALF)
+def test_resumed_is_uninterrupted(kind: type, dtype: torch.dtype) -> None:
+    """After save, load and three more steps every bit is that of the run that was not interrupted."""
+    model = make_model(dtype)
+    optimizer = kind(model.parameters(), lr=0.1, momentum=0.9, dampening=0.1, weight_decay=1e-3)
+    train([optimizer], [model])
+    other = make_model(dtype)
+    other.load_state_dict(model.state_dict())
+    resumed = kind(other.parameters(), lr=0.7, momentum=0.9)
+    resumed.load_state_dict(saved(optimizer))
+    assert_equal(optimizer, resumed)
+    state = resumed.state[other[0].weight]
+    assert state["master"].dtype == state["momentum_buffer"].dtype == torch.float32
+    assert not torch.equal(state["master"], state["master"].to(dtype).float())  # more than the parameter holds
+    train([optimizer, resumed], [model, other])
+    assert_equal(optimizer, resumed)
+
+
+def test_loading_does_not_alias() -> None:
+    model, other = make_model(), make_model()
+    optimizer, second = (FusedSGD(m.parameters(), lr=0.1, momentum=0.9) for m in (model, other))
+    train([optimizer], [model])
+    second.load_state_dict(optimizer.state_dict())
+    mine = {t.data_ptr() for t in tensors(optimizer)}
+    assert not mine & {t.data_ptr() for t in tensors(second)}
+
+
+def test_a_value_that_fp16_cannot_hold_is_loaded() -> None:
+    p = nn.Parameter(torch.ones(4, dtype=torch.float16))
+    optimizer = FusedSGD([p], lr=0.1, momentum=0.9)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    state_dict = optimizer.state_dict()
+    state_dict["state"][0]["momentum_buffer"] = torch.full((4,), 1.0001)
+    optimizer.load_state_dict(state_dict)
+    assert (optimizer.state[p]["momentum_buffer"] == torch.tensor(1.0001)).all()
+
+
+def test_momentum_of_another_layout_is_loaded() -> None:
+    p = nn.Parameter(torch.randn(4, 3, 2, 2))
+    optimizer = FusedSGD([p], lr=0.1, momentum=0.9)
+    p.grad = torch.randn_like(p)
+    optimizer.step()
+    state_dict = optimizer.state_dict()
+    want = state_dict["state"][0]["momentum_buffer"].clone()
+    state_dict["state"][0]["momentum_buffer"] = want.contiguous(memory_format=torch.channels_last)
+    optimizer.load_state_dict(state_dict)
+    assert torch.equal(optimizer.state[p]["momentum_buffer"], want)
+    assert optimizer.state[p]["momentum_buffer"].stride() == p.stride()
+
+
+def test_torch_checkpoints_load_and_ours_load_in_torch() -> None:
+    """Three steps of one, then three of the other from its checkpoint, is six steps of either."""
+    options = {"lr": 0.1, "momentum": 0.9, "dampening": 0.3, "weight_decay": 1e-2}
+    models = [nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3)) for _ in range(3)]
+    for m in models[1:]:
+        m.load_state_dict(models[0].state_dict())
+    kinds = [torch.optim.SGD, FusedSGD]
+    throughout = torch.optim.SGD(models[2].parameters(), foreach=False, **options)
+    for first, second in ((0, 1), (1, 0)):
+        before = kinds[first](models[0].parameters(), **options)
+        if first:
+            before.load_state_dict(saved(throughout))
+        train([before, throughout], [models[0], models[2]])
+        models[1].load_state_dict(models[0].state_dict())
+        after = kinds[second](models[1].parameters(), lr=0.5)
+        after.load_state_dict(saved(before))
+        assert after.param_groups[0]["momentum"] == 0.9
+        train([after, throughout], [models[1], models[2]])
+        for p, q in zip(models[1].parameters(), models[2].parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+        models[0].load_state_dict(models[1].state_dict())
+
+
+def test_a_torch_checkpoint_of_an_fp16_model_loads() -> None:
+    """Its momentum becomes fp32, its masters come from the parameters, and its first step is over."""
+    model = make_model()
+    theirs = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, dampening=0.5)
+    train([theirs], [model])
+    ours = FusedSGD(model.parameters(), lr=0.1)
+    ours.load_state_dict(saved(theirs))
+    p = model[0].weight
+    assert ours.state[p]["momentum_buffer"].dtype == torch.float32
+    assert ours.state[p]["step"] == 1
+    buffer, before = ours.state[p]["momentum_buffer"].clone(), p.detach().float()
+    give_grads(model)
+    ours.step()
+    want = buffer * 0.9 + 0.5 * p.grad.float()
+    torch.testing.assert_close(ours.state[p]["momentum_buffer"], want)
+    torch.testing.assert_close(ours.state[p]["master"], before - 0.1 * want)
+    theirs.load_state_dict(saved(ours))
+    give_grads(model)
+    theirs.step()
+
+
+def test_a_checkpoint_before_the_first_step_loads() -> None:
+    model = make_model()
+    ours, theirs = (k(model.parameters(), lr=0.1, momentum=0.9) for k in (FusedSGD, torch.optim.SGD))
+    ours.load_state_dict(saved(theirs))
+    theirs.load_state_dict(saved(ours))
+    old = theirs.state_dict()
+    old["state"] = {i: {"momentum_buffer": None} for i in range(6)}
+    ours.load_state_dict(old)
+    train([ours], [model])
+    assert ours.state[model[0].weight]["step"] == 3
+
+
+def test_a_checkpoint_of_another_model_is_refused() -> None:
+    models = [nn.Linear(4, 3), nn.Linear(5, 3), nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3))]
+    optimizers = [FusedSGD(m.parameters(), lr=0.1, momentum=0.9) for m in models]
+    train(optimizers[:1], models[:1])
+    with pytest.raises(ValueError, match=r"momentum_buffer of a parameter has shape \(3, 4\); accepted: \(3, 5\)"):
+        optimizers[1].load_state_dict(optimizers[0].state_dict())
+    with pytest.raises(ValueError, match="doesn't match the size"):
+        optimizers[2].load_state_dict(optimizers[0].state_dict())
+
+
+@pytest.mark.parametrize("kind", [FusedSGD, FusedLARS])
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+def test_copies(kind: type, how: str) -> None:
+    """The copy has the options, the masters and the scaling protocol, shares nothing, and goes on alike."""
+    model = make_model()
+    optimizer = kind(model.parameters(), lr=0.1, momentum=0.9, max_grad_norm=5.0)
+    train([optimizer], [model])
+    if how == "deepcopy":
+        twin, other = copy.deepcopy((optimizer, model))
+    elif how == "pickle":
+        twin, other = pickle.loads(pickle.dumps((optimizer, model)))
+    else:
+        file = io.BytesIO()
+        torch.save((optimizer, model), file)
+        file.seek(0)
+        twin, other = torch.load(file, weights_only=False)
+    assert twin._step_supports_amp_scaling is True
+    assert twin.max_grad_norm == 5.0
+    assert not {t.data_ptr() for t in tensors(optimizer)} & {t.data_ptr() for t in tensors(twin)}
+    assert_equal(optimizer, twin)
+    train([optimizer, twin], [model, other])
+    assert_equal(optimizer, twin)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("how", ["load_state_dict", "data", "copy_"])
+def test_changed_weights_stay(dtype: torch.dtype, how: str) -> None:
+    """After new weights came in by any way, a step with zero gradients leaves them, and later steps start from them."""
+    model, source = make_model(dtype), make_model(dtype)
+    optimizer = FusedSGD(model.parameters(), lr=0.1)
+    train([optimizer], [model])
+    if how == "load_state_dict":
+        model.load_state_dict(source.state_dict())
+    for p, q in zip(model.parameters(), source.parameters(), strict=True):
+        if how == "data":
+            p.data = q.data.clone()
+        elif how == "copy_":
+            with torch.no_grad():
+                p.copy_(q)
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for p, q in zip(model.parameters(), source.parameters(), strict=True):
+        assert torch.equal(p, q)
+    for m, q in zip(optimizer.master_params(), source.parameters(), strict=True):
+        torch.testing.assert_close(m.detach(), q.detach().float(), rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_ema_swap_and_back() -> None:
+    """Averaged weights for validation, then the trained ones again: training goes on as without the swap."""
+    model = make_model()
+    optimizer = FusedSGD(model.parameters(), lr=0.01)
+    train([optimizer], [model])
+    kept = [p.detach().clone() for p in model.parameters()]
+    masters = [m.detach().clone() for m in optimizer.master_params()]
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(0.5)
+        for p, k in zip(model.parameters(), kept, strict=True):
+            p.copy_(k)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for m, k in zip(optimizer.master_params(), masters, strict=True):
+        assert torch.equal(m, k)  # not even the masters' extra precision is lost
+
+
+def test_sync_masters() -> None:
+    model = make_model()
+    optimizer = FusedSGD(model.parameters(), lr=0.1)
+    train([optimizer], [model])
+    optimizer.sync_masters()
+    for p, m in zip(model.parameters(), optimizer.master_params(), strict=True):
+        assert torch.equal(m, p.float())
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_small_steps_add_up(dtype: torch.dtype) -> None:
+    """lr * grad below the parameter's resolution: 1000 steps of 1e-4 take 1 to 0.9; plain half SGD stays at 1."""
+    ours, plain = (nn.Parameter(torch.ones(20, dtype=dtype)) for _ in range(2))
+    optimizers = [FusedSGD([ours], lr=1e-4), torch.optim.SGD([plain], lr=1e-4)]
+    for p in (ours, plain):
+        p.grad = torch.ones_like(p)
+    for _ in range(1000):
+        for o in optimizers:
+            o.step()
+    assert (plain == 1).all()
+    torch.testing.assert_close(next(optimizers[0].master_params()).detach(), torch.full((20,), 0.9), rtol=1e-4, atol=0)
+    torch.testing.assert_close(ours.detach().float(), torch.full((20,), 0.9), rtol=torch.finfo(dtype).eps, atol=0)
+
+
+def test_compiled_step() -> None:
+    """torch.compile of a function that steps, and of step itself, changes nothing."""
+    models = [make_model() for _ in range(3)]
+    for m in models[1:]:
+        m.load_state_dict(models[0].state_dict())
+    optimizers = [FusedSGD(m.parameters(), lr=0.1, momentum=0.9, max_grad_norm=1.0) for m in models]
+    compiled = torch.compile(optimizers[1].step, backend="aot_eager")
+
+    @torch.compile(backend="aot_eager")
+    def within(x: Tensor) -> Tensor:
+        optimizers[2].step()
+        return x + 1
+
+    for _ in range(3):
+        give_grads(*models)
+        optimizers[0].step()
+        compiled()
+        within(torch.ones(1))
+    assert_equal(optimizers[0], optimizers[1])
+    assert_equal(optimizers[0], optimizers[2])
