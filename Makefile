@@ -2,11 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
-RUNS ?= runs/digits
 SOURCES := $(shell git ls-files '*.py')
 CXX_SOURCES := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.h')
 
-.PHONY: train test lint bench wheel wheel-matrix clean
+.PHONY: test lint bench wheel wheel-matrix clean
 
 $(VENV)/ready: pyproject.toml setup.py build_libraries.py
 	$(PYTHON) -m venv $(VENV)
@@ -18,11 +17,6 @@ $(VENV)/ready: pyproject.toml setup.py build_libraries.py
 .PHONY: libraries
 libraries: $(VENV)/ready
 	@$(PY) setup.py -q build_ext --inplace
-
-train: libraries
-	$(PY) -m fasttricks.train --data digits --model resnet50d --recipe baseline --out $(RUNS)/baseline
-	$(PY) -m fasttricks.train --data digits --model resnet50d --recipe efficient --out $(RUNS)/efficient
-	$(VENV)/bin/fasttricks report $(RUNS)/baseline $(RUNS)/efficient --out $(RUNS)/curves.png
 
 test: libraries lint
 	$(PY) -m pytest tests

@@ -1,6 +1,9 @@
 """Fused kernels for training image classifiers; `fasttricks.info()` says what is built and what is loaded."""
 
+from . import nn, optim
 from .backend import backend
 from .diagnostics import info
+from .ops.avgpool_conv1x1 import avgpool_conv1x1
+from .ops.sgd import sgd_check, sgd_step
 
-__all__ = ["backend", "info"]
+__all__ = ["avgpool_conv1x1", "backend", "info", "nn", "optim", "sgd_check", "sgd_step"]
