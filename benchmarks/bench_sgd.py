@@ -1,7 +1,7 @@
 """sgd_step on ResNet-50's tensors, beside what it replaces and beside the copy bandwidth of the machine.
 
-    pytest benchmarks/bench_sgd.py                        each case, timed by pytest-benchmark
-    pytest benchmarks/bench_sgd.py -s -k ratios           ratios from rounds that interleave all cases in one run
+pytest benchmarks/bench_sgd.py                        each case, timed by pytest-benchmark
+pytest benchmarks/bench_sgd.py -s -k ratios           ratios from rounds that interleave all cases in one run
 """
 
 from __future__ import annotations
@@ -129,5 +129,7 @@ def test_ratios() -> None:
     ours = seconds["fused_fp16"]
     for name, t in seconds.items():
         print(f"{name:18} {t * 1e3:8.2f} ms   {t / ours:5.2f} x fused_fp16")
-    print(f"fused_fp16 moves {COUNT * BYTES / ours / 1e9:.1f} GB/s, copy {COUNT * BYTES / seconds['copy'] / 1e9:.1f} GB/s: "
-          f"{seconds['copy'] / ours:.0%} of copy bandwidth at {BYTES} bytes a parameter")
+    moved, copied = COUNT * BYTES / ours / 1e9, COUNT * BYTES / seconds["copy"] / 1e9
+    print(
+        f"fused_fp16 moves {moved:.1f} GB/s, copy {copied:.1f} GB/s: {moved / copied:.0%} at {BYTES} bytes a parameter"
+    )

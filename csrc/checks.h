@@ -48,7 +48,9 @@ inline bool is_floating(ScalarType t) {
 }
 
 // The type in which values of type t are accumulated.
-inline ScalarType accumulate_type(ScalarType t) { return t == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+inline ScalarType accumulate_type(ScalarType t) {
+  return t == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
 
 inline void check_floating(const char* op, const char* arg, const Tensor& t) {
   FT_CHECK(op, is_floating(t.scalar_type()), arg, " has dtype ", name_of(t.scalar_type()),

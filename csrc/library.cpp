@@ -10,14 +10,15 @@ STABLE_TORCH_LIBRARY(fasttricks, m) {
       "avgpool_conv1x1_backward(Tensor dy, Tensor x, Tensor weight, int stride, bool ceil_mode, bool need_dx,"
       " bool need_dweight, bool need_dbias) -> (Tensor dx, Tensor dweight, Tensor dbias)");
 
-  // sgd_check, sgd_step: see csrc/math/sgd.h. One call a step for all tensors of a device: the tensors of group 0, then those
-  // of group 1, ...; masters only of half parameters, momentum_buffers and steps only of groups with momentum.
+  // sgd_check, sgd_step: see csrc/math/sgd.h. One call a step for all tensors of a device: the tensors of group 0, then
+  // those of group 1, ...; masters only of half parameters, momentum_buffers and steps only of groups with momentum.
   m.def(
       "sgd_check(Tensor[] grads, Tensor[] params, Tensor[] masters, Tensor(a!) found_inf, Tensor(b!)? grad_sq,"
       " Tensor(c!)? weight_sq) -> ()");
   m.def(
       "sgd_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor(c!)[] steps,"
-      " Tensor(d!)[] masters, int[] group_sizes, Tensor[] lr, float[] momentum, float[] dampening, float[] weight_decay,"
+      " Tensor(d!)[] masters, int[] group_sizes, Tensor[] lr, float[] momentum, float[] dampening, float[] "
+      "weight_decay,"
       " bool[] nesterov, bool[] maximize, float[] trust_coefficient, float eps, bool lr_in_momentum, float max_norm,"
       " Tensor? grad_scale, Tensor? found_inf, Tensor? grad_sq, Tensor? weight_sq) -> ()");
 }

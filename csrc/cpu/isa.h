@@ -19,17 +19,17 @@ Isa active_isa();
 
 // Beside the struct of function pointers `Table`: declares the instance `name` that every ISA defines.
 #if FT_X86
-#define FT_DECLARE_KERNELS(Table, name)                   \
-  namespace fasttricks::cpu::generic {                    \
-  extern const ::fasttricks::cpu::Table name;             \
-  }                                                       \
-  namespace fasttricks::cpu::avx2 {                       \
-  extern const ::fasttricks::cpu::Table name;             \
-  }                                                       \
-  namespace fasttricks::cpu::avx512 {                     \
-  extern const ::fasttricks::cpu::Table name;             \
+#define FT_DECLARE_KERNELS(Table, name)       \
+  namespace fasttricks::cpu::generic {        \
+  extern const ::fasttricks::cpu::Table name; \
+  }                                           \
+  namespace fasttricks::cpu::avx2 {           \
+  extern const ::fasttricks::cpu::Table name; \
+  }                                           \
+  namespace fasttricks::cpu::avx512 {         \
+  extern const ::fasttricks::cpu::Table name; \
   }
-#define FT_KERNELS(name)                                                                         \
+#define FT_KERNELS(name)                                                                               \
   (::fasttricks::cpu::active_isa() == ::fasttricks::cpu::Isa::avx512 ? ::fasttricks::cpu::avx512::name \
    : ::fasttricks::cpu::active_isa() == ::fasttricks::cpu::Isa::avx2 ? ::fasttricks::cpu::avx2::name   \
                                                                      : ::fasttricks::cpu::generic::name)

@@ -1,6 +1,7 @@
-// Vec<float> and Vec<double>: the registers of the ISA being compiled, with loads and stores that convert fp16 and bf16.
-// Included by csrc/cpu/isa/*.cpp only, each of which is compiled once per ISA with FT_ISA = generic | avx2 | avx512;
-// everything lives in that ISA's namespace, so that no inline function is shared between differently compiled files.
+// Vec<float> and Vec<double>: the registers of the ISA being compiled, with loads and stores that convert fp16 and
+// bf16. Included by csrc/cpu/isa/*.cpp only, each of which is compiled once per ISA with FT_ISA = generic | avx2 |
+// avx512; everything lives in that ISA's namespace, so that no inline function is shared between differently compiled
+// files.
 #pragma once
 
 #include <stdint.h>
@@ -41,8 +42,8 @@ FT_INLINE BFloat16 to_bfloat16(float f) {
 FT_INLINE float to_float(Half h) {
   const uint32_t sign = uint32_t(h.bits & 0x8000u) << 16, rest = uint32_t(h.bits & 0x7fffu);
   if (rest >= 0x7c00u) return bit_copy<float>(sign | 0x7f800000u | (rest & 0x3ffu) << 13);  // infinity, NaN
-  if (rest >= 0x0400u) return bit_copy<float>(sign | ((rest << 13) + 0x38000000u));           // normal
-  return bit_copy<float>(sign | bit_copy<uint32_t>(float(rest) * 0x1p-24f));                 // subnormal: rest * 2^-24
+  if (rest >= 0x0400u) return bit_copy<float>(sign | ((rest << 13) + 0x38000000u));         // normal
+  return bit_copy<float>(sign | bit_copy<uint32_t>(float(rest) * 0x1p-24f));                // subnormal: rest * 2^-24
 }
 
 FT_INLINE Half to_half(float f) {  // round to nearest even
@@ -133,9 +134,7 @@ struct Vec<float> {
   }
 
  private:
-  static FT_INLINE Vec widen(__m256i h) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
-  }
+  static FT_INLINE Vec widen(__m256i h) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16)); }
   FT_INLINE __m256i half() const { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   FT_INLINE __m256i bf16() const {
     const __m512i u = _mm512_castps_si512(v), top = _mm512_srli_epi32(u, 16);
@@ -228,9 +227,7 @@ struct Vec<float> {
   }
 
  private:
-  static FT_INLINE Vec widen(__m128i h) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
-  }
+  static FT_INLINE Vec widen(__m128i h) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16)); }
   static FT_INLINE __m128i part(const void* p, int n) {
     uint16_t t[8] = {0};
     memcpy(t, p, size_t(n) * 2);
@@ -259,7 +256,9 @@ struct Vec<double> {
   Vec() = default;
   FT_INLINE Vec(__m256d x) : v(x) {}
   FT_INLINE explicit Vec(double x) : v(_mm256_set1_pd(x)) {}
-  static FT_INLINE __m256i first(int n) { return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3)); }
+  static FT_INLINE __m256i first(int n) {
+    return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3));
+  }
   static FT_INLINE Vec load(const double* p) { return _mm256_loadu_pd(p); }
   static FT_INLINE Vec load(const double* p, int n) { return _mm256_maskload_pd(p, first(n)); }
   FT_INLINE void store(double* p) const { _mm256_storeu_pd(p, v); }
