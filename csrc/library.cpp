@@ -2,6 +2,31 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(fasttricks, m) {
+  // bn_relu, bn_add_relu: see csrc/math/bn.h for the formulas. mean and var are biased, float32 (float64 for float64).
+  m.def("bn_relu_forward(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor y, Tensor mean, Tensor var)");
+  m.def(
+      "bn_add_relu_forward(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps)"
+      " -> (Tensor y, Tensor mean, Tensor var, Tensor mask)");
+  m.def("bn_relu_apply(Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, float eps) -> Tensor");
+  m.def(
+      "bn_add_relu_apply(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, float eps)"
+      " -> (Tensor y, Tensor mask)");
+  m.def("bn_stats(Tensor x) -> (Tensor mean, Tensor var)");
+  m.def(
+      "bn_relu_backward(Tensor dy, Tensor x, Tensor? mask, Tensor? weight, Tensor? bias, Tensor mean, Tensor var,"
+      " float eps, bool training, bool need_dresidual)"
+      " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)");
+  m.def(
+      "bn_relu_backward_reduce(Tensor dy, Tensor x, Tensor? mask, Tensor? weight, Tensor? bias, Tensor mean, Tensor "
+      "var,"
+      " float eps) -> (Tensor dweight, Tensor dbias)");
+  m.def(
+      "bn_relu_backward_apply(Tensor dy, Tensor x, Tensor? mask, Tensor? weight, Tensor? bias, Tensor mean, Tensor var,"
+      " float eps, Tensor dweight, Tensor dbias, int count, bool need_dresidual) -> (Tensor dx, Tensor dresidual)");
+  m.def(
+      "bn_update_stats_(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, int count,"
+      " float momentum) -> ()");
+
   m.def("cpu_isa() -> str");  // the instruction set in use
 
   // avgpool_conv1x1: see csrc/math/pool.h.

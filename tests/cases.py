@@ -98,3 +98,26 @@ def pool_conv_exact(
             if inside[r, s]:
                 dx[:, :, r, s] = dpooled[:, :, rows[r], columns[s]]
     return y, dx, product(grad, flat.T)[:, :, None, None], grad.sum(axis=1)
+
+
+# ---- bn_relu, bn_add_relu ----
+
+# (N, C, ...): channels of no register's size, one pixel, one row, slabs longer than one chunk of the reductions, 2 to 5
+# dimensions
+BN_SHAPES = (
+    (4, 6, 7, 9),
+    (2, 65, 10, 10),
+    (9, 7, 1, 1),
+    (2, 1, 5, 3),
+    (16, 130, 1, 2),
+    (1, 3, 70, 71),
+    (33, 5),
+    (4, 9, 11),
+    (2, 3, 4, 5, 6),
+)
+
+
+def bn_layouts(shape: tuple[int, ...]) -> tuple[torch.memory_format, ...]:
+    return {4: LAYOUTS, 5: (torch.contiguous_format, torch.channels_last_3d)}.get(
+        len(shape), (torch.contiguous_format,)
+    )

@@ -147,6 +147,8 @@ def copy_package(to: Path) -> Path:
 USE_OPS = """
 import torch, fasttricks
 x = torch.randn(2, 3, 4, 4, requires_grad=True)
+fasttricks.bn_relu(x).sum().backward()
+fasttricks.bn_add_relu(x, x).sum().backward()
 fasttricks.avgpool_conv1x1(x, torch.randn(5, 3, 1, 1)).sum().backward()
 p = torch.nn.Parameter(torch.randn(3)); p.grad = torch.ones(3)
 fasttricks.optim.FusedSGD([p], lr=0.1, momentum=0.9).step()

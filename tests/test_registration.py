@@ -45,6 +45,62 @@ def activations(grad: bool = False) -> list[torch.Tensor]:
     return made
 
 
+def bn_relu_forward() -> list[tuple]:
+    plain = [(a, channel(a.shape[1], True), channel(a.shape[1], True), 1e-5) for a in activations(True)]
+    return [*plain, (x(2, 3, 5, 4, grad=True), None, None, 1e-5)]
+
+
+def bn_add_relu_forward() -> list[tuple]:
+    return [
+        (a, torch.randn_like(a).requires_grad_(), channel(a.shape[1], True), channel(a.shape[1], True), 1e-5)
+        for a in activations(True)
+    ]
+
+
+def bn_relu_apply() -> list[tuple]:
+    return [
+        (a, channel(c, True), channel(c, True), channel(c), channel(c), 1e-5)
+        for a in activations(True)
+        for c in [a.shape[1]]
+    ]
+
+
+def bn_add_relu_apply() -> list[tuple]:
+    return [
+        (a, torch.randn_like(a).requires_grad_(), channel(c, True), channel(c, True), channel(c), channel(c), 1e-5)
+        for a in activations(True)
+        for c in [a.shape[1]]
+    ]
+
+
+def backward_arguments(a: torch.Tensor) -> tuple:
+    c = a.shape[1]
+    return (torch.randn_like(a), a, None, channel(c), channel(c), channel(c), channel(c), 1e-5)
+
+
+def with_mask(a: torch.Tensor) -> tuple:
+    mask = torch.randint(0, 256, ((a.numel() + 7) // 8,), dtype=torch.uint8)
+    dy, a, _, *rest = backward_arguments(a)
+    return (dy, a, mask, *rest)
+
+
+def bn_relu_backward() -> list[tuple]:
+    plain = [(*backward_arguments(a), training, False) for a in activations() for training in (True, False)]
+    return plain + [(*with_mask(a), True, need) for a in activations() for need in (True, False)]
+
+
+def bn_relu_backward_reduce() -> list[tuple]:
+    return [f(a) for f in (backward_arguments, with_mask) for a in activations()]
+
+
+def bn_relu_backward_apply() -> list[tuple]:
+    return [
+        (*f(a), channel(a.shape[1]), channel(a.shape[1]), 64, f is with_mask)
+        for f in (backward_arguments, with_mask)
+        for a in activations()
+    ]
+
+
 def avgpool_conv1x1_forward() -> list[tuple]:
     some = [a for a in activations(True) if min(a.shape[2:]) > 1]
     return [
@@ -64,6 +120,15 @@ def avgpool_conv1x1_backward() -> list[tuple]:
 
 
 SAMPLES: dict[str, Callable[[], list[tuple]]] = {
+    "bn_relu_forward": bn_relu_forward,
+    "bn_add_relu_forward": bn_add_relu_forward,
+    "bn_relu_apply": bn_relu_apply,
+    "bn_add_relu_apply": bn_add_relu_apply,
+    "bn_stats": lambda: [(a,) for a in activations()],
+    "bn_relu_backward": bn_relu_backward,
+    "bn_relu_backward_reduce": bn_relu_backward_reduce,
+    "bn_relu_backward_apply": bn_relu_backward_apply,
+    "bn_update_stats_": lambda: [(channel(), channel(), channel(), channel(), count, 0.1) for count in (2, 100)],
     "avgpool_conv1x1_forward": avgpool_conv1x1_forward,
     "avgpool_conv1x1_backward": avgpool_conv1x1_backward,
     "sgd_check": lambda: sgd_samples()["sgd_check"],
@@ -92,6 +157,7 @@ def test_full_graph_compile(name: str) -> None:
             return value.detach().clone()
         return [copy(v) for v in value] if isinstance(value, list) else value
 
+    torch._dynamo.reset()  # every op is a new graph of the same lambda
     eager, traced = [copy(a) for a in arguments], [copy(a) for a in arguments]
     want = op(*eager)
     got = torch.compile(lambda *a: op(*a), fullgraph=True, backend="aot_eager")(*traced)

@@ -17,12 +17,18 @@ def run(backend: str) -> list[torch.Tensor]:
     torch.manual_seed(0)
     made: list[torch.Tensor] = []
     for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
-        x = torch.randn(4, 6, 7, 9).to(dtype).requires_grad_()
+        leaves = [torch.randn(4, 6, 7, 9).to(dtype).requires_grad_() for _ in range(2)]
+        weight, bias = torch.rand(6, requires_grad=True), torch.randn(6, requires_grad=True)
+        if dtype == torch.float64:
+            weight, bias = (t.detach().double().requires_grad_() for t in (weight, bias))
         conv = torch.randn(5, 6, 1, 1).to(dtype).requires_grad_()
+        mean, var = torch.zeros_like(weight.detach()), torch.ones_like(weight.detach())
         with fasttricks.backend(backend):
-            out = fasttricks.avgpool_conv1x1(x, conv, ceil_mode=True)
-            grads = torch.autograd.grad(out.float().square().sum(), [x, conv])
-        made += [out, *grads]
+            y = fasttricks.bn_relu(leaves[0], weight, bias, mean, var)
+            z = fasttricks.bn_add_relu(y, leaves[1], weight, bias, mean, var)
+            out = fasttricks.avgpool_conv1x1(z, conv, ceil_mode=True)
+            grads = torch.autograd.grad(out.float().square().sum(), [*leaves, weight, bias, conv])
+        made += [out, mean, var, *grads]
     parameters = [
         torch.nn.Parameter(torch.randn(33).to(dtype)) for dtype in (torch.float16, torch.bfloat16, torch.float32)
     ]

@@ -3,7 +3,20 @@
 from . import nn, optim
 from .backend import backend
 from .diagnostics import info
+from .nn import zero_init_last
 from .ops.avgpool_conv1x1 import avgpool_conv1x1
+from .ops.bn_relu import bn_add_relu, bn_relu
 from .ops.sgd import sgd_check, sgd_step
 
-__all__ = ["avgpool_conv1x1", "backend", "info", "nn", "optim", "sgd_check", "sgd_step"]
+__all__ = [
+    "avgpool_conv1x1",
+    "backend",
+    "bn_add_relu",
+    "bn_relu",
+    "info",
+    "nn",
+    "optim",
+    "sgd_check",
+    "sgd_step",
+    "zero_init_last",
+]

@@ -1,0 +1,381 @@
+// bn_relu and bn_add_relu on the CPU: checks, allocation and the division of work; the kernels are in isa/bn_relu.cpp.
+#include "cpu/bn_relu.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "checks.h"
+#include "cpu/huge_pages.h"
+#include "math/bn.h"
+#include "math/welford.h"
+
+namespace fasttricks::cpu {
+namespace {
+
+using torch::headeronly::MemoryFormat;
+using torch::stable::parallel_for;
+using MaybeTensor = std::optional<Tensor>;
+
+const BnOfType& kernels_of(ScalarType t) {
+  const BnReluKernels& all = FT_KERNELS(bn_relu_kernels);
+  return t == ScalarType::Float    ? all.float32
+         : t == ScalarType::Double ? all.float64
+         : t == ScalarType::Half   ? all.float16
+                                   : all.bfloat16;
+}
+
+// y, dx and dresidual take the layout of x; an x that is dense in neither layout is copied into the one it resembles.
+// The fake in ops/bn_relu.py makes the same choice.
+MemoryFormat layout_of(const Tensor& x) {
+  int64_t dense = 1;
+  bool contiguous = true;
+  for (int64_t d = x.dim() - 1; d >= 0; --d) {
+    contiguous = contiguous && (x.size(d) == 1 || x.stride(d) == dense);
+    dense *= x.size(d);
+  }
+  if (contiguous || x.numel() == 0 || x.size(1) == 1 || x.stride(1) != 1) return MemoryFormat::Contiguous;
+  return x.dim() == 4   ? MemoryFormat::ChannelsLast
+         : x.dim() == 5 ? MemoryFormat::ChannelsLast3d
+                        : MemoryFormat::Contiguous;
+}
+
+// The tensors of one call, dense and in the types that the kernels read; keeps alive what `arguments` points to.
+struct Call {
+  const char* op;
+  Tensor x;
+  MemoryFormat layout;
+  ScalarType statistics_type;
+  BnArguments arguments{};
+  std::vector<Tensor> kept;
+
+  Call(const char* op_, const Tensor& given, double eps) : op(op_), x(given), layout(MemoryFormat::Contiguous) {
+    FT_CHECK(op, x.dim() >= 2 && x.dim() <= 5, "x has shape ", shape_of(x),
+             "; accepted: 2 to 5 dimensions (N, C, ...)");
+    check_floating(op, "x", x);
+    FT_CHECK(op, eps >= 0, "eps is ", eps, "; accepted: zero or more");
+    statistics_type = accumulate_type(x.scalar_type());
+    layout = layout_of(x);
+    x = torch::stable::contiguous(x, layout);
+    BnArguments& a = arguments;
+    a.channels = x.size(1);
+    const int64_t values = x.numel() == 0 ? 0 : x.numel() / a.channels;
+    const bool by_rows = layout != MemoryFormat::Contiguous || values == x.size(0);
+    a.rows = by_rows ? values : x.size(0);
+    a.inner = by_rows || a.rows == 0 ? 1 : values / a.rows;
+    a.eps = eps;
+    a.training = true;
+    a.count = double(values);
+    a.x = x.const_data_ptr();
+  }
+
+  bool empty() const { return x.numel() == 0; }
+  bool by_rows() const { return arguments.inner == 1; }
+
+  const void* like_x(const char* name, const Tensor& t) {
+    check_same_device(op, name, t, x);
+    check_dtype(op, name, t, x.scalar_type());
+    bool same = t.dim() == x.dim();
+    for (int64_t d = 0; same && d < x.dim(); ++d) same = t.size(d) == x.size(d);
+    FT_CHECK(op, same, name, " has shape ", shape_of(t), "; accepted: that of x, ", shape_of(x));
+    kept.push_back(torch::stable::contiguous(t, layout));
+    return kept.back().const_data_ptr();
+  }
+
+  const void* per_channel(const char* name, const Tensor& t) {
+    check_same_device(op, name, t, x);
+    check_floating(op, name, t);
+    FT_CHECK(op, t.dim() == 1 && t.size(0) == arguments.channels, name, " has shape ", shape_of(t), "; accepted: (",
+             arguments.channels, ",), the channels of x");
+    kept.push_back(torch::stable::contiguous(torch::stable::to(t, statistics_type)));
+    return kept.back().const_data_ptr();
+  }
+
+  void affine(const MaybeTensor& weight, const MaybeTensor& bias) {
+    if (weight.has_value()) arguments.weight = per_channel("weight", *weight);
+    if (bias.has_value()) arguments.bias = per_channel("bias", *bias);
+  }
+
+  // The kernels read the statistics only, wherever they are given.
+  void statistics(const Tensor& mean, const Tensor& var) {
+    arguments.mean = const_cast<void*>(per_channel("mean", mean));
+    arguments.var = const_cast<void*>(per_channel("var", var));
+  }
+
+  void mask(const MaybeTensor& mask) {
+    if (!mask.has_value()) return;
+    check_same_device(op, "mask", *mask, x);
+    check_dtype(op, "mask", *mask, ScalarType::Byte);
+    FT_CHECK(op, mask->dim() == 1 && mask->size(0) == (x.numel() + 7) / 8, "mask has shape ", shape_of(*mask),
+             "; accepted: (", (x.numel() + 7) / 8, ",), a bit for each element of x");
+    kept.push_back(torch::stable::contiguous(*mask));
+    arguments.mask_in = static_cast<const uint8_t*>(kept.back().const_data_ptr());
+  }
+
+  Tensor new_like_x() const {
+    Tensor made = torch::stable::empty(x.sizes(), x.scalar_type(), std::nullopt, x.device(), std::nullopt, layout);
+    advise_huge_pages(made.mutable_data_ptr(), made.numel() * int64_t(made.element_size()));
+    return made;
+  }
+
+  Tensor new_per_channel() const { return torch::stable::new_zeros(x, {arguments.channels}, statistics_type); }
+
+  Tensor new_mask() {
+    Tensor made = torch::stable::new_zeros(x, {(x.numel() + 7) / 8}, ScalarType::Byte);
+    arguments.mask_out = static_cast<uint8_t*>(made.mutable_data_ptr());
+    return made;
+  }
+
+  // NCHW: the passes over each channel, one after the other while it is in the cache.
+  void run_channels(int passes) const {
+    const BnOfType& kernels = kernels_of(x.scalar_type());
+    const int64_t grain = std::max<int64_t>(1, (1 << 14) / (arguments.rows * arguments.inner));
+    parallel_for(0, arguments.channels, grain,
+                 [&](int64_t begin, int64_t end) { kernels.channels(arguments, passes, begin, end); });
+  }
+
+  // NHWC: slices of whole rows, the same for any number of threads; eight rows end on a whole byte of the mask.
+  int64_t slices() const {
+    const int64_t rows = std::max<int64_t>(8, (1 << 15) / arguments.channels);
+    return std::clamp<int64_t>(arguments.rows / rows, 1, 64);
+  }
+  template <class F>
+  void run_slices(const F& f) const {
+    const int64_t n = slices(), eighths = (arguments.rows + 7) / 8;
+    parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t s = begin; s < end; ++s)
+        f(s, std::min(arguments.rows, eighths * s / n * 8), std::min(arguments.rows, eighths * (s + 1) / n * 8));
+    });
+  }
+
+  // A reduction over the rows into two doubles a channel of every slice; finish(c, slice -> its two doubles, counts).
+  template <class Kernel, class Finish>
+  void reduce_rows(Kernel kernel, const Finish& finish) const {
+    const int64_t n = slices(), channels = arguments.channels;
+    std::vector<double> parts(size_t(2 * n * channels)), counts(size_t(n), 0.0);
+    run_slices([&](int64_t s, int64_t begin, int64_t end) {
+      kernel(arguments, begin, end, &parts[size_t(2 * s * channels)], &parts[size_t((2 * s + 1) * channels)]);
+      counts[size_t(s)] = double(end - begin);
+    });
+    for (int64_t c = 0; c < channels; ++c) {
+      Moments<double> all{0, 0, 0};
+      double first = 0, second = 0;
+      for (int64_t s = 0; s < n; ++s) {
+        const double a = parts[size_t(2 * s * channels + c)], b = parts[size_t((2 * s + 1) * channels + c)];
+        all = merge(all, {counts[size_t(s)], a, b});
+        first += a, second += b;
+      }
+      finish(c, all, first, second);
+    }
+  }
+
+  void store(void* to, int64_t c, double value) const {
+    if (statistics_type == ScalarType::Double)
+      static_cast<double*>(to)[c] = value;
+    else
+      static_cast<float*>(to)[c] = float(value);
+  }
+  double load(const void* from, int64_t c) const {
+    return statistics_type == ScalarType::Double ? static_cast<const double*>(from)[c]
+                                                 : double(static_cast<const float*>(from)[c]);
+  }
+
+  void run(int passes) const {
+    if (empty()) return;
+    if (!by_rows()) return run_channels(passes);
+    const BnOfType& kernels = kernels_of(x.scalar_type());
+    const BnArguments& a = arguments;
+    if (passes & kBnStatistics)
+      reduce_rows(kernels.row_statistics, [&](int64_t c, const Moments<double>& all, double, double) {
+        store(a.mean, c, all.mean);
+        store(a.var, c, all.m2 / all.count);
+      });
+    if (passes & kBnApply) run_slices([&](int64_t, int64_t begin, int64_t end) { kernels.row_apply(a, begin, end); });
+    if (passes & kBnReduce)
+      reduce_rows(kernels.row_reduce, [&](int64_t c, const Moments<double>&, double sum_dz, double sum_dz_d) {
+        const double var = load(a.var, c);
+        const double rstd = statistics_type == ScalarType::Double ? bn_rstd(var, a.eps) : bn_rstd(float(var), a.eps);
+        store(a.dbias, c, sum_dz);
+        store(a.dweight, c, sum_dz_d * rstd);
+      });
+    if (passes & kBnBackward)
+      run_slices([&](int64_t, int64_t begin, int64_t end) { kernels.row_backward(a, begin, end); });
+  }
+};
+
+std::tuple<Tensor, Tensor> new_statistics(Call& call) {
+  Tensor mean = call.new_per_channel(), var = call.new_per_channel();
+  call.arguments.mean = mean.mutable_data_ptr();
+  call.arguments.var = var.mutable_data_ptr();
+  return {mean, var};
+}
+
+Tensor new_output(Call& call) {
+  Tensor y = call.new_like_x();
+  call.arguments.y = y.mutable_data_ptr();
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor> bn_relu_forward(Tensor x, MaybeTensor weight, MaybeTensor bias, double eps) {
+  Call call("bn_relu_forward", x, eps);
+  call.affine(weight, bias);
+  auto [mean, var] = new_statistics(call);
+  Tensor y = new_output(call);
+  call.run(kBnStatistics | kBnApply);
+  return {y, mean, var};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_relu_forward(Tensor x, Tensor residual, MaybeTensor weight,
+                                                               MaybeTensor bias, double eps) {
+  Call call("bn_add_relu_forward", x, eps);
+  call.affine(weight, bias);
+  call.arguments.residual = call.like_x("residual", residual);
+  auto [mean, var] = new_statistics(call);
+  Tensor y = new_output(call), mask = call.new_mask();
+  call.run(kBnStatistics | kBnApply);
+  return {y, mean, var, mask};
+}
+
+Tensor bn_relu_apply(Tensor x, MaybeTensor weight, MaybeTensor bias, Tensor mean, Tensor var, double eps) {
+  Call call("bn_relu_apply", x, eps);
+  call.affine(weight, bias);
+  call.statistics(mean, var);
+  call.arguments.training = false;  // the statistics need not be those of x: x is read even where the weight is zero
+  Tensor y = new_output(call);
+  call.run(kBnApply);
+  return y;
+}
+
+std::tuple<Tensor, Tensor> bn_add_relu_apply(Tensor x, Tensor residual, MaybeTensor weight, MaybeTensor bias,
+                                             Tensor mean, Tensor var, double eps) {
+  Call call("bn_add_relu_apply", x, eps);
+  call.affine(weight, bias);
+  call.arguments.residual = call.like_x("residual", residual);
+  call.statistics(mean, var);
+  call.arguments.training = false;
+  Tensor y = new_output(call), mask = call.new_mask();
+  call.run(kBnApply);
+  return {y, mask};
+}
+
+std::tuple<Tensor, Tensor> bn_stats(Tensor x) {
+  Call call("bn_stats", x, 0.0);
+  auto statistics = new_statistics(call);
+  call.run(kBnStatistics);
+  return statistics;
+}
+
+Call backward_call(const char* op, const Tensor& dy, const Tensor& x, const MaybeTensor& mask,
+                   const MaybeTensor& weight, const MaybeTensor& bias, const Tensor& mean, const Tensor& var,
+                   double eps) {
+  Call call(op, x, eps);
+  call.arguments.dy = call.like_x("dy", dy);
+  call.mask(mask);
+  call.affine(weight, bias);
+  call.statistics(mean, var);
+  return call;
+}
+
+std::tuple<Tensor, Tensor> new_gradients(Call& call, bool need_dresidual) {
+  FT_CHECK(call.op, !need_dresidual || call.arguments.mask_in != nullptr || call.empty(),
+           "need_dresidual is true and mask is None; accepted: the mask that the forward op gave");
+  Tensor dx = call.new_like_x();
+  call.arguments.dx = dx.mutable_data_ptr();
+  Tensor dresidual = need_dresidual ? call.new_like_x() : torch::stable::new_empty(call.x, {0});
+  if (need_dresidual) call.arguments.dresidual = dresidual.mutable_data_ptr();
+  return {dx, dresidual};
+}
+
+std::tuple<Tensor, Tensor> new_sums(Call& call) {
+  Tensor dweight = call.new_per_channel(), dbias = call.new_per_channel();
+  call.arguments.dweight = dweight.mutable_data_ptr();
+  call.arguments.dbias = dbias.mutable_data_ptr();
+  return {dweight, dbias};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> bn_relu_backward(Tensor dy, Tensor x, MaybeTensor mask, MaybeTensor weight,
+                                                            MaybeTensor bias, Tensor mean, Tensor var, double eps,
+                                                            bool training, bool need_dresidual) {
+  Call call = backward_call("bn_relu_backward", dy, x, mask, weight, bias, mean, var, eps);
+  call.arguments.training = training;
+  auto [dweight, dbias] = new_sums(call);
+  auto [dx, dresidual] = new_gradients(call, need_dresidual);
+  call.run(kBnReduce | kBnBackward);
+  return {dx, dresidual, dweight, dbias};
+}
+
+std::tuple<Tensor, Tensor> bn_relu_backward_reduce(Tensor dy, Tensor x, MaybeTensor mask, MaybeTensor weight,
+                                                   MaybeTensor bias, Tensor mean, Tensor var, double eps) {
+  Call call = backward_call("bn_relu_backward_reduce", dy, x, mask, weight, bias, mean, var, eps);
+  auto sums = new_sums(call);
+  call.run(kBnReduce);
+  return sums;
+}
+
+std::tuple<Tensor, Tensor> bn_relu_backward_apply(Tensor dy, Tensor x, MaybeTensor mask, MaybeTensor weight,
+                                                  MaybeTensor bias, Tensor mean, Tensor var, double eps, Tensor dweight,
+                                                  Tensor dbias, int64_t count, bool need_dresidual) {
+  Call call = backward_call("bn_relu_backward_apply", dy, x, mask, weight, bias, mean, var, eps);
+  FT_CHECK(call.op, count > 0 || call.empty(), "count is ", count,
+           "; accepted: a positive number of values per channel");
+  call.arguments.dweight = const_cast<void*>(call.per_channel("dweight", dweight));
+  call.arguments.dbias = const_cast<void*>(call.per_channel("dbias", dbias));
+  call.arguments.count = double(count);
+  auto gradients = new_gradients(call, need_dresidual);
+  call.run(kBnBackward);
+  return gradients;
+}
+
+// The running statistics are C values: the general ops of torch serve, in the running tensor's own type and strides.
+void blend(const char* op, const char* name, Tensor& running, const Tensor& now, double factor, double momentum) {
+  check_floating(op, name, running);
+  check_same_device(op, name, running, now);
+  FT_CHECK(op, running.dim() == 1 && running.size(0) == now.size(0), name, " has shape ", shape_of(running),
+           "; accepted: (", now.size(0), ",), that of the new statistics");
+  const ScalarType type = accumulate_type(running.scalar_type());
+  Tensor blended = torch::stable::clone(torch::stable::contiguous(torch::stable::to(running, type)));
+  const Tensor fresh = torch::stable::contiguous(torch::stable::to(now, type));
+  for (int64_t c = 0; c < now.size(0); ++c) {
+    if (type == ScalarType::Double) {
+      double* r = static_cast<double*>(blended.mutable_data_ptr());
+      r[c] = bn_update(r[c], static_cast<const double*>(fresh.const_data_ptr())[c] * factor, momentum);
+    } else {
+      float* r = static_cast<float*>(blended.mutable_data_ptr());
+      const double value = double(static_cast<const float*>(fresh.const_data_ptr())[c]) * factor;
+      r[c] = bn_update(r[c], float(value), float(momentum));
+    }
+  }
+  torch::stable::copy_(running, blended);
+}
+
+void bn_update_stats_(Tensor running_mean, Tensor running_var, Tensor mean, Tensor var, int64_t count,
+                      double momentum) {
+  const char* op = "bn_update_stats_";
+  FT_CHECK(op, count >= 0, "count is ", count, "; accepted: zero or more values per channel");
+  FT_CHECK(op, mean.dim() == 1 && var.dim() == 1 && mean.size(0) == var.size(0), "mean has shape ", shape_of(mean),
+           " and var ", shape_of(var), "; accepted: (C,) both");
+  if (count == 0) return;
+  blend(op, "running_mean", running_mean, mean, 1.0, momentum);
+  // one value has no unbiased variance; the modules refuse it in training, the raw op keeps the biased one
+  blend(op, "running_var", running_var, var, count > 1 ? double(count) / double(count - 1) : 1.0, momentum);
+}
+
+}  // namespace
+}  // namespace fasttricks::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(fasttricks, CPU, m) {
+  using namespace fasttricks::cpu;
+  m.impl("bn_relu_forward", TORCH_BOX(&bn_relu_forward));
+  m.impl("bn_add_relu_forward", TORCH_BOX(&bn_add_relu_forward));
+  m.impl("bn_relu_apply", TORCH_BOX(&bn_relu_apply));
+  m.impl("bn_add_relu_apply", TORCH_BOX(&bn_add_relu_apply));
+  m.impl("bn_stats", TORCH_BOX(&bn_stats));
+  m.impl("bn_relu_backward", TORCH_BOX(&bn_relu_backward));
+  m.impl("bn_relu_backward_reduce", TORCH_BOX(&bn_relu_backward_reduce));
+  m.impl("bn_relu_backward_apply", TORCH_BOX(&bn_relu_backward_apply));
+  m.impl("bn_update_stats_", TORCH_BOX(&bn_update_stats_));
+}

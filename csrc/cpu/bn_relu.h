@@ -1,0 +1,44 @@
+// The table between the ops of bn_relu.cpp (checks, allocation, plan) and their kernels (one set per ISA).
+#pragma once
+
+#include <stdint.h>
+
+#include "cpu/isa.h"
+
+namespace fasttricks::cpu {
+
+// One call. Tensors of x's shape are dense in one layout; their elements have x's dtype, those per channel the
+// accumulation type (float, double for double). Null: absent.
+//   NCHW (inner > 1): x is rows x channels x inner.      NHWC: x is rows x channels, inner = 1.
+struct BnArguments {
+  int64_t rows, channels, inner;
+  double eps;
+  bool training;
+  const void *x, *residual, *dy;
+  void *y, *dx, *dresidual;
+  const uint8_t* mask_in;  // one bit an element, memory order
+  uint8_t* mask_out;       // zeroed beforehand
+  const void *weight, *bias;
+  void *mean, *var, *dweight, *dbias;  // the statistics are written by a statistics pass, read by the others
+  double count;                        // values per channel that dweight and dbias are sums over
+};
+
+enum BnPass { kBnStatistics = 1, kBnApply = 2, kBnReduce = 4, kBnBackward = 8 };
+
+struct BnOfType {
+  // NCHW: channels [begin, end); the second pass over a channel finds it in the cache. passes: of enum BnPass.
+  void (*channels)(const BnArguments&, int passes, int64_t begin, int64_t end);
+  // NHWC: rows [begin, end). The reductions give partial sums of every channel, in double, that the caller merges.
+  void (*row_statistics)(const BnArguments&, int64_t begin, int64_t end, double* mean, double* m2);
+  void (*row_apply)(const BnArguments&, int64_t begin, int64_t end);
+  void (*row_reduce)(const BnArguments&, int64_t begin, int64_t end, double* sum_dz, double* sum_dz_d);
+  void (*row_backward)(const BnArguments&, int64_t begin, int64_t end);
+};
+
+struct BnReluKernels {
+  BnOfType float32, float64, float16, bfloat16;
+};
+
+}  // namespace fasttricks::cpu
+
+FT_DECLARE_KERNELS(BnReluKernels, bn_relu_kernels)

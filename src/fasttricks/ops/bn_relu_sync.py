@@ -1,0 +1,94 @@
+"""bn_relu and bn_add_relu with statistics over the ranks of a process group (SyncBN)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import distributed
+
+from ..backend import select
+from ..reference import bn_relu as plain
+
+
+def merge(parts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Mean, biased variance and count of the whole, from rows of [mean (C), M2 (C), count] per rank, in float64.
+
+    Chan, Golub and LeVeque 1979: M2 = sum of M2_i + n_i * (mean_i - mean)^2; a rank with no value weighs nothing.
+    """
+    channels = (parts.shape[1] - 1) // 2
+    mean, m2, count = parts[:, :channels], parts[:, channels:-1], parts[:, -1:]
+    total = count.sum()
+    whole = (mean * count).sum(0) / total.clamp(min=1)
+    spread = (m2 + count * (mean - whole).square()).sum(0) / total.clamp(min=1)
+    return whole, spread, int(total)
+
+
+class _SynchronisedBatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, op: str, x: Any, residual: Any, weight: Any, bias: Any, eps: float, group: Any) -> Any:
+        chosen = select(op, x.device)
+        if chosen == "reference":
+            raise RuntimeError(f"fasttricks.{op}: group was given, but no kernels are loaded for {x.device}")
+        ops = torch.ops.fasttricks_triton if chosen == "triton" else torch.ops.fasttricks
+        local = x.numel() // x.shape[1]
+        mean, var = ops.bn_stats(x)
+        mine = torch.cat([mean.double(), var.double() * local, mean.new_full((1,), local, dtype=torch.float64)])
+        parts = mine.new_empty(distributed.get_world_size(group), mine.numel())
+        distributed.all_gather_into_tensor(parts.view(-1), mine, group=group)
+        whole, spread, count = merge(parts)
+        if count == 1:
+            raise ValueError(
+                f"{op}: x has shape {tuple(x.shape)} and the other ranks none: Expected more than 1 value per channel "
+                "when training; accepted: two values per channel or more over all ranks"
+            )
+        mean, var = whole.to(mean.dtype), spread.to(var.dtype)
+        if residual is None:
+            y, mask = ops.bn_relu_apply(x, weight, bias, mean, var, eps), None
+        else:
+            y, mask = ops.bn_add_relu_apply(x, residual, weight, bias, mean, var, eps)
+        ctx.save_for_backward(x, weight, bias, mean, var, mask)
+        ctx.ops, ctx.eps, ctx.group, ctx.count = ops, eps, group, count
+        ctx.mark_non_differentiable(mean, var)
+        ctx.set_materialize_grads(True)
+        return y, mean, var, count
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor, *unused: Any) -> tuple[Any, ...]:
+        x, weight, bias, mean, var, mask = ctx.saved_tensors
+        dweight, dbias = ctx.ops.bn_relu_backward_reduce(dy, x, mask, weight, bias, mean, var, ctx.eps)
+        sums = torch.stack([dweight, dbias])
+        distributed.all_reduce(sums, group=ctx.group)  # of dx; dweight and dbias stay local, as DDP averages them
+        needs = ctx.needs_input_grad
+        dx, dresidual = ctx.ops.bn_relu_backward_apply(
+            dy, x, mask, weight, bias, mean, var, ctx.eps, sums[0], sums[1], max(1, ctx.count), needs[2]
+        )
+        return (
+            None,
+            dx if needs[1] else None,
+            dresidual if needs[2] else None,
+            dweight.to(weight.dtype) if needs[3] else None,
+            dbias.to(bias.dtype) if needs[4] else None,
+            None,
+            None,
+        )
+
+
+def synchronised(
+    op: str,
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    momentum: float,
+    eps: float,
+    group: distributed.ProcessGroup,
+) -> torch.Tensor:
+    """The op in training, its statistics over all ranks: one all_gather forward, one all_reduce backward."""
+    y, mean, var, count = _SynchronisedBatchNorm.apply(op, x, residual, weight, bias, eps, group)
+    if running_mean is not None and running_var is not None:
+        plain.update_statistics(running_mean, running_var, mean, var, count, momentum)
+    return y

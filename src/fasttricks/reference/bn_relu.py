@@ -1,0 +1,128 @@
+"""bn_relu and bn_add_relu in plain torch: oracle of the tests, differentiable any number of times, and fallback."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums and statistics: float32, float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _per_channel(t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return t.to(accumulate_dtype(like.dtype)).reshape(-1, *[1] * (like.dim() - 2))
+
+
+def statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and biased variance per channel of x (N, C, ...); zeros of an empty x."""
+    values = x.to(accumulate_dtype(x.dtype))
+    if x.numel() == 0:
+        return values.new_zeros(x.shape[1]), values.new_zeros(x.shape[1])
+    dims = [d for d in range(x.dim()) if d != 1]
+    var, mean = torch.var_mean(values, dims, correction=0)
+    return mean, var
+
+
+def apply(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    mean: torch.Tensor,
+    var: torch.Tensor,
+    eps: float,
+) -> torch.Tensor:
+    """relu(weight * (x - mean) / sqrt(var + eps) + bias [+ residual]), summed in float32 or 64."""
+    scale = torch.rsqrt(var.to(accumulate_dtype(x.dtype)) + eps)
+    if weight is not None:
+        scale = scale * weight.to(scale.dtype)
+    z = (x.to(scale.dtype) - _per_channel(mean, x)) * _per_channel(scale, x)
+    if bias is not None:
+        z = z + _per_channel(bias, x)
+    if residual is not None:
+        z = z + residual.to(z.dtype)
+    return F.relu(z.to(x.dtype))
+
+
+def update_statistics(
+    running_mean: torch.Tensor,
+    running_var: torch.Tensor,
+    mean: torch.Tensor,
+    var: torch.Tensor,
+    count: int,
+    momentum: float,
+) -> None:
+    """running = (1 - momentum) * running + momentum * new, the variance unbiased; nothing for an empty batch."""
+    if count == 0:
+        return
+    unbiased = var * (count / (count - 1)) if count > 1 else var
+    with torch.no_grad():
+        for running, new in ((running_mean, mean), (running_var, unbiased)):
+            dtype = accumulate_dtype(running.dtype)
+            running.copy_((1 - momentum) * running.to(dtype) + momentum * new.to(dtype))
+
+
+def bn_add_relu(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    running_mean: torch.Tensor | None = None,
+    running_var: torch.Tensor | None = None,
+    *,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> torch.Tensor:
+    """As `fasttricks.bn_add_relu`; a residual of None is left out."""
+    if not training:
+        assert running_mean is not None
+        assert running_var is not None
+        return apply(x, residual, weight, bias, running_mean, running_var, eps)
+    mean, var = statistics(x)
+    if running_mean is not None and running_var is not None:
+        count = x.numel() // x.shape[1] if x.shape[1] else 0
+        update_statistics(running_mean, running_var, mean.detach(), var.detach(), count, momentum)
+    return apply(x, residual, weight, bias, mean, var, eps)
+
+
+def backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    mean: torch.Tensor,
+    var: torch.Tensor,
+    eps: float,
+    training: bool,
+    passes: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The formula of the backward pass in differentiable operations: dx, dresidual, dweight, dbias.
+
+    passes: which elements the ReLU passed, where that was saved; else it is computed again from x. In training the
+    statistics are functions of x and are recomputed, so that a second derivative sees them.
+    """
+    dtype = accumulate_dtype(x.dtype)
+    if training:
+        mean, var = statistics(x)
+    values = x.to(dtype)
+    rstd = torch.rsqrt(var.to(dtype) + eps)
+    if passes is None:
+        with torch.no_grad():
+            y = apply(x, residual, weight, bias, mean, var, eps)
+            passes = ~(y <= 0)
+    dz = torch.where(passes, dy.to(dtype), torch.zeros((), dtype=dtype, device=x.device))
+    centred = values - _per_channel(mean, x)
+    dims = [d for d in range(x.dim()) if d != 1]
+    dbias = dz.sum(dims)
+    dweight = (dz * centred).sum(dims) * rstd
+    scale = rstd if weight is None else rstd * weight.to(dtype)
+    inner = dz
+    if training:
+        count = max(1, x.numel() // max(1, x.shape[1]))
+        inner = dz - _per_channel(dbias / count, x) - centred * _per_channel(rstd * dweight / count, x)
+    dx = inner * _per_channel(scale, x)
+    return dx.to(x.dtype), dz.to(x.dtype), dweight, dbias

@@ -1,0 +1,33 @@
+"""Runs a file's tests on one instruction set of the CPU library, forced in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+
+def instruction_sets() -> list[str]:
+    """Those that this CPU has."""
+    sets = ["generic"]
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        best = torch.backends.cpu.get_cpu_capability()
+        sets += ["avx2"] if best in ("AVX2", "AVX512") else []
+        sets += ["avx512"] if best == "AVX512" else []
+    return sets
+
+
+def run_on(isa: str, file: str, chosen: str, seed: int) -> None:
+    """The tests of `file` that the expression `chosen` names pass on `isa`; the library says that it ran it."""
+    env = dict(os.environ, FASTTRICKS_CPU_ISA=isa, FASTTRICKS_BACKEND="cpu")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file, "-k", chosen, f"--seed={seed}"]
+    done = subprocess.run(command, cwd=Path(__file__).parent, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert "passed" in done.stdout
+    ask = "import torch, fasttricks; print(torch.ops.fasttricks.cpu_isa())"
+    told = subprocess.run([sys.executable, "-c", ask], env=env, capture_output=True, text=True, check=True).stdout
+    assert told.strip() == isa

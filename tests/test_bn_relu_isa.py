@@ -1,0 +1,16 @@
+"""bn_relu and bn_add_relu on every instruction set that this CPU has, each forced in a process of its own."""
+
+from __future__ import annotations
+
+import pytest
+from isa import instruction_sets, run_on
+
+
+@pytest.mark.parametrize("isa", instruction_sets())
+def test_values_on(isa: str, request: pytest.FixtureRequest) -> None:
+    run_on(
+        isa,
+        "test_bn_relu.py",
+        "(values or zero or nan or mask or relu_of or any_channel or half or empty) and not reference",
+        request.config.getoption("--seed"),
+    )

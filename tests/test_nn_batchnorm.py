@@ -1,0 +1,205 @@
+"""BatchNormReLU2d and BatchNormAddReLU2d beside nn.BatchNorm2d, zero_init_last, compiled, and over two processes."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import relative_error
+from torch import distributed, nn
+
+from fasttricks import zero_init_last
+from fasttricks.nn import BatchNormAddReLU2d, BatchNormReLU2d
+
+OPTIONS = [
+    {},
+    {"momentum": None},
+    {"momentum": 0.0},
+    {"affine": False},
+    {"track_running_stats": False},
+    {"eps": 1e-3, "momentum": 0.3},
+]
+
+
+def twins(**options: object) -> tuple[nn.BatchNorm2d, nn.BatchNorm2d]:
+    peer = nn.BatchNorm2d(5, **options)
+    if peer.affine:
+        nn.init.normal_(peer.weight)
+        nn.init.normal_(peer.bias)
+    fused = BatchNormReLU2d(5, **options)
+    fused.load_state_dict(peer.state_dict())
+    return fused, peer
+
+
+def same_buffers(fused: nn.Module, peer: nn.Module) -> None:
+    assert fused.state_dict().keys() == peer.state_dict().keys()
+    for name, want in peer.state_dict().items():
+        torch.testing.assert_close(fused.state_dict()[name], want, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_three_steps_and_evaluation_as_torch(backend: str, options: dict) -> None:
+    fused, peer = twins(**options)
+    for _ in range(3):
+        x = torch.randn(4, 5, 6, 7) * 2 + 1
+        assert relative_error(fused(x), F.relu(peer(x))) < 1e-6
+        same_buffers(fused, peer)
+    fused.eval()
+    peer.eval()
+    assert relative_error(fused(x), F.relu(peer(x))) < 1e-6
+    same_buffers(fused, peer)
+
+
+def test_cumulative_average_of_the_known_example(backend: str) -> None:
+    """B05: [[0], [2]], [[1], [3]], [[5], [7]] with momentum=None: mean 3, variance 2, three batches."""
+    norm = BatchNormReLU2d(1, momentum=None)
+    for a, b in ((0.0, 2.0), (1.0, 3.0), (5.0, 7.0)):
+        norm(torch.tensor([a, b]).view(2, 1, 1, 1))
+    torch.testing.assert_close(norm.running_mean.item(), 3.0)
+    torch.testing.assert_close(norm.running_var.item(), 2.0)
+    assert norm.num_batches_tracked == 3
+
+
+def test_tracking_switched_off_after_construction(backend: str) -> None:
+    """B04: training leaves the buffers; evaluation uses them."""
+    fused, peer = twins()
+    for norm in (fused, peer):
+        norm.track_running_stats = False
+    x = torch.randn(4, 5, 3, 3)
+    assert relative_error(fused(x), F.relu(peer(x))) < 1e-6
+    assert fused.running_mean.tolist() == [0] * 5
+    assert fused.num_batches_tracked == 0
+    fused.running_mean.fill_(2.0)
+    peer.running_mean.fill_(2.0)
+    assert relative_error(fused.eval()(x), F.relu(peer.eval()(x))) < 1e-6
+
+
+def test_empty_batch_counts_and_moves_nothing(backend: str) -> None:
+    fused = BatchNormReLU2d(4)
+    assert fused(torch.ones(0, 4, 3, 3)).shape == (0, 4, 3, 3)
+    assert fused.num_batches_tracked == 1
+    assert fused.running_var.tolist() == [1] * 4
+
+
+def test_input_must_have_four_dimensions() -> None:
+    with pytest.raises(ValueError, match="expected 4D input"):
+        BatchNormReLU2d(3)(torch.randn(2, 3))
+
+
+def test_zero_init_starts_as_the_shortcut_and_leaves_it() -> None:
+    norm = BatchNormAddReLU2d(6, zero_init=True)
+    x, shortcut = torch.randn(4, 6, 5, 5), torch.randn(4, 6, 5, 5)
+    y = norm(x, shortcut)
+    assert torch.equal(y, F.relu(shortcut))
+    (y * torch.randn_like(y)).sum().backward()
+    assert (norm.weight.grad != 0).all()
+    norm.weight.data.fill_(1)
+    norm.reset_parameters()
+    assert (norm.weight == 0).all()
+    with pytest.raises(ValueError, match="zero_init is True and affine is False"):
+        BatchNormAddReLU2d(6, affine=False, zero_init=True)
+
+
+def test_copies_and_pickles() -> None:
+    norm = BatchNormAddReLU2d(3, zero_init=True)
+    for other in (copy.deepcopy(norm), pickle.loads(pickle.dumps(norm))):
+        assert other.zero_init
+        assert other.state_dict().keys() == nn.BatchNorm2d(3).state_dict().keys()
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_compiled_whole(momentum: float | None) -> None:
+    """B05, B21: one graph; buffers after three training steps, and evaluation after them, are eager's."""
+    torch._dynamo.reset()
+    eager, traced = (BatchNormAddReLU2d(4, momentum=momentum) for _ in range(2))
+    compiled = torch.compile(traced, fullgraph=True, backend="aot_eager")
+    for _ in range(3):
+        x, r = torch.randn(3, 4, 5, 5, requires_grad=True), torch.randn(3, 4, 5, 5)
+        want, got = eager(x, r), compiled(x, r)
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+        torch.testing.assert_close(
+            torch.autograd.grad(got.sum(), x), torch.autograd.grad(want.sum(), x), rtol=0, atol=0
+        )
+        same_buffers(traced, eager)
+    torch.testing.assert_close(compiled.eval()(x, r), eager.eval()(x, r), rtol=0, atol=0)
+
+
+def test_two_forwards_then_one_backward() -> None:
+    """B23: the running statistics are not saved for the backward pass of training."""
+    norm = BatchNormReLU2d(3)
+    x = torch.randn(4, 3, 5, 5, requires_grad=True)
+    (norm(x).sum() + norm(2 * x).sum()).backward()
+    assert x.grad is not None
+
+
+# ---- zero_init_last ----
+
+
+def test_zero_init_last_of_torchvision_and_timm() -> None:
+    models = pytest.importorskip("torchvision.models")
+    assert zero_init_last(models.resnet18()) == 8
+    net = models.resnet50()
+    assert zero_init_last(net) == 16
+    assert (net.layer1[0].bn3.weight == 0).all()
+    assert (net.layer1[0].bn2.weight == 1).all()
+    timm = pytest.importorskip("timm")
+    net = timm.create_model("resnet26d", zero_init_last=False)
+    assert zero_init_last(net) == 8
+    assert (net.layer1[0].bn3.weight == 0).all()
+
+
+def test_zero_init_last_of_what_has_none() -> None:
+    with pytest.raises(ValueError, match="model is a Sequential with no residual block"):
+        zero_init_last(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
+
+
+# ---- statistics over two processes ----
+
+
+def _rank(rank: int, folder: str, sizes: tuple[int, int], residual: bool) -> None:
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    whole = torch.load(f"{folder}/inputs.pt")
+    part = slice(0, sizes[0]) if rank == 0 else slice(sizes[0], sum(sizes))
+    x, r, dy = (whole[k][part].requires_grad_(k != "dy") for k in ("x", "r", "dy"))
+    kind = BatchNormAddReLU2d if residual else BatchNormReLU2d
+    norm = kind(4, process_group=distributed.group.WORLD)
+    norm.load_state_dict(whole["state"])
+    y = norm(x, r) if residual else norm(x)
+    y.backward(dy)
+    made = {"y": y.detach(), "dx": x.grad, "dr": r.grad, "weight": norm.weight.grad, "bias": norm.bias.grad}
+    torch.save({**made, "state": norm.state_dict()}, f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["relu", "add_relu"])
+@pytest.mark.parametrize("sizes", [(3, 1), (4, 0)], ids=["uneven", "empty"])
+def test_synchronised_statistics(sizes: tuple[int, int], residual: bool) -> None:
+    """B25: two ranks with uneven, or no, samples give what one process gives on all of them."""
+    peer = nn.BatchNorm2d(4)
+    nn.init.normal_(peer.weight)
+    nn.init.normal_(peer.bias)
+    state = copy.deepcopy(peer.state_dict())
+    peer = peer.double()
+    x, r, dy = (torch.randn(sum(sizes), 4, 5, 5) * 2 + 1 for _ in range(3))
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save({"x": x, "r": r, "dy": dy, "state": state}, Path(folder) / "inputs.pt")
+        torch.multiprocessing.spawn(_rank, (folder, sizes, residual), nprocs=2)
+        ranks = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(2)]
+    y = torch.cat([a["y"] for a in ranks])
+    x64, r64 = x.double().requires_grad_(), r.double().requires_grad_()
+    z = peer(x64) + (r64 if residual else 0)
+    z.backward(torch.where(y > 0, dy, 0).double())
+    assert relative_error(y, F.relu(z)) < 1e-6
+    assert relative_error(torch.cat([a["dx"] for a in ranks]), x64.grad) < 1e-5
+    if residual:
+        assert torch.equal(torch.cat([a["dr"] for a in ranks]), torch.where(y > 0, dy, 0))
+    assert relative_error(ranks[0]["weight"] + ranks[1]["weight"], peer.weight.grad) < 1e-5
+    assert relative_error(ranks[0]["bias"] + ranks[1]["bias"], peer.bias.grad) < 1e-5
+    for one in ranks:
+        for name in ("running_mean", "running_var"):
+            assert relative_error(one["state"][name], peer.state_dict()[name]) < 1e-6
