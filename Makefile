@@ -1,11 +1,12 @@
 # Every target makes its own environment first: a virtual environment in .venv with fasttricks installed in it.
 PYTHON ?= python3
 VENV ?= .venv
+RUNS ?= runs/digits
 PY := $(VENV)/bin/python
 SOURCES := $(shell git ls-files '*.py')
 CXX_SOURCES := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.h')
 
-.PHONY: test lint bench wheel wheel-matrix clean
+.PHONY: train test lint bench wheel wheel-matrix clean
 
 $(VENV)/ready: pyproject.toml setup.py build_libraries.py
 	$(PYTHON) -m venv $(VENV)
@@ -17,6 +18,11 @@ $(VENV)/ready: pyproject.toml setup.py build_libraries.py
 .PHONY: libraries
 libraries: $(VENV)/ready
 	@$(PY) setup.py -q build_ext --inplace
+
+train: libraries
+	$(PY) -m fasttricks.train --data digits --model resnet50d --recipe baseline --out $(RUNS)/baseline --overwrite
+	$(PY) -m fasttricks.train --data digits --model resnet50d --recipe efficient --out $(RUNS)/efficient --overwrite
+	$(VENV)/bin/fasttricks report $(RUNS)/baseline $(RUNS)/efficient --png $(RUNS)/curves.png
 
 test: libraries lint
 	$(PY) -m pytest tests

@@ -445,7 +445,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         for group in self.param_groups:
             for name, value in self.defaults.items():
-                group.setdefault(name, value)
+                if name != "differentiable":  # torch adds it to defaults on every load; no group of ours has it
+                    group.setdefault(name, value)
         for p in chain.from_iterable(group["params"] for group in self.param_groups):
             if p in self.state:
                 self._settle(p, self.state[p])

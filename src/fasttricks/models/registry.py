@@ -1,0 +1,80 @@
+"""Models by name: our own, torchvision's and timm's."""
+
+from __future__ import annotations
+
+import difflib
+import re
+
+from torch import nn
+
+from .resnet import STAGES, ResNet
+
+_RESNET = re.compile(r"resnet(\d+)([abcd]?)")
+
+
+def names() -> list[str]:
+    """The names of the package's own models. A ResNet without a letter is variant A, the original."""
+    return [f"resnet{depth}{letter}" for depth in STAGES for letter in ("", "a", "b", "c", "d")]
+
+
+def build(name: str, num_classes: int = 1000, *, width: int | None = None, fused: bool | None = None) -> nn.Module:
+    """Build a model with fresh weights.
+
+    Args:
+        name: an own model ("resnet50d", see :func:`names`), "torchvision/NAME" or "timm/NAME".
+        num_classes: outputs of the classifier.
+        width: channels of the first stage of an own model (default 64).
+        fused: fused modules (own models; the default) or eager ones. Models of torchvision and timm are built as their
+            library defines them, in eager modules.
+
+    Raises:
+        ValueError: an unknown name, or ``width`` or ``fused=True`` for a model that is not our own.
+        ImportError: the library of the model is not installed.
+    """
+    library, slash, rest = name.partition("/")
+    if not slash:
+        match = _RESNET.fullmatch(name)
+        if match is None or int(match[1]) not in STAGES:
+            raise ValueError(
+                f"model {name!r} is unknown{_hint(name, names())}; own models: resnet"
+                f"{{{','.join(map(str, STAGES))}}}{{,a,b,c,d}}; others: torchvision/NAME, timm/NAME"
+            )
+        options = {} if width is None else {"width": width}
+        variant = match[2] or "a"
+        return ResNet(int(match[1]), variant, num_classes=num_classes, fused=fused is not False, **options)  # type: ignore[arg-type]
+    if library not in ("torchvision", "timm"):
+        raise ValueError(f"model {name!r}: the part before the slash must be 'torchvision' or 'timm', got {library!r}")
+    if width is not None:
+        raise ValueError(f"width is for the package's own models; {name!r} has a fixed width")
+    if fused:
+        raise ValueError(f"fused=True is for the package's own models; {name!r} is built as {library} defines it")
+    return _torchvision(rest, num_classes) if library == "torchvision" else _timm(rest, num_classes)
+
+
+def _torchvision(name: str, num_classes: int) -> nn.Module:
+    import torchvision.models
+
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        raise ValueError(f"torchvision has no classification model {name!r}{_hint(name, known)}")
+    builder = torchvision.models.get_model_builder(name)
+    options: dict[str, object] = {"weights": None, "num_classes": num_classes}
+    # googlenet and inception_v3 hide this one in **kwargs; auxiliary heads would turn the output into a tuple.
+    if name in ("googlenet", "inception_v3"):
+        options.update(aux_logits=False, init_weights=True)
+    return builder(**options)
+
+
+def _timm(name: str, num_classes: int) -> nn.Module:
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError(f"model 'timm/{name}' needs timm: pip install timm") from error
+    if not timm.is_model(name):
+        raise ValueError(f"timm has no model {name!r}{_hint(name, timm.list_models())}")
+    return timm.create_model(name, pretrained=False, num_classes=num_classes)
+
+
+def _hint(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=3)
+    return f" (did you mean {', '.join(close)}?)" if close else ""

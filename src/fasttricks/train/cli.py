@@ -1,0 +1,86 @@
+"""The command line: ``fasttricks train`` and ``fasttricks report``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of the whole command. Options that are not given are None: the recipe or the preset decides."""
+    main_parser = argparse.ArgumentParser(prog="fasttricks", description=__doc__)
+    commands = main_parser.add_subparsers(dest="command", required=True)
+
+    train = commands.add_parser(
+        "train",
+        help="train an image classifier",
+        description="Train an image classifier with a recipe of He et al. 2018. Under torchrun: one process a device.",
+    )
+    switch = argparse.BooleanOptionalAction
+    where = train.add_argument_group("data and output")
+    where.add_argument("--data", required=True, help="a directory with train/CLASS/* and val/CLASS/*, or 'digits'")
+    where.add_argument("--data-dir", type=Path, help="where 'digits' is written (default: the user's cache)")
+    where.add_argument("--out", type=Path, help="folder of the run (default: runs/RECIPE)")
+    where.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds a run already")
+    where.add_argument(
+        "--resume", nargs="?", const=True, type=Path, metavar="PATH", help="go on from PATH (default: OUT/last.pt)"
+    )
+    where.add_argument("--workers", type=int, help="reading processes a rank (default: 2 on CUDA, 0 on CPU)")
+    where.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    where.add_argument("--log-every", type=int, help="steps between points in TensorBoard (default: 10)")
+
+    what = train.add_argument_group("recipe")
+    what.add_argument("--recipe", choices=["baseline", "efficient"], default="efficient")
+    what.add_argument(
+        "--preset",
+        choices=["imagenet", "digits-cpu"],
+        help="sizes for the data; digits-cpu: width 24, 40x40 pixels, small batches (default for --data digits)",
+    )
+    what.add_argument("--model", help="resnet{18,34,50,101,152}{,a,b,c,d}, torchvision/NAME or timm/NAME")
+    what.add_argument("--width", type=int, help="channels of the first stage (own models; 64 in the paper)")
+    what.add_argument("--fused", action=switch, help="fused modules and optimizer, or eager ones")
+    what.add_argument("--channels-last", action=switch, help="NHWC instead of NCHW")
+    what.add_argument("--image-size", type=int, help="edge of the images in pixels")
+    what.add_argument("--augment", choices=["imagenet", "digits"])
+    what.add_argument("--epochs", type=int)
+    what.add_argument("--batch-size", type=int, help="images a step, over all processes")
+    what.add_argument("--precision", choices=["fp32", "fp16", "bf16"], help="fp16 and bf16 keep fp32 master weights")
+    what.add_argument("--optimizer", choices=["sgd", "lars"])
+    what.add_argument("--lr", type=float, help="learning rate; at a batch of 256 with --linear-lr")
+    what.add_argument("--momentum", type=float)
+    what.add_argument("--nesterov", action=switch)
+    what.add_argument("--weight-decay", type=float)
+    what.add_argument("--schedule", choices=["step", "cosine"], help="after the warmup")
+    what.add_argument("--seed", type=int)
+
+    tricks = train.add_argument_group("tricks")
+    tricks.add_argument("--linear-lr", action=switch, help="scale the learning rate by batch/256")
+    tricks.add_argument("--warmup-epochs", type=float, help="epochs over which the learning rate rises from 0")
+    tricks.add_argument("--zero-gamma", action=switch, help="the last gamma of a residual block starts at 0")
+    tricks.add_argument("--bias-decay", action=switch, help="weight decay also of biases, gamma and beta")
+    tricks.add_argument("--label-smoothing", type=float, metavar="EPS", help="0.1 in the paper")
+    tricks.add_argument("--mixup", type=float, metavar="ALPHA", help="0.2 in the paper")
+
+    guard = train.add_argument_group("when to give up")
+    guard.add_argument("--max-skipped-steps", type=int, help="overflowing steps in a row (default: 30)")
+    guard.add_argument("--min-loss-scale", type=float, help="smallest loss scale (default: 2^-10)")
+
+    report = commands.add_parser("report", help="compare runs: a table and a PNG of the curves")
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="--out folders of training runs")
+    report.add_argument("--png", type=Path, default=Path("curves.png"), help="file of the curves (default: curves.png)")
+    return main_parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit status: 0, 1 with one sentence on stderr, or 130 where it was interrupted."""
+    args = parser().parse_args(argv)
+    try:
+        from . import command
+    except ImportError as error:
+        print(f"fasttricks {args.command}: {error}; pip install 'fasttricks[train]'", file=sys.stderr)
+        return 1
+    if args.command == "report":
+        return command.report(args.runs, args.png)
+    return command.train(args)

@@ -1,0 +1,133 @@
+"""What the commands do, between the parsed command line and the trainer."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from rich.console import Console
+
+from . import distributed
+from .checkpoint import CheckpointError
+from .data import DataError, DataWarning, open_data
+from .distributed import World
+from .loop import Trainer, TrainingError
+from .recipe import PRESETS, RECIPES, Recipe, RecipeError, Run, resolve
+from .report import ReportError
+from .report import report as compare
+
+
+def report(runs: Sequence[Path], png: Path) -> int:
+    """``fasttricks report``: returns the exit status."""
+    try:
+        compare(runs, png, Console())
+    except ReportError as error:
+        print(f"fasttricks report: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def train(args: argparse.Namespace) -> int:
+    """``fasttricks train``: returns the exit status."""
+    # What the user set of the recipe; the rest is decided by the recipe and the preset.
+    given = {name: value for name, value in vars(args).items() if name in Recipe.model_fields and value is not None}
+    del given["recipe"]
+    if args.bias_decay is not None:
+        given["no_bias_decay"] = not args.bias_decay
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("fasttricks train: --device cuda: torch sees no CUDA device", file=sys.stderr)
+        return 1
+    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    world = distributed.start(device)
+    console = Console(quiet=not world.first)
+    shown = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **rest: Any) -> None:
+        if issubclass(category, DataWarning):
+            print(f"warning: {message}", file=sys.stderr)
+        else:
+            shown(message, category, *where, **rest)
+
+    warnings.showwarning = show
+    try:
+        _train(args, given, world, console)
+    except ValidationError as error:
+        for fault in error.errors():
+            option = "--" + "-".join(str(part) for part in fault["loc"]).replace("_", "-")
+            print(f"fasttricks train: {option} {fault['input']}: {fault['msg']}", file=sys.stderr)
+        return 1
+    except (DataError, RecipeError, CheckpointError, TrainingError) as error:
+        print(f"fasttricks train: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("fasttricks train: interrupted; --resume goes on after the last whole epoch", file=sys.stderr)
+        return 130
+    finally:
+        warnings.showwarning = shown
+        distributed.stop(world)
+    return 0
+
+
+def _train(args: argparse.Namespace, given: dict[str, Any], world: World, console: Console) -> None:
+    preset = args.preset or ("digits-cpu" if args.data == "digits" else "imagenet")
+    out = args.out or Path("runs") / args.recipe
+    resume = None if args.resume is None else out / "last.pt" if args.resume is True else args.resume
+    options = {
+        "workers": args.workers,
+        "log_every": args.log_every,
+        "max_skipped_steps": args.max_skipped_steps,
+        "min_loss_scale": args.min_loss_scale,
+    }
+    options = {name: value for name, value in options.items() if value is not None}
+    if world.device.type == "cuda":
+        options.setdefault("workers", 2)
+    run = Run(data=args.data, data_dir=args.data_dir, out=out, resume=resume, **options)
+    if resume is None and (out / "last.pt").exists() and not args.overwrite:
+        raise TrainingError(
+            f"--out {out} holds a run already: give --resume to go on, --overwrite to start anew, or another folder"
+        )
+
+    # The batch is fitted to the number of images, so these are opened first, by the fields that describe them.
+    first = {**RECIPES[args.recipe], **PRESETS[preset][args.recipe], **given}
+    with warnings.catch_warnings():
+        if not world.first:  # rank 0 writes the digits and says what it skipped
+            world.barrier()
+            warnings.simplefilter("ignore", DataWarning)
+        train_set, val_set = open_data(
+            args.data,
+            args.data_dir,
+            augment=first.get("augment", "imagenet"),
+            size=first.get("image_size", 224),
+            seed=first.get("seed", 0),
+        )
+    if world.first:
+        world.barrier()
+    recipe, notes = resolve(args.recipe, preset, given, train_images=len(train_set), device=world.device.type)
+    say = partial(console.print, highlight=False, soft_wrap=True)
+    for note in notes:
+        say(note)
+
+    out.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(recipe, run, train_set, val_set, world, console)
+    if world.first:
+        (out / "recipe.json").write_text(json.dumps(recipe.model_dump(), indent=2) + "\n")
+        if resume is None:
+            for name in ("last.pt", "best.pt", "log.csv"):
+                (out / name).unlink(missing_ok=True)
+    size, parameters = recipe.image_size, sum(p.numel() for p in trainer.model.parameters())
+    say(
+        f"{recipe.model}, {parameters / 1e6:.2f} M parameters, {'fused' if recipe.fused else 'eager'} modules; "
+        f"{len(train_set)} training and {len(val_set)} validation images of {len(train_set.classes)} classes at "
+        f"{size}x{size}; recipe {recipe.recipe}: batch {recipe.batch_size}, {trainer.steps_per_epoch} steps an epoch, "
+        f"{recipe.precision}, {world.size} process{'es' if world.size > 1 else ''} on {world.device.type}"
+    )
+    trainer.fit()
+    say(f"best top-1 {trainer.best_top1:.2f}; log and checkpoints in {out}")

@@ -1,0 +1,170 @@
+"""What a training run does: the recipes of He et al. 2018, presets for small data, and what a command line overrides.
+
+    baseline    section 2.1 of the paper: batch 256, learning rate 0.1, fp32, eager modules
+    efficient   section 3: batch 1024, the learning rate scaled with it, warmup of 5 epochs, zero gamma, no decay of
+                biases, gamma and beta, fp16 with fp32 master weights, and this package's fused modules
+
+Both: Nesterov momentum 0.9, weight decay 1e-4, 120 epochs, the learning rate divided by 10 after 30, 60 and 90 of
+them (at the same fractions of a shorter run). Every trick is a field of its own.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from .data import Augment
+
+Precision = Literal["fp32", "fp16", "bf16"]
+
+DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class RecipeError(ValueError):
+    """Settings that cannot work together; the message says which."""
+
+
+class Recipe(BaseModel):
+    """Everything that decides the weights which come out. Units: epochs, images, and fractions of 1."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    recipe: Literal["baseline", "efficient"] = "efficient"
+    model: str = "resnet50d"
+    width: int | None = Field(default=None, ge=2, multiple_of=2)
+    fused: bool = True
+    channels_last: bool = False
+    image_size: int = Field(default=224, ge=8)
+    augment: Augment = "imagenet"
+
+    epochs: int = Field(default=120, ge=1)
+    batch_size: int = Field(default=256, ge=1)  # over all ranks
+    optimizer: Literal["sgd", "lars"] = "sgd"
+    lr: float = Field(default=0.1, gt=0, allow_inf_nan=False)  # at a batch of 256 where linear_lr is set
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    nesterov: bool = True
+    weight_decay: float = Field(default=1e-4, ge=0, allow_inf_nan=False)
+    schedule: Literal["step", "cosine"] = "step"
+    precision: Precision = "fp32"
+
+    linear_lr: bool = False
+    warmup_epochs: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    zero_gamma: bool = False
+    no_bias_decay: bool = False
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    mixup: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+
+    seed: int = Field(default=0, ge=0)
+
+
+class Run(BaseModel):
+    """Where a run reads and writes, and when it gives up: nothing here changes the weights."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    data: str
+    data_dir: Path | None = None
+    out: Path
+    resume: Path | None = None
+    workers: int = Field(default=0, ge=0)
+    device: str = "cpu"
+    log_every: int = Field(default=10, ge=1)  # steps between TensorBoard points, and between looks at a GPU's loss
+    max_skipped_steps: int = Field(default=30, ge=1)
+    min_loss_scale: float = Field(default=2.0**-10, gt=0)
+
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "baseline": {"recipe": "baseline", "fused": False},
+    "efficient": {
+        "recipe": "efficient",
+        "fused": True,
+        "batch_size": 1024,
+        "linear_lr": True,
+        "warmup_epochs": 5.0,
+        "zero_gamma": True,
+        "no_bias_decay": True,
+        "precision": "fp16",
+    },
+}
+
+_DIGITS = {"width": 24, "image_size": 40, "augment": "digits", "epochs": 20}
+
+# Changes to a recipe for other data than ImageNet: {preset: {recipe: fields}}. digits-cpu is sized for two CPU cores.
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "imagenet": {"baseline": {}, "efficient": {}},
+    "digits-cpu": {
+        # the baseline's 0.1 at a batch of 256, in proportion
+        "baseline": {**_DIGITS, "batch_size": 32, "lr": 0.0125},
+        "efficient": {**_DIGITS, "batch_size": 128},
+    },
+}
+
+# A recipe's batch is the paper's, for 1.28 million images. Smaller data keeps the proportion between the recipes and
+# gets at least this many steps an epoch at a batch of 1024.
+FEWEST_STEPS = 10
+SMALLEST_BATCH = 8
+
+
+def resolve(
+    recipe: str, preset: str, given: dict[str, Any], *, train_images: int, device: str
+) -> tuple[Recipe, list[str]]:
+    """Recipe, then preset, then what was given explicitly; then fitted to the data and the device.
+
+    Args:
+        recipe, preset: keys of RECIPES and PRESETS.
+        given: fields of :class:`Recipe` that the user set.
+        train_images: size of the training set.
+        device: "cpu" or "cuda".
+
+    Returns:
+        The recipe as it will run, and a sentence for each change that was not asked for.
+
+    Raises:
+        pydantic.ValidationError: a field out of its range.
+        RecipeError: an explicit batch larger than the training set, or a training set of fewer than 2 images.
+    """
+    preset_fields = PRESETS[preset][recipe]
+    fields = {**RECIPES[recipe], **preset_fields, **given}
+    if given.get("fused") is None and "/" in str(fields.get("model", "")):
+        fields["fused"] = False  # models of other libraries come in their own modules
+    asked = Recipe(**fields)
+    notes: list[str] = []
+    changes: dict[str, Any] = {}
+
+    if train_images < 2:
+        raise RecipeError(f"the training set has {train_images} image(s); batch normalisation needs at least 2")
+    if "batch_size" in given:
+        if asked.batch_size > train_images:
+            raise RecipeError(
+                f"--batch-size {asked.batch_size} is larger than the training set of {train_images} images: "
+                f"no step would run; give at most {train_images}"
+            )
+    else:
+        batch = fit_batch(asked.batch_size, train_images) if "batch_size" not in preset_fields else asked.batch_size
+        batch = min(batch, train_images)
+        if batch != asked.batch_size:
+            changes["batch_size"] = batch
+            note = f"batch {asked.batch_size} is the paper's for ImageNet; {train_images} images get batch {batch}"
+            if not asked.linear_lr and "lr" not in given:
+                changes["lr"] = asked.lr * batch / asked.batch_size
+                note += f" and the learning rate in proportion, {changes['lr']:g}"
+            notes.append(note)
+    if device == "cpu" and asked.precision != "fp32" and "precision" not in given:
+        changes["precision"] = "fp32"
+        notes.append(
+            f"recipe {recipe} means {asked.precision} with fp32 master weights, which a CPU computes several "
+            f"times slower than fp32: computing in fp32 (--precision {asked.precision} forces it)"
+        )
+    return asked.model_copy(update=changes), notes
+
+
+def fit_batch(batch: int, images: int) -> int:
+    """``batch`` halved until a batch of 1024, halved as often, leaves FEWEST_STEPS steps an epoch, but not below
+    SMALLEST_BATCH."""
+    reference = 1024
+    while reference * FEWEST_STEPS > images and batch > SMALLEST_BATCH:
+        reference, batch = reference // 2, batch // 2
+    return batch

@@ -1,0 +1,290 @@
+"""The trainer end to end on tiny image trees: recipes, logs, resuming bit for bit, ranks, and bad input."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("torchvision")
+from PIL import Image
+
+from fasttricks.train import checkpoint, cli
+from fasttricks.train.recipe import RECIPES, RecipeError, fit_batch, resolve
+
+pytestmark = pytest.mark.filterwarnings("always::fasttricks.train.data.DataWarning")
+
+SMALL = ["--model", "resnet18d", "--width", "4", "--image-size", "32", "--augment", "digits", "--log-every", "1"]
+
+
+def write_tree(root: Path, classes: tuple[str, ...] = ("cat", "dog", "owl"), train: int = 8, val: int = 4) -> Path:
+    """Classes that differ by their brightness, so that a network learns them at once."""
+    rng = np.random.default_rng(0)
+    for part, count in (("train", train), ("val", val)):
+        for i, name in enumerate(classes):
+            folder = root / part / name
+            folder.mkdir(parents=True, exist_ok=True)
+            for j in range(count):
+                pixels = rng.integers(80 * i, 80 * i + 60, (36, 40, 3)).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{j}.png")
+    return root
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    return write_tree(tmp_path / "data")
+
+
+def train(tree: Path | str, out: Path, *more: str) -> int:
+    return cli.main(["train", "--data", str(tree), "--out", str(out), *SMALL, *more])
+
+
+def rows(out: Path) -> list[dict[str, str]]:
+    with (out / "log.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def same(a: object, b: object) -> bool:
+    """Equal to the last bit, tensors and containers alike."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+@pytest.mark.parametrize("recipe", ["baseline", "efficient"])
+def test_a_run_learns_and_writes_its_parts(tree: Path, tmp_path: Path, recipe: str, capsys: object) -> None:
+    out, lr = tmp_path / "run", {"baseline": "0.02", "efficient": "0.2"}[recipe]
+    write_tree(tree, train=20, val=8)
+    assert train(tree, out, "--recipe", recipe, "--epochs", "8", "--batch-size", "8", "--lr", lr) == 0
+    log = rows(out)
+    assert [int(r["epoch"]) for r in log] == list(range(1, 9))
+    assert float(log[-1]["train_loss"]) < float(log[0]["train_loss"])
+    assert max(float(r["val_top1"]) for r in log) > 60  # three classes: chance is 33
+    assert all(float(r["val_top5"]) == 100 for r in log)
+    assert list((out / "tensorboard").glob("events*"))
+    for name in ("last.pt", "best.pt"):
+        state = torch.load(out / name, weights_only=True)
+        assert state["classes"] == ["cat", "dog", "owl"]
+    assert not [p for p in out.iterdir() if p.name.startswith(".")]  # no draft is left
+    assert cli.main(["report", str(out), str(out), "--png", str(tmp_path / "curves.png")]) == 0
+    assert Image.open(tmp_path / "curves.png").size[0] > 500
+    printed = capsys.readouterr().out
+    assert "top-1, last epoch" in printed
+    assert "img/s, training" in printed
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_half_precision_with_masters(tree: Path, tmp_path: Path, precision: str) -> None:
+    """Parameters are half, their masters float32, and the loss falls."""
+    out = tmp_path / "run"
+    more = ["--precision", precision, "--epochs", "4", "--batch-size", "8", "--lr", "0.4"]
+    assert train(tree, out, "--recipe", "efficient", *more) == 0
+    state = torch.load(out / "last.pt", weights_only=True)
+    half = {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    assert state["model"]["fc.weight"].dtype == half
+    assert state["model"]["bn1.weight"].dtype == torch.float32
+    tensors = [t for s in state["optimizer"]["state"].values() for t in s.values() if isinstance(t, torch.Tensor)]
+    assert {t.dtype for t in tensors if t.numel() > 1} == {torch.float32}
+    assert float(rows(out)[-1]["train_loss"]) < float(rows(out)[0]["train_loss"])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_resume_continues_bit_for_bit(tree: Path, tmp_path: Path, precision: str) -> None:
+    """T05: two epochs, a stop, two more: weights, optimizer, schedule, scaler and generators of four in one go."""
+    more = [
+        "--recipe",
+        "efficient",
+        "--precision",
+        precision,
+        "--epochs",
+        "4",
+        "--warmup-epochs",
+        "3",
+        "--mixup",
+        "0.2",
+    ]
+    more += ["--batch-size", "8"]
+    assert train(tree, tmp_path / "whole", *more) == 0
+    code = (
+        "import sys; from fasttricks.train import cli, loop\n"
+        "save = loop.Trainer._save\n"
+        "def stop(self, *a):\n    save(self, *a)\n    if self.epoch == 2: sys.exit(9)\n"
+        "loop.Trainer._save = stop\n"
+        "sys.exit(cli.main(sys.argv[1:]))"
+    )
+    arguments = ["train", "--data", str(tree), "--out", str(tmp_path / "cut"), *SMALL, *more]
+    assert subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True).returncode == 9
+    assert train(tree, tmp_path / "cut", *more, "--resume") == 0
+    whole, cut = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "cut"))
+    for part in ("model", "optimizer", "scheduler", "scaler", "rng", "epoch", "step", "best_top1"):
+        assert same(whole[part], cut[part]), part
+    timing = {"img_per_s", "train_seconds"}
+    for a, b in zip(rows(tmp_path / "whole")[2:], rows(tmp_path / "cut")[-2:], strict=True):
+        assert {k: v for k, v in a.items() if k not in timing} == {k: v for k, v in b.items() if k not in timing}
+
+
+def test_two_ranks_train_as_one(tree: Path, tmp_path: Path) -> None:
+    """torchrun with two gloo processes; every validation image is counted once."""
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", "fasttricks.train"]
+    more = ["--data", str(tree), "--out", str(out), *SMALL, "--recipe", "efficient", "--epochs", "2"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *more, "--batch-size", "8"], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(rows(out)) == 2
+    assert "2 processes on cpu" in done.stdout
+    assert len(torch.load(out / "last.pt", weights_only=True)["rng"]) == 2
+
+
+# ---- images ----
+
+
+def test_modes_bad_files_and_strays(tree: Path, tmp_path: Path, capsys: object) -> None:
+    """T02, T03: every mode becomes RGB; hidden and other files are left out; a damaged one is named and counted."""
+    folder = tree / "train" / "cat"
+    for mode in ("L", "LA", "P", "RGBA", "CMYK", "I;16"):
+        image = Image.new(mode, (40, 36)) if mode == "I;16" else Image.new("RGB", (40, 36), (9, 9, 9)).convert(mode)
+        image.save(folder / f"{mode.replace(';', '')}.{'jpg' if mode == 'CMYK' else 'png'}")
+    (folder / "broken.png").write_bytes(b"no image at all")
+    (folder / ".DS_Store").write_bytes(b"x")
+    (folder / "notes.txt").write_text("x")
+    (tree / "train" / ".hidden").mkdir()
+    (tree / "val" / "dog" / "cut.png").write_bytes((tree / "val" / "dog" / "0.png").read_bytes()[:200])
+    assert train(tree, tmp_path / "run", "--epochs", "1", "--batch-size", "10", "--recipe", "baseline") == 0
+    told = capsys.readouterr().err
+    assert "broken.png" in told
+    assert "cut.png" in told
+    assert "notes.txt" in told
+    assert ".DS_Store" not in told
+    assert rows(tmp_path / "run")[0]["bad_files"] == "2"
+
+
+def refused(capsys: object, *arguments: object) -> str:
+    assert cli.main(["train", *map(str, arguments)]) == 1
+    told = capsys.readouterr().err
+    assert "Traceback" not in told
+    return told
+
+
+def test_missing_and_empty_folders(tree: Path, tmp_path: Path, capsys: object) -> None:
+    out = ["--out", tmp_path / "run", *SMALL]
+    assert "no such directory" in refused(capsys, "--data", tmp_path / "nowhere", *out)
+    (tree / "train" / "empty").mkdir()
+    assert "no image in the class folder empty" in refused(capsys, "--data", tree, *out)
+    (tree / "train" / "empty").rmdir()
+    (tree / "val" / "wolf").mkdir()
+    (tree / "val" / "wolf" / "0.png").write_bytes((tree / "val" / "dog" / "0.png").read_bytes())
+    assert "wolf not among the classes of the training set" in refused(capsys, "--data", tree, *out)
+    (tree / "train" / "owl").rename(tmp_path / "owl")
+    for name in ("cat", "dog"):
+        for file in (tree / "train" / name).iterdir():
+            file.write_bytes(b"broken")
+    assert "none of the 16 image files can be read" in refused(capsys, "--data", tree, *out)
+    (tree / "val").rename(tmp_path / "val")
+    assert f"{tree / 'val'} is missing" in refused(capsys, "--data", tree, *out)
+
+
+def test_a_class_without_validation_images_keeps_its_number(tree: Path, tmp_path: Path, capsys: object) -> None:
+    """T03: val uses the classes of train; a missing folder shifts no class."""
+    (tree / "val" / "cat").rename(tmp_path / "cat")
+    assert train(tree, tmp_path / "run", "--epochs", "1", "--batch-size", "8") == 0
+    assert "no folder for 1 of 3 classes (cat)" in capsys.readouterr().err
+    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["classes"] == ["cat", "dog", "owl"]
+
+
+# ---- settings ----
+
+
+def test_bad_settings(tree: Path, tmp_path: Path, capsys: object) -> None:
+    base = ["--data", tree, "--out", tmp_path / "run", *SMALL]
+    assert "--lr nan" in refused(capsys, *base, "--lr", "nan")
+    assert "--momentum -1.0" in refused(capsys, *base, "--momentum", "-1")
+    assert "larger than the training set of 24 images" in refused(capsys, *base, "--batch-size", "25")
+    assert "does not divide into at least 2 images" in refused(capsys, *base, "--batch-size", "1")
+    assert "'resnet19' is unknown" in refused(capsys, *base[:4], "--model", "resnet19", "--batch-size", "8")
+    assert "no checkpoint at" in refused(capsys, *base, "--resume", tmp_path / "none.pt")
+    if not torch.cuda.is_available():
+        assert "torch sees no CUDA device" in refused(capsys, *base, "--device", "cuda")
+
+
+def test_checkpoints_of_something_else(tree: Path, tmp_path: Path, capsys: object) -> None:
+    out = tmp_path / "run"
+    assert train(tree, out, "--epochs", "1", "--batch-size", "8") == 0
+    base = ["--data", tree, "--out", out, "--epochs", "2", "--batch-size", "8", "--image-size", "32"]
+    assert "holds a run already" in refused(capsys, *base, *SMALL)
+    told = refused(capsys, *base, "--resume", "--model", "resnet34d", "--width", "4")
+    assert "is a checkpoint of model 'resnet18d', this run has 'resnet34d'" in told
+    before = (out / "last.pt").read_bytes()
+    (out / "last.pt").write_bytes(before[: len(before) // 2])
+    assert "cannot be read as a checkpoint" in refused(capsys, *base, *SMALL, "--resume")
+    other = write_tree(tmp_path / "other", ("cat", "dog"))
+    (out / "last.pt").write_bytes(before)
+    assert "was trained on 3 classes" in refused(capsys, "--data", other, *base[2:], *SMALL, "--resume")
+    torch.save({"weights": 1}, tmp_path / "foreign.pt")
+    assert "is not a checkpoint of this trainer" in refused(capsys, *base, *SMALL, "--resume", tmp_path / "foreign.pt")
+
+
+def test_divergence_stops_and_keeps_the_last_good_epoch(tree: Path, tmp_path: Path, capsys: object) -> None:
+    """T08: a loss that is not finite ends the run; best.pt stays that of a good epoch."""
+    out = tmp_path / "run"
+    assert train(tree, out, "--epochs", "1", "--batch-size", "8", "--recipe", "baseline") == 0
+    best = (out / "best.pt").read_bytes()
+    more = ["--epochs", "3", "--batch-size", "8", "--recipe", "baseline", "--lr", "1e30", "--resume"]
+    assert train(tree, out, *more) == 1
+    told = capsys.readouterr().err
+    assert "not finite" in told
+    assert "holds epoch 1" in told
+    assert (out / "best.pt").read_bytes() == best
+
+
+def test_interrupted_checkpoint_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "last.pt"
+    checkpoint.save(path, {"format": 1})
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.save(path, {"format": 2})
+    monkeypatch.undo()
+    assert torch.load(path, weights_only=True) == {"format": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_recipes_are_the_papers() -> None:
+    recipe, notes = resolve("efficient", "imagenet", {}, train_images=1_281_167, device="cuda")
+    assert (recipe.batch_size, recipe.precision, recipe.warmup_epochs) == (1024, "fp16", 5)
+    assert recipe.linear_lr
+    assert recipe.zero_gamma
+    assert recipe.no_bias_decay
+    assert notes == []
+    recipe, notes = resolve("baseline", "imagenet", {}, train_images=1_281_167, device="cuda")
+    assert (recipe.batch_size, recipe.precision, recipe.lr, recipe.epochs) == (256, "fp32", 0.1, 120)
+    assert not recipe.zero_gamma
+    assert notes == []
+    assert RECIPES.keys() == {"baseline", "efficient"}
+
+
+def test_small_data_and_cpus_change_the_recipe_and_say_so() -> None:
+    """T04: a data set smaller than the batch is never zero steps."""
+    recipe, notes = resolve("efficient", "imagenet", {}, train_images=1000, device="cpu")
+    assert recipe.batch_size == fit_batch(1024, 1000) == 64
+    assert recipe.precision == "fp32"
+    assert len(notes) == 2
+    assert "several times slower than fp32" in notes[1]
+    recipe, notes = resolve("efficient", "imagenet", {"precision": "fp16"}, train_images=1000, device="cpu")
+    assert recipe.precision == "fp16"
+    with pytest.raises(RecipeError, match="no step would run"):
+        resolve("baseline", "imagenet", {"batch_size": 65}, train_images=64, device="cpu")
