@@ -1,0 +1,195 @@
+"""The optimizers on two gloo processes: DDP, ZeroRedundancyOptimizer, FSDP2; found_inf and norms agreed by ranks."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import socket
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from fasttricks.optim import FusedLARS, FusedSGD, LossScaler
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
+
+OPTIONS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2}
+
+
+def make_model() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5))
+
+
+def inputs(seed: int) -> list[torch.Tensor]:
+    """One batch for each of the two ranks."""
+    generator = torch.Generator().manual_seed(seed)
+    return list(torch.randn(2, 4, 6, generator=generator))
+
+
+def loss_of(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return model(x).square().mean()
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> None:
+    torch.testing.assert_close(a.detach().float(), b.detach().float(), rtol=1e-5, atol=1e-6)
+
+
+def alone(model: nn.Module, steps: int, max_norm: float | None = None, lars: bool = False) -> nn.Module:
+    """What one process gives on both batches, by torch.optim.SGD (LARS: by FusedLARS, tested elsewhere)."""
+    model = copy.deepcopy(model)
+    kind: Any = FusedLARS if lars else torch.optim.SGD
+    optimizer = kind(model.parameters(), **OPTIONS)
+    for i in range(steps):
+        optimizer.zero_grad()
+        (sum(loss_of(model, x) for x in inputs(i)) / 2).backward()
+        if max_norm is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        optimizer.step()
+    return model
+
+
+def with_ddp(rank: int, model: nn.Module) -> None:
+    want = alone(model, 3)
+    replica = nn.parallel.DistributedDataParallel(copy.deepcopy(model))
+    optimizer, scaler = FusedSGD(replica.parameters(), **OPTIONS), LossScaler(256.0)
+    for i in range(4):
+        optimizer.zero_grad()
+        factor = math.inf if i == 3 and rank == 1 else 1.0  # the overflow of one rank reaches all by the reduction
+        scaler.scale(loss_of(replica, inputs(i)[rank]) * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert scaler.get_scale() == 128
+    for a, b in zip(replica.parameters(), want.parameters(), strict=True):
+        close(a, b)
+
+
+def with_zero(rank: int, model: nn.Module) -> None:
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    want = alone(model, 3)
+    for dtype in (torch.float32, torch.float16):
+        replica = nn.parallel.DistributedDataParallel(copy.deepcopy(model).to(dtype))
+        optimizer = ZeroRedundancyOptimizer(replica.parameters(), optimizer_class=FusedSGD, **OPTIONS)
+        scaler = LossScaler(256.0)
+        for i in range(4):
+            optimizer.zero_grad()
+            scaler.scale(loss_of(replica, inputs(i)[rank].to(dtype)).float()).backward()
+            if i == 3:  # in a parameter that only one rank steps
+                next(replica.parameters()).grad.fill_(math.nan)
+            scaler.step(optimizer)
+            scaler.update()
+        assert scaler.get_scale() == 128
+        for a, b in zip(replica.parameters(), want.parameters(), strict=True):
+            assert a.isfinite().all()
+            tolerance = 1e-5 if dtype is torch.float32 else 1e-2
+            torch.testing.assert_close(a.detach().float(), b.detach(), rtol=tolerance, atol=tolerance)
+        optimizer.consolidate_state_dict(to=0)
+        if rank == 0:
+            full = optimizer.state_dict()["state"]
+            assert len(full) == 4
+            masters = [s["master"] for s in full.values() if "master" in s]
+            assert len(masters) == (0 if dtype is torch.float32 else 4)
+            assert all(m.dtype == torch.float32 for m in masters)
+
+
+def with_fsdp(rank: int, model: nn.Module) -> None:
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (2,))
+
+    def shard(dtype: torch.dtype = torch.float32) -> nn.Module:
+        sharded = copy.deepcopy(model).to(dtype)
+        for layer in (sharded[0], sharded[2]):  # five rows on two ranks: uneven shards
+            fully_shard(layer, mesh=mesh)
+        fully_shard(sharded, mesh=mesh)
+        return sharded
+
+    for max_norm, lars in ((None, False), (0.05, False), (None, True)):
+        want = alone(model, 3, max_norm, lars)
+        sharded = shard()
+        kind: Any = FusedLARS if lars else FusedSGD
+        optimizer = kind(sharded.parameters(), **OPTIONS, max_grad_norm=max_norm)
+        scaler = LossScaler(256.0)
+        for i in range(4):
+            optimizer.zero_grad()
+            scaler.scale(loss_of(sharded, inputs(i)[rank])).backward()
+            if i == 3 and rank == 1:  # seen by one rank only
+                sharded[2].weight.grad.to_local().fill_(math.inf)
+            scaler.step(optimizer)
+            scaler.update()
+        assert scaler.get_scale() == 128
+        for a, b in zip(sharded.parameters(), want.parameters(), strict=True):
+            close(a.full_tensor(), b)
+
+    # fp16 shards: sharded masters and momentum, through a distributed state_dict and back
+    sharded = shard(torch.float16)
+    optimizer = FusedSGD(sharded.parameters(), **OPTIONS)
+
+    def step(i: int) -> None:
+        optimizer.zero_grad()
+        loss_of(sharded, inputs(i)[rank].half()).float().backward()
+        optimizer.step()
+
+    for i in range(2):
+        step(i)
+    saved = copy.deepcopy(get_optimizer_state_dict(sharded, optimizer))
+    weights = [p.to_local().clone() for p in sharded.parameters()]
+    step(2)
+    after = [p.full_tensor().clone() for p in sharded.parameters()]
+    masters = [m.to_local().clone() for m in optimizer.master_params()]
+    assert all(m.dtype == torch.float32 for m in masters)
+    with torch.no_grad():
+        for p, w in zip(sharded.parameters(), weights, strict=True):
+            p.to_local().copy_(w)
+    optimizer = FusedSGD(sharded.parameters(), **OPTIONS)
+    set_optimizer_state_dict(sharded, optimizer, saved)
+    step(2)
+    for a, b in zip(sharded.parameters(), after, strict=True):
+        assert torch.equal(a.full_tensor(), b)
+    for a, b in zip(optimizer.master_params(), masters, strict=True):
+        assert torch.equal(a.to_local(), b)
+
+
+def with_own_group(rank: int, model: nn.Module) -> None:
+    """Ranks that share no gradients agree on found_inf where they are asked to."""
+    p = nn.Parameter(torch.ones(3))
+    optimizer, scaler = FusedSGD([p], lr=0.1), LossScaler(8.0, process_group=dist.group.WORLD)
+    for unscale in (False, True):
+        optimizer.zero_grad()
+        scaler.scale((p * (math.inf if rank == 0 else 1.0)).sum()).backward()
+        if unscale:
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+    assert (p == 1).all()
+    assert scaler.get_scale() == 2
+
+
+CASES = {f.__name__: f for f in (with_ddp, with_zero, with_fsdp, with_own_group)}
+
+
+def worker(rank: int, name: str, port: int, seed: int) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    torch.manual_seed(seed)
+    try:
+        CASES[name](rank, make_model())
+        dist.barrier()  # no rank tears gloo down while the other still talks to it
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes(name: str) -> None:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mp.spawn(worker, (name, port, torch.initial_seed() % 2**31), nprocs=2)
