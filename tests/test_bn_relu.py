@@ -78,7 +78,7 @@ def check(given: Inputs, **rest: object) -> None:
         eps = torch.finfo(got.dtype).eps
         error, limit = relative_error(got, want), allowed(max(relative_error(peer, want), eps), got.dtype)
         if given.x.dtype == torch.float64:
-            limit = 1e-13  # the oracle is no more exact than torch's own float64
+            limit = 1e-12  # the oracle is no more exact than torch's own float64
         elif name not in ("y", "dx"):
             limit = max(limit, 2e-6)  # float32 sums of values that cancel; some layouts of torch sum in double
         assert error <= limit, (name, error, limit)
@@ -327,8 +327,9 @@ def test_ambiguous_layouts(backend: str, shape: tuple[int, ...], layout: torch.m
     y, grads = ours(given)
     exact, exact_grads = unfused(given, y, torch.float64)
     assert relative_error(y, exact) < 1e-5
+    scale = (given.weight.abs() * (given.x.double().var((0, 2, 3), correction=0) + 1e-5).rsqrt()).max()
     for got, want in zip(grads, exact_grads, strict=True):  # of two values per channel, dx is all cancellation
-        assert (got - want).norm() < 1e-5 * max(given.dy.norm(), want.norm())
+        assert (got - want).norm() < 1e-5 * max(given.dy.norm() * max(scale, 1), want.norm())
 
 
 @pytest.mark.parametrize("residual", [False, True], ids=["relu", "add_relu"])

@@ -1,4 +1,4 @@
-// A stream of bits into or out of bytes, from any bit on: the ReLU mask of neighbouring threads may share a byte.
+// A stream of bits into or out of bytes, from any bit on: the ReLU mask of neighbouring slabs may share a byte.
 #pragma once
 
 #include <stdint.h>
@@ -7,51 +7,74 @@
 
 namespace fasttricks::cpu::FT_ISA {
 
-// Bytes that are wholly this stream's are stored; the first and last are or-ed in, for their other bits may be another
-// thread's (all bytes are zero beforehand; or-ing is the same in any order).
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "bits.h moves several bytes at once");
+
+// The bytes are zero beforehand. A byte that is wholly this stream's is stored; in the first and the last the bits are
+// or-ed in, for the others may be a neighbour's: atomically where that may be another thread's (or-ing gives the same
+// in any order).
 class BitWriter {
  public:
-  FT_INLINE BitWriter(uint8_t* bytes, int64_t bit)
-      : at_(bytes + bit / 8), held_(int(bit % 8)), bits_(0), shared_(bit % 8 != 0) {}
-  FT_INLINE void push(uint32_t bits, int n) {  // n <= 16
-    bits_ |= bits << held_;
-    for (held_ += n; held_ >= 8; held_ -= 8, bits_ >>= 8) {
-      if (shared_)
-        __atomic_fetch_or(at_, uint8_t(bits_), __ATOMIC_RELAXED);
-      else
-        *at_ = uint8_t(bits_);
-      shared_ = false;
-      ++at_;
-    }
+  FT_INLINE BitWriter(uint8_t* bytes, int64_t bit, bool front_is_shared)
+      : at_(bytes + bit / 8), held_(int(bit % 8)), bits_(0), atomic_(front_is_shared) {
+    if (held_ > 0 && !atomic_) bits_ = *at_;
   }
-  FT_INLINE void finish() {
-    if (held_ > 0) __atomic_fetch_or(at_, uint8_t(bits_), __ATOMIC_RELAXED);
+  FT_INLINE void push(uint32_t bits, int n) {  // n <= 16
+    bits_ |= uint64_t(bits) << held_;
+    held_ += n;
+    if (held_ < 32) return;
+    if (atomic_) {
+      first();
+      if (held_ < 32) return;
+    }
+    const uint32_t whole = uint32_t(bits_);
+    memcpy(at_, &whole, 4);
+    at_ += 4, held_ -= 32, bits_ >>= 32;
+  }
+  FT_INLINE void finish(bool back_is_shared) {
+    if (atomic_ && held_ >= 8) first();
+    for (; held_ >= 8; held_ -= 8, bits_ >>= 8) *at_++ = uint8_t(bits_);
+    if (held_ == 0) return;
+    if (atomic_ || back_is_shared)
+      __atomic_fetch_or(at_, uint8_t(bits_), __ATOMIC_RELAXED);
+    else
+      *at_ |= uint8_t(bits_);
   }
 
  private:
+  // Another thread may still or its bits into the first byte: ours go in the same way, and the byte is not stored
+  // again.
+  FT_INLINE void first() {
+    __atomic_fetch_or(at_, uint8_t(bits_), __ATOMIC_RELAXED);
+    ++at_, held_ -= 8, bits_ >>= 8;
+    atomic_ = false;
+  }
+
   uint8_t* at_;
   int held_;
-  uint32_t bits_;
-  bool shared_;
+  uint64_t bits_;
+  bool atomic_;
 };
 
 class BitReader {
  public:
-  FT_INLINE BitReader(const uint8_t* bytes, int64_t bit) : at_(bytes + bit / 8), held_(0), bits_(0) {
-    if (const int skip = int(bit % 8)) bits_ = uint32_t(*at_++) >> skip, held_ = 8 - skip;
-  }
-  FT_INLINE uint32_t pull(int n) {  // n <= 16; reads no byte before it is needed
-    for (; held_ < n; held_ += 8) bits_ |= uint32_t(*at_++) << held_;
-    const uint32_t out = bits_ & ((1u << n) - 1u);
-    bits_ >>= n;
-    held_ -= n;
-    return out;
+  // end: past the last byte.
+  FT_INLINE BitReader(const uint8_t* bytes, int64_t bit, const uint8_t* end) : bytes_(bytes), bit_(bit), end_(end) {}
+  FT_INLINE uint32_t pull(int n) {  // n <= 16
+    const uint8_t* at = bytes_ + (bit_ >> 3);
+    uint32_t bits = 0;
+    if (end_ - at >= 4)
+      memcpy(&bits, at, 4);
+    else
+      for (int i = 0; at + i < end_; ++i) bits |= uint32_t(at[i]) << (8 * i);
+    bits = (bits >> (bit_ & 7)) & ((1u << n) - 1u);
+    bit_ += n;
+    return bits;
   }
 
  private:
-  const uint8_t* at_;
-  int held_;
-  uint32_t bits_;
+  const uint8_t* bytes_;
+  int64_t bit_;
+  const uint8_t* end_;
 };
 
 }  // namespace fasttricks::cpu::FT_ISA

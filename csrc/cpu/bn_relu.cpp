@@ -114,6 +114,7 @@ struct Call {
              "; accepted: (", (x.numel() + 7) / 8, ",), a bit for each element of x");
     kept.push_back(torch::stable::contiguous(*mask));
     arguments.mask_in = static_cast<const uint8_t*>(kept.back().const_data_ptr());
+    arguments.mask_bytes = mask->size(0);
   }
 
   Tensor new_like_x() const {
@@ -140,7 +141,7 @@ struct Call {
 
   // NHWC: slices of whole rows, the same for any number of threads; eight rows end on a whole byte of the mask.
   int64_t slices() const {
-    const int64_t rows = std::max<int64_t>(8, (1 << 15) / arguments.channels);
+    const int64_t rows = std::max<int64_t>(8, (1 << 17) / arguments.channels);
     return std::clamp<int64_t>(arguments.rows / rows, 1, 64);
   }
   template <class F>
@@ -152,25 +153,24 @@ struct Call {
     });
   }
 
-  // A reduction over the rows into two doubles a channel of every slice; finish(c, slice -> its two doubles, counts).
-  template <class Kernel, class Finish>
-  void reduce_rows(Kernel kernel, const Finish& finish) const {
+  // A reduction over the rows: two doubles a channel from every slice, which join(count before, count of the slice, the
+  // pair of all before, the slice's pair) merges in the order of the slices. All of one, then all of the other.
+  template <class Kernel, class Join>
+  std::vector<double> reduce_rows(Kernel kernel, const Join& join) const {
     const int64_t n = slices(), channels = arguments.channels;
     std::vector<double> parts(size_t(2 * n * channels)), counts(size_t(n), 0.0);
     run_slices([&](int64_t s, int64_t begin, int64_t end) {
       kernel(arguments, begin, end, &parts[size_t(2 * s * channels)], &parts[size_t((2 * s + 1) * channels)]);
       counts[size_t(s)] = double(end - begin);
     });
-    for (int64_t c = 0; c < channels; ++c) {
-      Moments<double> all{0, 0, 0};
-      double first = 0, second = 0;
-      for (int64_t s = 0; s < n; ++s) {
-        const double a = parts[size_t(2 * s * channels + c)], b = parts[size_t((2 * s + 1) * channels + c)];
-        all = merge(all, {counts[size_t(s)], a, b});
-        first += a, second += b;
-      }
-      finish(c, all, first, second);
+    double count = counts[0];
+    for (int64_t s = 1; s < n; ++s) {
+      const double* part = &parts[size_t(2 * s * channels)];
+      for (int64_t c = 0; c < channels; ++c)
+        join(count, counts[size_t(s)], parts[size_t(c)], parts[size_t(channels + c)], part[c], part[channels + c]);
+      count += counts[size_t(s)];
     }
+    return parts;
   }
 
   void store(void* to, int64_t c, double value) const {
@@ -184,26 +184,47 @@ struct Call {
                                                  : double(static_cast<const float*>(from)[c]);
   }
 
-  void run(int passes) const {
+  void run(int passes) {
     if (empty()) return;
     if (!by_rows()) return run_channels(passes);
     const BnOfType& kernels = kernels_of(x.scalar_type());
-    const BnArguments& a = arguments;
-    if (passes & kBnStatistics)
-      reduce_rows(kernels.row_statistics, [&](int64_t c, const Moments<double>& all, double, double) {
-        store(a.mean, c, all.mean);
-        store(a.var, c, all.m2 / all.count);
-      });
-    if (passes & kBnApply) run_slices([&](int64_t, int64_t begin, int64_t end) { kernels.row_apply(a, begin, end); });
-    if (passes & kBnReduce)
-      reduce_rows(kernels.row_reduce, [&](int64_t c, const Moments<double>&, double sum_dz, double sum_dz_d) {
+    BnArguments& a = arguments;
+    if (passes & kBnStatistics) {
+      const auto join = [](double before, double n, double& mean, double& m2, double mean_s, double m2_s) {
+        const Moments<double> all = merge<double>({before, mean, m2}, {n, mean_s, m2_s});
+        mean = all.mean, m2 = all.m2;
+      };
+      const std::vector<double> both = reduce_rows(kernels.row_statistics, join);
+      for (int64_t c = 0; c < a.channels; ++c) {
+        store(a.mean, c, both[size_t(c)]);
+        store(a.var, c, both[size_t(a.channels + c)] / double(a.rows));
+      }
+    }
+    if (passes == kBnStatistics) return;
+    std::vector<double> prepared(size_t(5 * a.channels));
+    a.prepared = prepared.data();
+    if (passes & kBnApply) {
+      a.vanish = kernels.prepare(a, false);
+      run_slices([&](int64_t, int64_t begin, int64_t end) { kernels.row_apply(a, begin, end); });
+    }
+    if (passes & kBnReduce) {
+      const auto join = [](double, double, double& sum_dz, double& sum_dz_d, double sum_dz_s, double sum_dz_d_s) {
+        sum_dz += sum_dz_s, sum_dz_d += sum_dz_d_s;
+      };
+      kernels.prepare(a, false);
+      const std::vector<double> both = reduce_rows(kernels.row_reduce, join);
+      for (int64_t c = 0; c < a.channels; ++c) {
         const double var = load(a.var, c);
         const double rstd = statistics_type == ScalarType::Double ? bn_rstd(var, a.eps) : bn_rstd(float(var), a.eps);
-        store(a.dbias, c, sum_dz);
-        store(a.dweight, c, sum_dz_d * rstd);
-      });
-    if (passes & kBnBackward)
+        store(a.dbias, c, both[size_t(c)]);
+        store(a.dweight, c, both[size_t(a.channels + c)] * rstd);
+      }
+    }
+    if (passes & kBnBackward) {
+      a.vanish = kernels.prepare(a, true);
       run_slices([&](int64_t, int64_t begin, int64_t end) { kernels.row_backward(a, begin, end); });
+    }
+    a.prepared = nullptr;
   }
 };
 

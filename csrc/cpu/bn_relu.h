@@ -17,10 +17,13 @@ struct BnArguments {
   const void *x, *residual, *dy;
   void *y, *dx, *dresidual;
   const uint8_t* mask_in;  // one bit an element, memory order
-  uint8_t* mask_out;       // zeroed beforehand
+  int64_t mask_bytes;
+  uint8_t* mask_out;  // zeroed beforehand
   const void *weight, *bias;
   void *mean, *var, *dweight, *dbias;  // the statistics are written by a statistics pass, read by the others
   double count;                        // values per channel that dweight and dbias are sums over
+  void* prepared;                      // NHWC: five values a channel, from prepare
+  bool vanish;                         // NHWC: what prepare returned
 };
 
 enum BnPass { kBnStatistics = 1, kBnApply = 2, kBnReduce = 4, kBnBackward = 8 };
@@ -28,6 +31,9 @@ enum BnPass { kBnStatistics = 1, kBnApply = 2, kBnReduce = 4, kBnBackward = 8 };
 struct BnOfType {
   // NCHW: channels [begin, end); the second pass over a channel finds it in the cache. passes: of enum BnPass.
   void (*channels)(const BnArguments&, int passes, int64_t begin, int64_t end);
+  // NHWC: what the passes below need of every channel, into `prepared`; true where x need not be read (all weights are
+  // zero and all statistics finite).
+  bool (*prepare)(const BnArguments&, bool backward);
   // NHWC: rows [begin, end). The reductions give partial sums of every channel, in double, that the caller merges.
   void (*row_statistics)(const BnArguments&, int64_t begin, int64_t end, double* mean, double* m2);
   void (*row_apply)(const BnArguments&, int64_t begin, int64_t end);

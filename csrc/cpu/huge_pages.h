@@ -9,13 +9,14 @@
 
 namespace fasttricks::cpu {
 
+// From 32 MiB on, glibc's malloc takes fresh pages for every allocation; below, it comes to reuse its heap.
 // A fresh allocation of some 100 MB costs a page fault for every 4 KiB of it, which takes longer than computing and
 // writing its contents. This asks the kernel to map whole huge pages inside it instead: a hint, which changes no
 // contents and which the system may refuse (/sys/kernel/mm/transparent_hugepage/enabled: never).
 inline void advise_huge_pages(void* data, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kHuge = uintptr_t(2) << 20;
-  if (bytes < int64_t(4 * kHuge)) return;
+  if (bytes < int64_t(16 * kHuge)) return;
   const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) & ~(kHuge - 1);
   const uintptr_t last = (reinterpret_cast<uintptr_t>(data) + uintptr_t(bytes)) & ~(kHuge - 1);
   if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);

@@ -67,20 +67,26 @@ struct Bn {
 
   // ---- NCHW: one slab of n values of one channel ----
 
-  static A slab_sum(const T* p, int64_t n) {
-    V s0(A(0)), s1(A(0)), s2(A(0)), s3(A(0));
+  // Four sums of lanes, kept over the rows of a part: adding lanes up costs more than a short row.
+  struct Lanes {
+    V s0, s1, s2, s3;
+    Lanes() : s0(A(0)), s1(A(0)), s2(A(0)), s3(A(0)) {}
+    A total() const { return sum((s0 + s1) + (s2 + s3)); }
+  };
+
+  static FT_INLINE void slab_sum(const T* p, int64_t n, Lanes& t) {
+    V s0 = t.s0, s1 = t.s1, s2 = t.s2, s3 = t.s3;
     int64_t i = 0;
     for (; i + 4 * V::N <= n; i += 4 * V::N) {
       s0 = s0 + V::load(p + i), s1 = s1 + V::load(p + i + V::N);
       s2 = s2 + V::load(p + i + 2 * V::N), s3 = s3 + V::load(p + i + 3 * V::N);
     }
     each<V>(n - i, [&](int64_t j, int m) FT_LAMBDA { s0 = s0 + load_n<A>(p + i + j, m); });
-    return sum((s0 + s1) + (s2 + s3));
+    t.s0 = s0, t.s1 = s1, t.s2 = s2, t.s3 = s3;
   }
 
-  static A slab_m2(const T* p, int64_t n, A mean) {
-    V s0(A(0)), s1(A(0)), s2(A(0)), s3(A(0));
-    const V m(mean);
+  static FT_INLINE void slab_m2(const T* p, int64_t n, V m, Lanes& t) {
+    V s0 = t.s0, s1 = t.s1, s2 = t.s2, s3 = t.s3;
     int64_t i = 0;
     for (; i + 4 * V::N <= n; i += 4 * V::N) {
       const V d0 = V::load(p + i) - m, d1 = V::load(p + i + V::N) - m;
@@ -91,7 +97,7 @@ struct Bn {
       const V d = (load_n<A>(p + i + j, k) - m).keep((uint32_t(1) << k) - 1u);
       s0 = V::fma(d, d, s0);
     });
-    return sum((s0 + s1) + (s2 + s3));
+    t.s0 = s0, t.s1 = s1, t.s2 = s2, t.s3 = s3;
   }
 
   static void statistics(const BnArguments& a, int64_t c) {
@@ -103,11 +109,11 @@ struct Bn {
       const int64_t r1 = r0 + together < a.rows ? r0 + together : a.rows;
       for (int64_t i = 0; i < a.inner; i += piece) {
         const int64_t n = i + piece < a.inner ? piece : a.inner - i;
-        double total = 0, m2 = 0;
-        for (int64_t r = r0; r < r1; ++r) total += slab_sum(x + r * stride + i, n);
-        const double values = double((r1 - r0) * n), mean = total / values;
-        for (int64_t r = r0; r < r1; ++r) m2 += slab_m2(x + r * stride + i, n, A(mean));
-        all = merge(all, {values, mean, m2});
+        Lanes total, square;
+        for (int64_t r = r0; r < r1; ++r) slab_sum(x + r * stride + i, n, total);
+        const double values = double((r1 - r0) * n), mean = double(total.total()) / values;
+        for (int64_t r = r0; r < r1; ++r) slab_m2(x + r * stride + i, n, V(A(mean)), square);
+        all = merge(all, {values, mean, double(square.total())});
       }
     }
     static_cast<A*>(a.mean)[c] = A(all.mean);
@@ -115,7 +121,7 @@ struct Bn {
   }
 
   template <bool ReadX, bool Residual>
-  static void apply(const BnArguments& a, int64_t c, const Channel& k) {
+  static void apply(const BnArguments& a, int64_t c, const Channel& k, bool first, bool last) {
     const V mean(k.mean), scale(k.scale), bias(k.bias);
     for (int64_t r = 0; r < a.rows; ++r) {
       const int64_t at = (r * a.channels + c) * a.inner;
@@ -123,7 +129,7 @@ struct Bn {
       const T* residual = static_cast<const T*>(a.residual) + at;
       T* y = static_cast<T*>(a.y) + at;
       if constexpr (Residual) {
-        BitWriter bits(a.mask_out, at);
+        BitWriter bits(a.mask_out, at, first);
         each<V>(a.inner, [&](int64_t i, int n) FT_LAMBDA {
           V z = ReadX ? normalised(load_n<A>(x + i, n), mean, scale, bias) : bias;
           z = rounded<T>(z + load_n<A>(residual + i, n));
@@ -131,7 +137,7 @@ struct Bn {
           store_n(z.keep(pass), y + i, n);
           bits.push(pass, n);
         });
-        bits.finish();
+        bits.finish(last);
       } else {
         each<V>(a.inner, [&](int64_t i, int n) FT_LAMBDA {
           const V z = ReadX ? normalised(load_n<A>(x + i, n), mean, scale, bias) : bias;
@@ -152,21 +158,27 @@ struct Bn {
   static void reduce(const BnArguments& a, int64_t c, const Channel& k) {
     const V mean(k.mean), scale(k.scale), bias(k.bias);
     double total = 0, total_d = 0;
+    V s(A(0)), s_d(A(0));
+    int64_t held = 0;
     for (int64_t r = 0; r < a.rows; ++r)
       for (int64_t i0 = 0; i0 < a.inner; i0 += kChunk) {
         const int64_t at = (r * a.channels + c) * a.inner + i0;
         const T* x = static_cast<const T*>(a.x) + at;
         const T* dy = static_cast<const T*>(a.dy) + at;
-        BitReader bits(a.mask_in, Masked ? at : 0);
-        V s(A(0)), s_d(A(0));
-        each<V>(i0 + kChunk < a.inner ? kChunk : a.inner - i0, [&](int64_t i, int n) FT_LAMBDA {
+        BitReader bits(a.mask_in, Masked ? at : 0, a.mask_in + a.mask_bytes);
+        const int64_t count = i0 + kChunk < a.inner ? kChunk : a.inner - i0;
+        each<V>(count, [&](int64_t i, int n) FT_LAMBDA {
           const V v = load_n<A>(x + i, n);
           const V dz = gradient<Masked>(load_n<A>(dy + i, n), v, mean, scale, bias, bits, n);
           s = s + dz;
           s_d = V::fma(dz, (v - mean).keep((uint32_t(1) << n) - 1u), s_d);
         });
+        if ((held += count) < kChunk) continue;
         total += sum(s), total_d += sum(s_d);
+        s = s_d = V(A(0));
+        held = 0;
       }
+    total += sum(s), total_d += sum(s_d);
     store_sums(a, c, total, total_d);
   }
 
@@ -198,7 +210,7 @@ struct Bn {
       const T* dy = static_cast<const T*>(a.dy) + at;
       T* dx = static_cast<T*>(a.dx) + at;
       T* dresidual = a.dresidual ? static_cast<T*>(a.dresidual) + at : nullptr;
-      BitReader bits(a.mask_in, Masked ? at : 0);
+      BitReader bits(a.mask_in, Masked ? at : 0, a.mask_in + a.mask_bytes);
       if (nothing) {
         each<V>(a.inner, [&](int64_t i, int n) FT_LAMBDA { store_n(zero, dx + i, n); });
         if (!dresidual) continue;
@@ -223,10 +235,13 @@ struct Bn {
       const Channel k = channel(a, c);
       if (passes & kBnApply) {
         const bool read = !vanishes(a, k, c);
+        // whose bytes of the mask may be another thread's: those at the ends, and all where a byte spans several
+        // channels
+        const bool first = c == begin || a.inner < 8, last = c == end - 1 || a.inner < 8;
         if (a.residual)
-          read ? apply<true, true>(a, c, k) : apply<false, true>(a, c, k);
+          read ? apply<true, true>(a, c, k, first, last) : apply<false, true>(a, c, k, first, last);
         else
-          read ? apply<true, false>(a, c, k) : apply<false, false>(a, c, k);
+          read ? apply<true, false>(a, c, k, first, last) : apply<false, false>(a, c, k, first, last);
       }
       if (passes & kBnReduce) a.mask_in ? reduce<true>(a, c, k) : reduce<false>(a, c, k);
       if (passes & kBnBackward) a.mask_in ? backward<true>(a, c, k) : backward<false>(a, c, k);
@@ -274,29 +289,33 @@ struct Bn {
     delete[] block;
   }
 
-  // Every channel's mean, scale and bias, and whether no channel needs x.
+  // Every channel's mean, scale, bias, shift and slope, as prepare() left them for the row passes.
   struct Channels {
-    A *mean, *scale, *bias;
-    bool vanish;
-    explicit Channels(const BnArguments& a) : mean(new A[size_t(3 * a.channels)]), vanish(true) {
-      scale = mean + a.channels, bias = scale + a.channels;
-      for (int64_t c = 0; c < a.channels; ++c) {
-        const Channel k = channel(a, c);
-        mean[c] = k.mean, scale[c] = k.scale, bias[c] = k.bias;
-        vanish = vanish && vanishes(a, k, c);
-      }
+    A *mean, *scale, *bias, *shift, *slope;
+    explicit Channels(const BnArguments& a) : mean(static_cast<A*>(a.prepared)) {
+      scale = mean + a.channels, bias = scale + a.channels, shift = bias + a.channels, slope = shift + a.channels;
     }
-    Channels(const Channels&) = delete;
-    Channels& operator=(const Channels&) = delete;
-    ~Channels() { delete[] mean; }
     FT_INLINE V normalise(V x, int64_t c, int n) const {
       return normalised(x, load_n<A>(mean + c, n), load_n<A>(scale + c, n), load_n<A>(bias + c, n));
     }
   };
 
+  static bool prepare(const BnArguments& a, bool backward) {
+    const Channels k(a);
+    bool vanish = true;
+    for (int64_t c = 0; c < a.channels; ++c) {
+      const Channel one = channel(a, c);
+      k.mean[c] = one.mean, k.scale[c] = one.scale, k.bias[c] = one.bias;
+      const BnBackward<A> f = backward ? factors(a, c) : BnBackward<A>{one.scale, A(0), A(0)};
+      k.shift[c] = f.shift, k.slope[c] = f.slope;
+      vanish = vanish && vanishes(a, f, one, c);
+    }
+    return vanish;
+  }
+
   template <bool ReadX, bool Residual>
   static void apply_rows(const BnArguments& a, const Channels& k, int64_t begin, int64_t end) {
-    BitWriter bits(a.mask_out, Residual ? begin * a.channels : 0);
+    BitWriter bits(a.mask_out, Residual ? begin * a.channels : 0, false);  // slices begin on whole bytes
     for (int64_t r = begin; r < end; ++r) {
       const T* x = static_cast<const T*>(a.x) + r * a.channels;
       const T* residual = static_cast<const T*>(a.residual) + r * a.channels;
@@ -313,15 +332,15 @@ struct Bn {
         }
       });
     }
-    if constexpr (Residual) bits.finish();
+    if constexpr (Residual) bits.finish(false);
   }
 
   static void row_apply(const BnArguments& a, int64_t begin, int64_t end) {
     const Channels k(a);
     if (a.residual)
-      k.vanish ? apply_rows<false, true>(a, k, begin, end) : apply_rows<true, true>(a, k, begin, end);
+      a.vanish ? apply_rows<false, true>(a, k, begin, end) : apply_rows<true, true>(a, k, begin, end);
     else
-      k.vanish ? apply_rows<false, false>(a, k, begin, end) : apply_rows<true, false>(a, k, begin, end);
+      a.vanish ? apply_rows<false, false>(a, k, begin, end) : apply_rows<true, false>(a, k, begin, end);
   }
 
   template <bool Masked>
@@ -331,7 +350,7 @@ struct Bn {
     A* block = new A[size_t(2 * C)];
     A *total = block, *total_d = block + C;
     for (int64_t c = 0; c < C; ++c) sum_dz[c] = sum_dz_d[c] = 0;
-    BitReader bits(a.mask_in, Masked ? begin * C : 0);
+    BitReader bits(a.mask_in, Masked ? begin * C : 0, a.mask_in + a.mask_bytes);
     for (int64_t r0 = begin; r0 < end; r0 += step) {
       const int64_t r1 = r0 + step < end ? r0 + step : end;
       for (int64_t c = 0; c < C; ++c) total[c] = total_d[c] = A(0);
@@ -360,16 +379,8 @@ struct Bn {
   static void backward_rows(const BnArguments& a, int64_t begin, int64_t end) {
     const int64_t C = a.channels;
     const Channels k(a);
-    A* block = new A[size_t(2 * C)];
-    A *shift = block, *slope = block + C;
-    bool nothing = k.vanish;
-    const bool constant = !a.training;
-    for (int64_t c = 0; c < C; ++c) {
-      const BnBackward<A> f = factors(a, c);
-      shift[c] = f.shift, slope[c] = f.slope;
-      nothing = nothing && finite(f.shift) && finite(f.slope);
-    }
-    BitReader bits(a.mask_in, Masked ? begin * C : 0);
+    const bool nothing = a.vanish, constant = !a.training;
+    BitReader bits(a.mask_in, Masked ? begin * C : 0, a.mask_in + a.mask_bytes);
     for (int64_t r = begin; r < end; ++r) {
       const T* x = static_cast<const T*>(a.x) + r * C;
       const T* dy = static_cast<const T*>(a.dy) + r * C;
@@ -387,18 +398,18 @@ struct Bn {
         const V v = load_n<A>(x + c, n), mean = load_n<A>(k.mean + c, n), scale = load_n<A>(k.scale + c, n);
         const V dz = gradient<Masked>(load_n<A>(dy + c, n), v, mean, scale, load_n<A>(k.bias + c, n), bits, n);
         if (dresidual) store_n(dz, dresidual + c, n);
-        store_n(constant ? scale * dz : scale * V::fma(v - mean, load_n<A>(slope + c, n), dz - load_n<A>(shift + c, n)),
-                dx + c, n);
+        store_n(
+            constant ? scale * dz : scale * V::fma(v - mean, load_n<A>(k.slope + c, n), dz - load_n<A>(k.shift + c, n)),
+            dx + c, n);
       });
     }
-    delete[] block;
   }
 
   static void row_backward(const BnArguments& a, int64_t begin, int64_t end) {
     a.mask_in ? backward_rows<true>(a, begin, end) : backward_rows<false>(a, begin, end);
   }
 
-  static constexpr BnOfType table() { return {channels, row_statistics, row_apply, row_reduce, row_backward}; }
+  static constexpr BnOfType table() { return {channels, prepare, row_statistics, row_apply, row_reduce, row_backward}; }
 };
 
 }  // namespace

@@ -1,0 +1,97 @@
+"""bn_relu against eager relu(bn(x)) and torch.compile of it, bn_add_relu against relu(bn(x) + r): float32, batch 32.
+
+    pytest benchmarks/bench_bn_relu.py --benchmark-only -s
+
+The shapes are those of ResNet-50's BatchNorms. All sides run in turn in one process, so that a ratio is of one machine
+state; printed are the best of the rounds, the ratios, and the bytes that the formula needs (forward 3N or 4N, backward 5N
+or 6N) over our time.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fasttricks.nn import BatchNormAddReLU2d, BatchNormReLU2d
+
+THREADS, BATCH, ROUNDS = 2, 32, 7
+RELU_SHAPES = ((64, 112), (64, 56), (128, 56), (128, 28), (256, 28), (256, 14), (512, 14), (512, 7))
+ADD_SHAPES = ((256, 56), (512, 28), (1024, 14), (2048, 7))
+LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
+ratios: dict[str, dict[str, float]] = {"eager": {}, "compiled": {}, "eager, add": {}, "compiled, add": {}}
+
+
+class Eager(nn.BatchNorm2d):
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        y = super().forward(x)
+        return F.relu(y if residual is None else y + residual, inplace=True)
+
+
+def step(module: Callable[..., torch.Tensor], inputs: list[torch.Tensor], dy: torch.Tensor) -> None:
+    y = module(*inputs)
+    torch.autograd.grad(y, inputs, dy)
+
+
+def measure(benchmark, c: int, size: int, layout: str, add: bool) -> None:
+    torch.set_num_threads(THREADS)
+    torch._dynamo.reset()
+    shape = (BATCH, c, size, size)
+
+    def dense() -> torch.Tensor:
+        return torch.randn(shape).contiguous(memory_format=LAYOUTS[layout])
+
+    inputs = [dense().requires_grad_() for _ in range(1 + add)]
+    dy = dense()
+    ours = BatchNormAddReLU2d(c) if add else BatchNormReLU2d(c)
+    peers = {"eager": Eager(c), "compiled": torch.compile(Eager(c))}
+    for module in (ours, *peers.values()):
+        step(module, inputs, dy)
+    times: dict[str, list[float]] = {name: [] for name in peers}
+
+    def peers_round() -> tuple[tuple, dict]:
+        for name, module in peers.items():
+            step(module, inputs, dy)  # every side's timed step follows one of its own: no side warms another's caches
+            start = time.perf_counter()
+            step(module, inputs, dy)
+            times[name].append(time.perf_counter() - start)
+        step(ours, inputs, dy)
+        return (ours, inputs, dy), {}
+
+    benchmark.pedantic(step, setup=peers_round, rounds=ROUNDS, iterations=1)
+    best = min(benchmark.stats.stats.data)
+    case = f"{c}x{size}x{size} {layout}"
+    speed = (10 if add else 8) * dy.numel() * dy.element_size() / best / 1e9
+    text = f"\n{case}{' + residual' if add else ''}: {best * 1e3:.2f} ms ({speed:.1f} GB/s of the formula's bytes)"
+    for name, seen in times.items():
+        ratio = min(seen) / best
+        ratios[f"{name}, add" if add else name][case] = ratio
+        benchmark.extra_info[name] = ratio
+        text += f", {name} {min(seen) * 1e3:.2f} ms: {ratio:.2f}x"
+    print(text)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("c", "size"), RELU_SHAPES)
+def test_bn_relu(benchmark, c: int, size: int, layout: str) -> None:
+    measure(benchmark, c, size, layout, add=False)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("c", "size"), ADD_SHAPES)
+def test_bn_add_relu(benchmark, c: int, size: int, layout: str) -> None:
+    measure(benchmark, c, size, layout, add=True)
+
+
+@pytest.mark.parametrize("peer", ratios)
+def test_geometric_mean(benchmark, peer: str) -> None:
+    """The mean of the ratios above, as a number of its own; timed is only its computation."""
+    seen = ratios[peer]
+    mean = benchmark(lambda: math.exp(sum(map(math.log, seen.values())) / len(seen)))
+    benchmark.extra_info["geometric_mean"] = mean
+    print(f"\ngeometric mean over {len(seen)} cases: {mean:.2f}x {peer}")
