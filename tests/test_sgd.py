@@ -128,73 +128,16 @@ def test_every_isa(isa: str) -> None:
         pytest.skip(f"this CPU has no {isa}")
     code = (
         f"import sys; sys.path[:0] = [{str(__file__.rsplit('/', 1)[0])!r}]\n"
-        "import torch, test_sgd\n"
+        "import torch, test_sgd, test_sgd_check\n"
         f"torch.manual_seed({torch.initial_seed()})\n"
         f"assert torch.ops.fasttricks.cpu_isa() == {isa!r}\n"
         f"test_sgd.run_modes('cpu', exact={isa != 'generic' and HAS_FMA})\n"
-        "test_sgd.run_check('cpu'); test_sgd.run_norms('cpu')\n"
+        "test_sgd_check.run_check('cpu'); test_sgd_check.run_norms('cpu')\n"
+        "for size in (1e-42, 1.0, 3e38): test_sgd_check.test_norms_of_every_magnitude('cpu', size)\n"
     )
     env = {**os.environ, "FASTTRICKS_CPU_ISA": isa, "FASTTRICKS_BACKEND": "cpu"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-def run_check(backend: str) -> None:
-    """An infinity or NaN at any place of any length and dtype is found; the largest finite value is none."""
-    for dtype, n in itertools.product(DTYPES, TAILS[1:]):
-        found = torch.zeros(())
-        grads = [torch.full((5,), torch.finfo(dtype).max, dtype=dtype), -torch.rand(n).to(dtype)]
-        sgd_check(grads, found)
-        assert found == 0
-        for value in (math.inf, -math.inf, math.nan):
-            for place in {0, n // 2, n - 1}:
-                bad = grads[1].clone()
-                bad[place] = value
-                found = torch.zeros(())
-                sgd_check([grads[0], bad, grads[0]], found)
-                assert found == 1, (dtype, n, value, place)
-    found = torch.ones(())
-    sgd_check([torch.ones(3)], found)
-    assert found == 1  # never cleared
-
-
-def test_check(backend: str) -> None:
-    run_check(backend)
-
-
-def run_norms(backend: str) -> None:
-    grads = [torch.randn(n).to(dtype) for dtype in DTYPES for n in (*TAILS, 40000)]
-    grads.append(torch.randn(6, 5, 4, 3)[:, ::2].transpose(1, 3))
-    params = [torch.randn(g.shape).to(g.dtype) for g in grads]
-    masters = [p.float() + torch.finfo(p.dtype).eps * 0.01 * p.float() for p in params if p.dtype in HALF]
-    found = torch.zeros(())
-    grad_sq = torch.full((len(grads),), math.nan, dtype=torch.float64)
-    weight_sq = grad_sq.clone()
-    sgd_check(grads, found, grad_sq=grad_sq, params=params, masters=masters, weight_sq=weight_sq)
-    assert found == 0
-    torch.testing.assert_close(grad_sq, torch.stack([g.double().square().sum() for g in grads]), rtol=1e-6, atol=0)
-    rest = iter(masters)
-    weights = [next(rest) if p.dtype in HALF else p for p in params]
-    torch.testing.assert_close(weight_sq, torch.stack([w.double().square().sum() for w in weights]), rtol=1e-6, atol=0)
-
-
-def test_norms(backend: str) -> None:
-    run_norms(backend)
-
-
-def test_norms_do_not_depend_on_threads() -> None:
-    grads = [torch.randn(300_001), torch.randn(70_000).half(), torch.randn(999)]
-    squares = []
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            out = torch.empty(3, dtype=torch.float64)
-            sgd_check(grads, torch.zeros(()), grad_sq=out)
-            squares.append(out)
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(*squares)
 
 
 @pytest.mark.parametrize("value", [1.0, 2.0, 0.5, math.inf, math.nan])
@@ -374,24 +317,6 @@ def test_parameters_that_share_memory(backend: str) -> None:
     want[n // 4 :] -= 0.5
     sgd_step([whole[: n // 2], whole[n // 4 :]], [torch.ones(n // 2), torch.ones(n - n // 4)], lr=0.5)
     assert_close(whole, want)
-
-
-def test_clipping(backend: str) -> None:
-    for scale, max_norm in itertools.product((1.0, 64.0), (0.5, 1e6)):
-        grads = [torch.randn(n) for n in (1, 17, 1025)]
-        params = [torch.randn(g.shape) for g in grads]
-        leaves = [p.clone().requires_grad_() for p in params]
-        for leaf, g in zip(leaves, grads, strict=True):
-            leaf.grad = g.clone()
-        norm = torch.nn.utils.clip_grad_norm_(leaves, max_norm)
-        torch.optim.SGD(leaves, lr=0.3, foreach=False).step()
-        found, squares = torch.zeros(()), torch.zeros(3, dtype=torch.float64)
-        scaled = [g * scale for g in grads]
-        sgd_check(scaled, found, grad_sq=squares)
-        assert squares.sum().sqrt().item() / scale == pytest.approx(norm.item(), rel=1e-6)
-        sgd_step(params, scaled, lr=0.3, grad_scale=torch.tensor(scale), grad_sq=squares, max_norm=max_norm)
-        for p, leaf in zip(params, leaves, strict=True):
-            torch.testing.assert_close(p, leaf.detach(), rtol=1e-6, atol=1e-6)
 
 
 def test_empty_lists(backend: str) -> None:

@@ -135,10 +135,10 @@ std::vector<Chunk> chunks_of(const std::vector<int64_t>& numels, int64_t* total)
   return chunks;
 }
 
-// Calls work(chunk index) for all chunks, on threads that get nearly equal numbers of elements; `reverse`: the last one
-// first.
+// Calls work(chunk index) for all chunks in ascending order (prefetchers count on it), on threads that get nearly equal
+// numbers of elements.
 template <class Work>
-void for_chunks(const std::vector<Chunk>& chunks, int64_t total, bool reverse, const Work& work) {
+void for_chunks(const std::vector<Chunk>& chunks, int64_t total, const Work& work) {
   const int64_t count = int64_t(chunks.size());
   const int64_t parts =
       std::max<int64_t>(1, std::min<int64_t>({int64_t(torch::stable::get_num_threads()), total / kPerThread, count}));
@@ -151,8 +151,7 @@ void for_chunks(const std::vector<Chunk>& chunks, int64_t total, bool reverse, c
   bounds.push_back(count);
   torch::stable::parallel_for(0, int64_t(bounds.size()) - 1, 1, [&](int64_t first, int64_t last) {
     for (int64_t part = first; part < last; ++part)
-      for (int64_t i = bounds[part]; i < bounds[part + 1]; ++i)
-        work(reverse ? bounds[part] + bounds[part + 1] - 1 - i : i);
+      for (int64_t i = bounds[part]; i < bounds[part + 1]; ++i) work(i);
   });
 }
 
@@ -239,7 +238,7 @@ void sgd_check(std::vector<Tensor> grads, std::vector<Tensor> params, std::vecto
   const std::vector<Chunk> chunks = chunks_of(numels, &total);
   std::vector<double> sums(chunks.size());
   std::vector<uint8_t> bad(chunks.size());
-  for_chunks(chunks, total, false, [&](int64_t i) {
+  for_chunks(chunks, total, [&](int64_t i) {
     const Chunk& chunk = chunks[i];
     const Checked& c = all[chunk.tensor];
     const bool weight = size_t(chunk.tensor) >= grads.size();
@@ -275,6 +274,8 @@ void sgd_check(std::vector<Tensor> grads, std::vector<Tensor> params, std::vecto
       grad_squares[tensor] += sums[i];
     any = any || bad[i];
   }
+  if (grad_squares)  // of fp64 gradients: a norm that is not finite cannot be clipped to
+    any = any || !std::all_of(grad_squares, grad_squares + grads.size(), [](double s) { return std::isfinite(s); });
   if (any) *static_cast<float*>(found_inf.mutable_data_ptr()) = 1.0f;
 }
 
@@ -444,8 +445,7 @@ void sgd_step(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector
   const SgdKernels& kernels = FT_KERNELS(sgd_kernels);
   int64_t total = 0;
   const auto run = [&](const std::vector<Chunk>& chunks) {
-    // from the end: the gradients that sgd_check read last may still be in the cache
-    for_chunks(chunks, total, true,
+    for_chunks(chunks, total,
                [&](int64_t c) { step_chunk(kernels, all[chunks[c].tensor], chunks[c].begin, chunks[c].count); });
   };
   if (share_memory(all)) {

@@ -43,6 +43,18 @@ FT_INLINE Vec<T> load_as(const P* p) {
 template <class P>
 constexpr bool kHasMaster = sizeof(P) == 2;
 
+// Elements from a load to the one that is fetched meanwhile. Hardware prefetchers stop at the end of a page, of which
+// there is one every 1024 fp32 elements in each of up to four streams: without this a step takes about 8% longer.
+constexpr int64_t kAhead = 1024;
+
+// Fetches the cache lines of `count` elements that lie kAhead elements on, perhaps beyond the end of the tensor.
+template <bool kWrite, int kCount, class P>
+FT_INLINE void fetch_ahead(const P* p) {
+  const uintptr_t from = uintptr_t(p) + uintptr_t(kAhead) * sizeof(P);
+  for (size_t line = 0; line < kCount * sizeof(P); line += 64)
+    __builtin_prefetch(reinterpret_cast<const void*>(from + line), kWrite);
+}
+
 // The master, or the parameter where it is no longer the rounded master: then it was changed from outside.
 template <class P>
 FT_INLINE Vec<float> as_seen(Vec<float> param, Vec<float> master) {
@@ -70,6 +82,14 @@ void step(void* param_, const void* grad_, void* master_, void* buf_, int64_t n,
   };
 
   int64_t i = 0;
+  constexpr int kPair = 2 * V::N;
+  for (; i + kPair <= n; i += kPair) {
+    fetch_ahead<false, kPair>(grad + i);
+    fetch_ahead<true, kPair>(param + i);
+    if constexpr (kHasMaster<P>) fetch_ahead<true, kPair>(master + i);
+    if (buf) fetch_ahead<true, kPair>(buf + i);
+    for (int64_t j = i; j < i + kPair; j += V::N) one_vector(param + j, grad + j, master + j, buf ? buf + j : nullptr);
+  }
   for (; i + V::N <= n; i += V::N) one_vector(param + i, grad + i, master + i, buf ? buf + i : nullptr);
   if (i < n) {  // the tail as a whole vector in buffers of its own
     const size_t left = size_t(n - i);
@@ -90,6 +110,23 @@ void step(void* param_, const void* grad_, void* master_, void* buf_, int64_t n,
   }
 }
 
+// Whether a sum of squares in fp32 is what it is in float64 but for rounding: no square overflowed, and those that
+// vanished (below 2^-126 each, at most 2^14 of them) do not count.
+FT_INLINE bool holds(float sum) { return sum >= 0x1p-88f && sum <= 3.4028234e38f; }
+FT_INLINE bool holds(double) { return true; }
+
+// The sum of squares of n values in float64. at(i, count): a vector of `count` values from the i-th on, zeros behind.
+template <class V, class T, class At>
+double wide_square_sum(int64_t n, T, const At& at) {
+  double sum = 0.0;
+  for (int64_t i = 0; i < n; i += V::N) {
+    T values[V::N];
+    at(i, n - i < V::N ? int(n - i) : V::N).store(values);
+    for (T v : values) sum += double(v) * double(v);
+  }
+  return sum;
+}
+
 // Vectors of fp32 and half values, summed in four independent chains; the same order on every call and thread count.
 template <class G>
 bool check(const void* grad_, int64_t n, double* square_sum) {
@@ -106,9 +143,16 @@ bool check(const void* grad_, int64_t n, double* square_sum) {
   int64_t i = 0;
   for (; i + 4 * V::N <= n; i += 4 * V::N)
     for (int c = 0; c < 4; ++c) take(V::load(grad + i + c * V::N), c);
-  for (; i < n; i += V::N) take(n - i >= V::N ? V::load(grad + i) : V::load(grad + i, int(n - i)), 0);
-  if (squared) *square_sum = double(sum((squares[0] + squares[1]) + (squares[2] + squares[3])));
-  return ((bad[0] + bad[1]) + (bad[2] + bad[3])).non_finite() != 0;
+  const auto at = [&](int64_t i, int count) __attribute__((always_inline)) {
+    return count == V::N ? V::load(grad + i) : V::load(grad + i, count);
+  };
+  for (; i < n; i += V::N) take(at(i, n - i < V::N ? int(n - i) : V::N), 0);
+  const bool found = ((bad[0] + bad[1]) + (bad[2] + bad[3])).non_finite() != 0;
+  if (squared) {
+    const T total = sum((squares[0] + squares[1]) + (squares[2] + squares[3]));
+    *square_sum = found || holds(total) ? double(total) : wide_square_sum<V>(n, T(0), at);
+  }
+  return found;
 }
 
 template <class P>
@@ -117,15 +161,20 @@ double weight_square(const void* param_, const void* master_, int64_t n) {
   using V = Vec<T>;
   const P* const param = static_cast<const P*>(param_);
   const T* const master = static_cast<const T*>(kHasMaster<P> ? master_ : param_);
-  V squares(T(0));
-  const auto take = [&](V m, V p) __attribute__((always_inline)) {
-    if constexpr (kHasMaster<P>) m = as_seen<P>(p, m);
-    squares = V::fma(m, m, squares);
+  const auto at = [&](int64_t i, int count) __attribute__((always_inline)) {
+    const V m = count == V::N ? V::load(master + i) : V::load(master + i, count);
+    if constexpr (kHasMaster<P>)
+      return as_seen<P>(count == V::N ? V::load(param + i) : V::load(param + i, count), m);
+    else
+      return m;
   };
-  int64_t i = 0;
-  for (; i + V::N <= n; i += V::N) take(V::load(master + i), V::load(param + i));
-  if (i < n) take(V::load(master + i, int(n - i)), V::load(param + i, int(n - i)));
-  return double(sum(squares));
+  V squares(T(0));
+  for (int64_t i = 0; i < n; i += V::N) {
+    const V v = at(i, n - i < V::N ? int(n - i) : V::N);
+    squares = V::fma(v, v, squares);
+  }
+  const T total = sum(squares);
+  return holds(total) ? double(total) : wide_square_sum<V>(n, T(0), at);
 }
 
 }  // namespace

@@ -76,7 +76,8 @@ def sgd_check(
     Args:
         grads: gradients of any shapes and strides, fp16, bf16, fp32 or fp64, on one device.
         found_inf: fp32, one element; set to 1 on a non-finite value, otherwise left as it is.
-        grad_sq: fp64, (len(grads),); receives each gradient's sum of squares.
+        grad_sq: fp64, (len(grads),); receives each gradient's sum of squares. found_inf is set, too, where one is not
+            finite (fp64 gradients beyond 1e154).
         params, masters, weight_sq: for LARS. weight_sq, fp64 (len(params),), receives the sum of squares of each
             weight: of its fp32 master where it is fp16 or bf16 (masters: one for each of those, in order).
 

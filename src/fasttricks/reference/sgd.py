@@ -31,9 +31,11 @@ def sgd_check(
         return t.double().square().sum()
 
     for i, grad in enumerate(grads):
-        found_inf.copy_(torch.where(torch.isfinite(grad).all(), found_inf, torch.ones_like(found_inf)))
+        finite = torch.isfinite(grad).all()
         if grad_sq is not None:
             grad_sq[i] = square_sum(grad)
+            finite = finite & torch.isfinite(grad_sq[i])
+        found_inf.copy_(torch.where(finite, found_inf, torch.ones_like(found_inf)))
     if weight_sq is not None:
         rest = iter(masters)
         for i, param in enumerate(params):
