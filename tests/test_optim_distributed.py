@@ -1,11 +1,10 @@
-"""The optimizers on two gloo processes: DDP, ZeroRedundancyOptimizer, FSDP2; found_inf and norms agreed by ranks."""
+"""The optimizers on two gloo processes: DDP, ZeroRedundancyOptimizer, FSDP2, DTensors; what ranks must agree on."""
 
 from __future__ import annotations
 
 import copy
 import math
-import os
-import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +22,18 @@ OPTIONS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2}
 
 def make_model() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5))
+
+
+class Images(nn.Module):
+    """Channels-last convolutions, one of them 1x1: their gradients have strides of their own in DDP's buckets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 3, 1), nn.Flatten()
+        self.layers = nn.Sequential(nn.Unflatten(1, (2, 3, 1)), *layers).to(memory_format=torch.channels_last)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
 
 
 def inputs(seed: int) -> list[torch.Tensor]:
@@ -54,18 +65,19 @@ def alone(model: nn.Module, steps: int, max_norm: float | None = None, lars: boo
 
 
 def with_ddp(rank: int, model: nn.Module) -> None:
-    want = alone(model, 3)
-    replica = nn.parallel.DistributedDataParallel(copy.deepcopy(model))
-    optimizer, scaler = FusedSGD(replica.parameters(), **OPTIONS), LossScaler(256.0)
-    for i in range(4):
-        optimizer.zero_grad()
-        factor = math.inf if i == 3 and rank == 1 else 1.0  # the overflow of one rank reaches all by the reduction
-        scaler.scale(loss_of(replica, inputs(i)[rank]) * factor).backward()
-        scaler.step(optimizer)
-        scaler.update()
-    assert scaler.get_scale() == 128
-    for a, b in zip(replica.parameters(), want.parameters(), strict=True):
-        close(a, b)
+    for net, view in ((model, False), (Images(), False), (Images(), True)):
+        replica = nn.parallel.DistributedDataParallel(copy.deepcopy(net), gradient_as_bucket_view=view)
+        want = alone(replica.module, 3)  # DDP starts from the weights of rank 0
+        optimizer, scaler = FusedSGD(replica.parameters(), **OPTIONS), LossScaler(256.0)
+        for i in range(4):
+            optimizer.zero_grad()
+            factor = math.inf if i == 3 and rank == 1 else 1.0  # the overflow of one rank reaches all by the reduction
+            scaler.scale(loss_of(replica, inputs(i)[rank]) * factor).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        assert scaler.get_scale() == 128
+        for a, b in zip(replica.parameters(), want.parameters(), strict=True):
+            close(a, b)
 
 
 def with_zero(rank: int, model: nn.Module) -> None:
@@ -103,10 +115,11 @@ def with_fsdp(rank: int, model: nn.Module) -> None:
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh("cpu", (2,))
+    model = nn.Sequential(*model, nn.ReLU(), nn.Linear(5, 1))
 
     def shard(dtype: torch.dtype = torch.float32) -> nn.Module:
         sharded = copy.deepcopy(model).to(dtype)
-        for layer in (sharded[0], sharded[2]):  # five rows on two ranks: uneven shards
+        for layer in (sharded[0], sharded[2], sharded[4]):  # five rows on two ranks, and one row: nothing for rank 1
             fully_shard(layer, mesh=mesh)
         fully_shard(sharded, mesh=mesh)
         return sharded
@@ -157,6 +170,21 @@ def with_fsdp(rank: int, model: nn.Module) -> None:
         assert torch.equal(a.to_local(), b)
 
 
+def with_partial_gradients(rank: int, model: nn.Module) -> None:
+    """A DTensor gradient that is placed otherwise than its parameter: not yet summed over the ranks, or whole."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2,))
+    start, parts = torch.randn(4, 3), torch.randn(2, 4, 3)
+    for placement in (Replicate(), Shard(0)):
+        for kind, given in ((Partial(), parts[rank]), (Replicate(), parts.sum(0))):
+            p = nn.Parameter(distribute_tensor(start.clone(), mesh, [placement]))
+            p.grad = DTensor.from_local(given, mesh, [kind])
+            FusedSGD([p], lr=0.5).step()
+            close(p.full_tensor(), start - 0.5 * parts.sum(0))
+
+
 def with_own_group(rank: int, model: nn.Module) -> None:
     """Ranks that share no gradients agree on found_inf where they are asked to."""
     p = nn.Parameter(torch.ones(3))
@@ -172,13 +200,12 @@ def with_own_group(rank: int, model: nn.Module) -> None:
     assert scaler.get_scale() == 2
 
 
-CASES = {f.__name__: f for f in (with_ddp, with_zero, with_fsdp, with_own_group)}
+CASES = {f.__name__: f for f in (with_ddp, with_zero, with_fsdp, with_partial_gradients, with_own_group)}
 
 
-def worker(rank: int, name: str, port: int, seed: int) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def worker(rank: int, name: str, meeting: str, seed: int) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     torch.manual_seed(seed)
     try:
         CASES[name](rank, make_model())
@@ -188,8 +215,5 @@ def worker(rank: int, name: str, port: int, seed: int) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_two_processes(name: str) -> None:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(worker, (name, port, torch.initial_seed() % 2**31), nprocs=2)
+def test_two_processes(name: str, tmp_path: Path) -> None:
+    mp.spawn(worker, (name, str(tmp_path / "meeting"), torch.initial_seed() % 2**31), nprocs=2)

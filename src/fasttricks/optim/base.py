@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..ops.sgd import DTYPES, check_at_least_zero, check_lr, check_raw, step_raw
 from ..reference.sgd import is_half
-from .distributed import agree_on_found_inf, is_sharded_type, local, sum_over_shards
+from .distributed import agree_on_found_inf, is_sharded_type, local, local_grad, sum_over_shards
 
 _FP32_STATE = ("master", "momentum_buffer")
 
@@ -317,7 +317,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                         batch.steps.append(step)
                     batch.owners.append(p)
                     batch.params.append(local(p))
-                    batch.grads.append(local(grad))
+                    batch.grads.append(local_grad(grad, p))
                 for device, count in grown.items():
                     b = batches[device]
                     b.sizes.append(count)

@@ -20,6 +20,13 @@ def local(t: Tensor) -> Tensor:
     return t.to_local() if is_sharded_type(t) else t  # type: ignore[attr-defined]
 
 
+def local_grad(grad: Tensor, param: Tensor) -> Tensor:
+    """The part of grad that belongs to local(param): a DTensor that is split otherwise, or not yet summed, is first."""
+    if is_sharded_type(grad) and grad.placements != param.placements:  # type: ignore[attr-defined]
+        grad = grad.redistribute(param.device_mesh, param.placements)  # type: ignore[attr-defined]
+    return local(grad)
+
+
 def _meshes(params: list[Tensor]) -> list[Any]:
     meshes: list[Any] = []
     for p in params:
