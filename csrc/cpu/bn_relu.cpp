@@ -144,12 +144,15 @@ struct Call {
     const int64_t rows = std::max<int64_t>(8, (1 << 17) / arguments.channels);
     return std::clamp<int64_t>(arguments.rows / rows, 1, 64);
   }
+  // The passes over what a reduction has just read go backwards: its last rows are still in the cache.
   template <class F>
-  void run_slices(const F& f) const {
+  void run_slices(const F& f, bool backwards = false) const {
     const int64_t n = slices(), eighths = (arguments.rows + 7) / 8;
     parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t s = begin; s < end; ++s)
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t s = backwards ? begin + end - 1 - i : i;
         f(s, std::min(arguments.rows, eighths * s / n * 8), std::min(arguments.rows, eighths * (s + 1) / n * 8));
+      }
     });
   }
 
@@ -205,7 +208,7 @@ struct Call {
     a.prepared = prepared.data();
     if (passes & kBnApply) {
       a.vanish = kernels.prepare(a, false);
-      run_slices([&](int64_t, int64_t begin, int64_t end) { kernels.row_apply(a, begin, end); });
+      run_slices([&](int64_t, int64_t begin, int64_t end) { kernels.row_apply(a, begin, end); }, true);
     }
     if (passes & kBnReduce) {
       const auto join = [](double, double, double& sum_dz, double& sum_dz_d, double sum_dz_s, double sum_dz_d_s) {
@@ -222,7 +225,7 @@ struct Call {
     }
     if (passes & kBnBackward) {
       a.vanish = kernels.prepare(a, true);
-      run_slices([&](int64_t, int64_t begin, int64_t end) { kernels.row_backward(a, begin, end); });
+      run_slices([&](int64_t, int64_t begin, int64_t end) { kernels.row_backward(a, begin, end); }, true);
     }
     a.prepared = nullptr;
   }
