@@ -270,23 +270,61 @@ def test_small_steps_add_up(dtype: torch.dtype) -> None:
     torch.testing.assert_close(ours.detach().float(), torch.full((20,), 0.9), rtol=torch.finfo(dtype).eps, atol=0)
 
 
-def test_compiled_step() -> None:
-    """torch.compile of a function that steps, and of step itself, changes nothing."""
+@pytest.mark.parametrize("dtype", HALF)
+def test_checkpoints_across_dtypes(dtype: torch.dtype) -> None:
+    """An fp32 checkpoint in a half model and back: momentum bit for bit, first step over, masters from the model."""
+    wide, half = make_model(torch.float32), make_model(dtype)
+    before = FusedSGD(wide.parameters(), lr=0.1, momentum=0.9, dampening=0.5)
+    train([before], [wide])
+    half.load_state_dict(wide.state_dict())  # rounds
+    after = FusedSGD(half.parameters(), lr=0.5)
+    after.load_state_dict(saved(before))
+    back = make_model(torch.float32)
+    back.load_state_dict(half.state_dict())
+    third = FusedSGD(back.parameters(), lr=0.5)
+    third.load_state_dict(saved(after))
+    for p, q, r in zip(wide.parameters(), half.parameters(), back.parameters(), strict=True):
+        momentum = before.state[p]["momentum_buffer"]
+        for optimizer, mine in ((after, q), (third, r)):
+            assert torch.equal(optimizer.state[mine]["momentum_buffer"], momentum)
+            assert optimizer.state[mine]["step"] == 3
+        assert "master" not in third.state[r]
+    for q, m in zip(half.parameters(), after.master_params(), strict=True):
+        assert torch.equal(m, q.float())
+    give_grads(half, back)
+    after.step()
+    third.step()
+    for q, r, m in zip(half.parameters(), back.parameters(), after.master_params(), strict=True):
+        if q.dtype is torch.float32:
+            assert torch.equal(m, r)
+        else:  # from the same weights, with gradients that differ by their rounding
+            torch.testing.assert_close(m.detach(), r.detach(), rtol=0, atol=4 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("how", ["aot_eager", "inductor"])
+def test_compiled_step(how: str) -> None:
+    """torch.compile of step, and of a function that steps, changes nothing; a float lr that changes is seen."""
     models = [make_model() for _ in range(3)]
     for m in models[1:]:
         m.load_state_dict(models[0].state_dict())
     optimizers = [FusedSGD(m.parameters(), lr=0.1, momentum=0.9, max_grad_norm=1.0) for m in models]
-    compiled = torch.compile(optimizers[1].step, backend="aot_eager")
+    compiled = torch.compile(optimizers[1].step, backend=how)
 
-    @torch.compile(backend="aot_eager")
+    @torch.compile(backend=how)
     def within(x: Tensor) -> Tensor:
         optimizers[2].step()
         return x + 1
 
-    for _ in range(3):
+    schedulers = [torch.optim.lr_scheduler.ExponentialLR(o, 0.5) for o in optimizers]
+    for i in range(4):
         give_grads(*models)
+        if i == 2:
+            for m in models:
+                next(m.parameters()).grad = None
         optimizers[0].step()
         compiled()
         within(torch.ones(1))
+        for s in schedulers:
+            s.step()
     assert_equal(optimizers[0], optimizers[1])
     assert_equal(optimizers[0], optimizers[2])

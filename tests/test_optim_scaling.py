@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -67,9 +69,9 @@ def test_values_after_an_overflow(which: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("which", [0, 1])
-def test_after_deepcopy_gradients_are_unscaled_once(which: int) -> None:
-    p = nn.Parameter(torch.ones(3))
-    optimizer = copy.deepcopy(FusedSGD([p], lr=0.1))
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"])
+def test_a_copy_unscales_gradients_once(which: int, copied: Callable[[Any], Any]) -> None:
+    optimizer = copied(FusedSGD([nn.Parameter(torch.ones(3))], lr=0.1))
     p = optimizer.param_groups[0]["params"][0]
     scaler = scalers(8.0)[which]
     scaler.scale(p.sum()).backward()
@@ -90,6 +92,19 @@ def test_unscale_then_clip_then_step(which: int) -> None:
         scaler.update()
         torch.testing.assert_close(p.detach(), torch.full((4,), want))
         assert scaler.get_scale() == scale
+
+
+def test_grad_scaler_refuses_to_unscale_fp16() -> None:
+    """torch.amp.GradScaler's own rule, which docs/migrating.md states; its step() takes the same gradients."""
+    p = nn.Parameter(torch.ones(4, dtype=torch.float16))
+    optimizer, scaler = FusedSGD([p], lr=0.1, max_grad_norm=1.0), torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(p.sum()).backward()
+    with pytest.raises(ValueError, match="FP16 gradients"):
+        scaler.unscale_(optimizer)
+    optimizer, scaler = FusedSGD([p], lr=0.1, max_grad_norm=1.0), torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(torch.zeros(()))
+    scaler.step(optimizer)  # clipped within: the norm of four ones is 2
+    torch.testing.assert_close(next(optimizer.master_params()).detach(), torch.full((4,), 0.95))
 
 
 def test_unscale_of_half_gradients_goes_to_the_masters() -> None:

@@ -294,6 +294,30 @@ def test_optimizers_in_hooks_of_accumulation() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_half_parameters_in_hooks_of_accumulation() -> None:
+    """The same on fp16 with masters: gradients are gone when the backward pass ends, and so is no precision."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 2)).half()
+    other = copy.deepcopy(model)
+    whole = FusedSGD(other.parameters(), lr=1e-3, momentum=0.9)
+    optimizers = {p: FusedSGD([p], lr=1e-3, momentum=0.9) for p in model.parameters()}
+
+    def step(p: Tensor) -> None:
+        optimizers[p].step()  # type: ignore[index]
+        optimizers[p].zero_grad()  # type: ignore[index]
+
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(step)
+    for _ in range(3):
+        x = torch.randn(6, 4).half()
+        model(x).float().square().sum().backward()
+        whole.zero_grad()
+        other(x).float().square().sum().backward()
+        whole.step()
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+        assert torch.equal(optimizers[p].state[p]["master"], whole.state[q]["master"])
+
+
 def test_shared_parameters() -> None:
     """A parameter of two layers is stepped once; one that is given twice is stepped twice, with torch's warning."""
     models = [nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)) for _ in range(2)]

@@ -19,7 +19,8 @@ class FusedLARS(FusedOptimizer):
 
     Parameters of at most one dimension (biases, weights and biases of BatchNorm) are not adapted (trust = 1), as in the
     ResNet-50 runs at batch 8K to 32K; a group with adapt_1d=True adapts them, too. What else holds of FusedSGD
-    (masters, scaling, checkpoints, clipping) holds here.
+    (masters, scaling, checkpoints, clipping) holds here. Every step measures the gradients: one that is not finite
+    stops the step, also without a loss scaler.
 
     Args:
         params: parameters, named parameters, or groups of them.
