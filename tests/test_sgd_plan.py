@@ -1,0 +1,183 @@
+"""The launch plan of the SGD kernels: which tensors share a launch, in how many bytes of kernel parameters."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import os
+import random
+import shlex
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fasttricks.optim import param_groups
+
+HERE = Path(__file__).resolve().parent
+LIMIT, OLD_LIMIT = 32764, 4096  # bytes of kernel parameters, from CUDA 12.1 on and before
+CHECK, STEP_FP32, STEP_HALF = 1, 4, 5  # pointers of an entry: gradient; parameter, momentum, count; master
+
+
+@dataclass(frozen=True)
+class Entry:
+    tensor: int
+    begin: int
+    count: int
+    first_block: int
+    last: bool
+
+
+@dataclass(frozen=True)
+class Launch:
+    entries: list[Entry]
+    group_starts: list[int]
+    blocks: int
+    bytes: int
+
+
+class Planner:
+    """csrc/cuda/sgd_plan.h, compiled for the host."""
+
+    def __init__(self, folder: Path, compiler: list[str]) -> None:
+        library = folder / "sgd_plan.so"
+        flags = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", f"-I{HERE.parent / 'csrc'}"]
+        subprocess.run([*compiler, *flags, str(HERE / "sgd_plan.cpp"), "-o", str(library)], check=True)
+        self.library = ctypes.CDLL(str(library))
+        for name in ("sgd_block", "sgd_piece", "sgd_plan_of", "sgd_find_first"):
+            getattr(self.library, name).restype = ctypes.c_int64
+        self.block, self.piece = self.library.sgd_block(), self.library.sgd_piece()
+
+    def offsets(self, entries: int, groups: int, pointers: int) -> list[int]:
+        out = (ctypes.c_int64 * 6)()
+        self.library.sgd_offsets(*map(ctypes.c_int64, (entries, groups, pointers)), out)
+        return list(out)
+
+    def find(self, firsts: list[int], at: int) -> int:
+        array = (ctypes.c_int64 * len(firsts))(*firsts)
+        return self.library.sgd_find_first(array, ctypes.c_int64(len(firsts)), ctypes.c_int64(at))
+
+    def plan(self, numels: list[int], keys: list[int], pointers: int, limit: int = LIMIT) -> list[Launch]:
+        n = len(numels)
+        arrays = [(ctypes.c_int64 * n)(*values) for values in (numels, keys)]
+        numbers = [ctypes.c_int64(v) for v in (n, pointers, limit)]
+        room = self.library.sgd_plan_of(*arrays, *numbers, None, ctypes.c_int64(-1))
+        out = (ctypes.c_int64 * room)()
+        assert self.library.sgd_plan_of(*arrays, *numbers, out, ctypes.c_int64(room)) == room
+        rest, launches = list(out), []
+        while rest:
+            entries, groups, blocks, size = rest[:4]
+            flat, starts = rest[4 : 4 + 5 * entries], rest[4 + 5 * entries : 4 + 5 * entries + groups]
+            rest = rest[4 + 5 * entries + groups :]
+            made = [Entry(*flat[i : i + 4], last=bool(flat[i + 4])) for i in range(0, 5 * entries, 5)]
+            launches.append(Launch(made, starts, blocks, size))
+        return launches
+
+
+@pytest.fixture(scope="module")
+def planner(tmp_path_factory: pytest.TempPathFactory) -> Planner:
+    wish = os.environ.get("CXX")
+    found = shlex.split(wish) if wish else [p for p in map(shutil.which, ("g++", "c++", "clang++")) if p][:1]
+    assert found, "no C++ compiler, which the package needs, too"
+    return Planner(tmp_path_factory.mktemp("planner"), found)
+
+
+def check(planner: Planner, numels: list[int], keys: list[int], pointers: int, limit: int) -> list[Launch]:
+    """Every value in exactly one entry, every block in exactly one entry, one key a group, each table within limit."""
+    launches = planner.plan(numels, keys, pointers, limit)
+    done = [0] * len(numels)
+    counted = [0] * len(numels)
+    for launch in launches:
+        assert launch.bytes <= limit
+        sizes = planner.offsets(len(launch.entries), len(launch.group_starts), pointers)
+        assert launch.bytes == sizes[-1]
+        blocks = 0
+        for e in launch.entries:
+            assert e.begin == done[e.tensor]  # in order, no gap
+            assert 0 <= e.count <= planner.piece
+            assert e.first_block == blocks
+            blocks += max(1, -(-e.count // planner.block))
+            done[e.tensor] += e.count
+            counted[e.tensor] += e.last
+            assert e.last == (done[e.tensor] == numels[e.tensor])
+        assert blocks == launch.blocks
+        assert launch.group_starts[0] == 0
+        for start, end in itertools.pairwise([*launch.group_starts, len(launch.entries)]):
+            assert len({keys[e.tensor] for e in launch.entries[start:end]}) == 1
+        firsts = [e.first_block for e in launch.entries]
+        for block in {0, blocks - 1, *random.sample(range(blocks), min(blocks, 50))}:
+            e = launch.entries[planner.find(firsts, block)]
+            assert 0 <= block - e.first_block < max(1, -(-e.count // planner.block))
+    assert done == numels
+    assert counted == [1] * len(numels)
+    return launches
+
+
+@pytest.mark.parametrize("limit", [LIMIT, OLD_LIMIT, 200])
+@pytest.mark.parametrize("pointers", [CHECK, STEP_FP32, STEP_HALF])
+def test_random_tensors(planner: Planner, pointers: int, limit: int) -> None:
+    random.seed(torch.initial_seed())
+    edges = [0, 1, planner.block - 1, planner.block, planner.block + 1]
+    numels = [random.choice([*edges, random.randrange(10**6)]) for _ in range(random.randrange(1, 300))]
+    check(planner, numels, [random.randrange(4) for _ in numels], pointers, limit)
+
+
+def test_tensors_beyond_32_bits(planner: Planner) -> None:
+    """They are cut; only the last piece counts the step, also where pieces come to lie in several launches."""
+    numels = [5, 2 * planner.piece + 7, planner.piece]
+    assert [e.count for e in check(planner, numels, [0, 0, 0], STEP_HALF, LIMIT)[0].entries] == [
+        5,
+        planner.piece,
+        planner.piece,
+        7,
+        planner.piece,
+    ]
+    assert len(check(planner, numels, [0, 0, 0], STEP_HALF, 200)) > 1
+
+
+def test_layout(planner: Planner) -> None:
+    """The arrays follow each other without overlap, each aligned to its elements."""
+    for entries, groups, pointers in ((1, 1, 1), (7, 3, 5), (604, 4, 5)):
+        at = planner.offsets(entries, groups, pointers)
+        sizes = [groups * 48, entries * pointers * 8, entries * 4, entries * 4, entries * 2]
+        assert [b - a for a, b in itertools.pairwise(at)] == sizes
+        assert all(offset % align == 0 for offset, align in zip(at, (8, 8, 4, 4, 2), strict=False))
+
+
+def test_impossible_limits(planner: Planner) -> None:
+    assert planner.plan([3], [0], STEP_HALF, 100) == []
+    assert planner.plan([1] * (2**16 + 1), [0] * (2**16 + 1), CHECK) == []
+    assert planner.plan([], [], CHECK) == []
+
+
+# torchvision's name, tensors, launches of a step in 4,096 bytes of parameters
+MODELS = [("resnet50", 161, 4), ("vgg16", 32, 2), ("vgg16_bn", 58, 2), ("densenet201", 604, 11)]
+
+
+@pytest.mark.parametrize(("name", "count", "before"), MODELS)
+@pytest.mark.parametrize("batch_norm", [torch.float16, torch.float32])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_step_of_a_network_is_two_launches(
+    planner: Planner, name: str, count: int, before: int, batch_norm: torch.dtype, groups: int
+) -> None:
+    """One check and one step, in fp16 with masters and momentum, with and without decay of biases and norms."""
+    build: Any = getattr(pytest.importorskip("torchvision").models, name)
+    with torch.device("meta"):
+        model = build().half()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.to(batch_norm)
+    numels, keys = [], []
+    for i, group in enumerate(param_groups(model, 1e-4, no_bias_decay=groups == 2)):
+        for p in group["params"]:
+            numels.append(p.numel())
+            keys.append(2 * i + (p.dtype is torch.float16))
+    assert len(numels) == count
+    launches = [check(planner, numels, keys, pointers, LIMIT) for pointers in (CHECK, STEP_HALF)]
+    assert sum(map(len, launches)) == 2
+    old = [check(planner, numels, keys, pointers, OLD_LIMIT) for pointers in (CHECK, STEP_HALF)]
+    assert sum(map(len, old)) == before
