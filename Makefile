@@ -34,7 +34,8 @@ lint: $(VENV)/ready
 	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_SOURCES)
 
 bench: libraries
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(PY) -m pytest benchmarks --benchmark-only
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(PY) -m pytest benchmarks --benchmark-only -s --benchmark-json=build/bench.json
+	$(PY) benchmarks/report.py build/bench.json benchmarks/results/cpu.json
 
 wheel: $(VENV)/ready
 	rm -rf dist

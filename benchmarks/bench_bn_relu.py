@@ -3,8 +3,8 @@
     pytest benchmarks/bench_bn_relu.py --benchmark-only -s
 
 The shapes are those of ResNet-50's BatchNorms. All sides run in turn in one process, so that a ratio is of one machine
-state; printed are the best of the rounds, the ratios, and the bytes that the formula needs (forward 3N or 4N, backward 5N
-or 6N) over our time.
+state; printed are the best of the rounds, the ratios, and the bytes that the formula needs (forward 3N or 4N, backward
+5N or 6N) over our time.
 """
 
 from __future__ import annotations
