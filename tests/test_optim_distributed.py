@@ -109,6 +109,51 @@ def with_zero(rank: int, model: nn.Module) -> None:
             assert all(m.dtype == torch.float32 for m in masters)
 
 
+def with_zero_clipping(rank: int, model: nn.Module) -> None:
+    """The norm is that of the parameters of all ranks, with and without a scaler; a rank may have none."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    options = {**OPTIONS, "max_grad_norm": 0.05, "shard_group": dist.group.WORLD}
+    for net in (model, nn.Linear(6, 5, bias=False)):
+        want = alone(net, 3, 0.05)
+        for scaler in (None, LossScaler(256.0)):
+            replica = nn.parallel.DistributedDataParallel(copy.deepcopy(net))
+            optimizer = ZeroRedundancyOptimizer(replica.parameters(), optimizer_class=FusedSGD, **options)
+            for i in range(4):
+                optimizer.zero_grad()
+                loss = loss_of(replica, inputs(i)[rank])
+                (loss if scaler is None else scaler.scale(loss)).backward()
+                if i == 3:  # in a parameter that only one rank steps
+                    next(replica.parameters()).grad.fill_(math.nan)
+                if scaler is None:
+                    optimizer.step()
+                else:
+                    scaler.step(optimizer)
+                    scaler.update()
+            assert scaler is None or scaler.get_scale() == 128
+            for a, b in zip(replica.parameters(), want.parameters(), strict=True):
+                close(a, b)
+
+
+def with_unscale_and_no_parameters(rank: int, model: nn.Module) -> None:
+    """unscale_() and step() under ZeroRedundancyOptimizer, where one of the ranks has nothing to step."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    net = nn.Linear(6, 5, bias=False)
+    want = alone(net, 2)
+    replica = nn.parallel.DistributedDataParallel(copy.deepcopy(net))
+    optimizer = ZeroRedundancyOptimizer(replica.parameters(), optimizer_class=FusedSGD, **OPTIONS)
+    scaler = LossScaler(256.0)
+    for i in range(3):
+        optimizer.zero_grad()
+        scaler.scale(loss_of(replica, inputs(i)[rank]) * (math.inf if i == 2 else 1.0)).backward()
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+    assert scaler.get_scale() == 128
+    close(replica.module.weight, want.weight)
+
+
 def with_fsdp(rank: int, model: nn.Module) -> None:
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
     from torch.distributed.device_mesh import init_device_mesh
@@ -200,7 +245,8 @@ def with_own_group(rank: int, model: nn.Module) -> None:
     assert scaler.get_scale() == 2
 
 
-CASES = {f.__name__: f for f in (with_ddp, with_zero, with_fsdp, with_partial_gradients, with_own_group)}
+ALL = (with_ddp, with_zero, with_zero_clipping, with_unscale_and_no_parameters, with_fsdp, with_partial_gradients)
+CASES = {f.__name__: f for f in (*ALL, with_own_group)}
 
 
 def worker(rank: int, name: str, meeting: str, seed: int) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
@@ -13,36 +12,14 @@ from torch import Tensor
 
 from ..ops.sgd import DTYPES, check_at_least_zero, check_lr, check_raw, step_raw
 from ..reference.sgd import is_half
-from .distributed import agree_on_found_inf, is_sharded_type, local, local_grad, sum_over_shards
+from .batch import Batch
+from .distributed import agree_on_found_inf, is_sharded_type, local, local_grad, sum_of_other_ranks, sum_over_shards
 
 _FP32_STATE = ("master", "momentum_buffer")
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
-
-
-@dataclass
-class _Batch:
-    """The arguments of one call of sgd_step: all parameters on one device, in the order of their groups."""
-
-    owners: list[Tensor] = field(default_factory=list)
-    params: list[Tensor] = field(default_factory=list)
-    grads: list[Tensor] = field(default_factory=list)
-    momentum_buffers: list[Tensor] = field(default_factory=list)
-    steps: list[Tensor] = field(default_factory=list)
-    masters: list[Tensor] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
-    lr: list[Tensor] = field(default_factory=list)
-    momentum: list[float] = field(default_factory=list)
-    dampening: list[float] = field(default_factory=list)
-    weight_decay: list[float] = field(default_factory=list)
-    nesterov: list[bool] = field(default_factory=list)
-    maximize: list[bool] = field(default_factory=list)
-    trust_coefficient: list[float] = field(default_factory=list)
-    found_inf: Tensor | None = None
-    grad_sq: Tensor | None = None
-    weight_sq: Tensor | None = None
 
 
 class _AsSaved:
@@ -84,6 +61,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         defaults: dict[str, Any],
         *,
         max_grad_norm: float | None,
+        shard_group: Any | None,
         foreach: bool | None,
         differentiable: bool,
         fused: bool | None,
@@ -97,6 +75,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if foreach and fused:
             raise ValueError("foreach and fused are both True; torch.optim.SGD refuses that, too")
         self.max_grad_norm = max_grad_norm
+        self.shard_group = shard_group
         self._reset()
         super().__init__(params, defaults)
 
@@ -107,7 +86,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._master_grads: dict[Tensor, tuple[weakref.ref[Tensor], int]] = {}
         self._last_norm: tuple[list[Tensor], Tensor | None] | None = None
         self._check_into: Tensor | None = None
-        self._agree_in: Any | None = None
+        self._agree_in: list[Any] = []
 
     # -- parameter groups
 
@@ -286,8 +265,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._drop_master_grad(p)
         return loss
 
-    def _collect(self) -> dict[torch.device, _Batch]:
-        batches: dict[torch.device, _Batch] = {}
+    def _collect(self) -> dict[torch.device, Batch]:
+        batches: dict[torch.device, Batch] = {}
         for index, group in enumerate(self.param_groups):
             momentum = group["momentum"]
             for params, trust in self._parts(group):
@@ -304,7 +283,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                     device = p.device
                     batch = batches.get(device)
                     if batch is None:
-                        batch = batches[device] = _Batch()
+                        batch = batches[device] = Batch()
                     grown[device] = grown.get(device, 0) + 1
                     if is_half(p):
                         batch.masters.append(local(self._master(p)))
@@ -349,7 +328,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _measures(self) -> bool:
         return self.max_grad_norm is not None
 
-    def _measure(self, batches: dict[torch.device, _Batch], scale: Tensor | None) -> None:
+    def _measure(self, batches: dict[torch.device, Batch], scale: Tensor | None) -> None:
         """The check pass, where a scaler, clipping or LARS asks for it: found_inf and norms of every batch."""
         given = getattr(self, "found_inf", None)
         given = None if given is None else _full(given)
@@ -368,26 +347,48 @@ class FusedOptimizer(torch.optim.Optimizer):
                     if squares is not None:
                         sum_over_shards(squares, b.owners)
                 flags.append(b.found_inf)
-        if not batches:
+        groups = self.agreeing(self._agree_in)
+        if not batches and not groups:  # a rank of a group takes part also where it has no gradients
             return
         if norms:
-            self._last_norm = ([b.grad_sq for b in batches.values() if b.grad_sq is not None], scale)
-            self._join_norms(list(batches.values()))
+            self._join_norms(list(batches.values()), scale)
         if not flags:
-            return
+            if not groups or not norms:
+                return
+            flags.append(torch.zeros((), device=self._home()))
         home = flags[0].device
         found = flags[0] if len(flags) == 1 else torch.stack([f.reshape(()).to(home) for f in flags]).amax()
         if into is not None or norms:
             owners = [p for b in batches.values() for p in b.owners]
-            agree_on_found_inf(found, owners, self._agree_in)
+            agree_on_found_inf(found, owners, groups)
         if into is not None:
             into.copy_(torch.maximum(into, found.reshape(()).to(into.device)))
         for device, b in batches.items():
             b.found_inf = _on(found, device)
 
-    def _join_norms(self, batches: list[_Batch]) -> None:
-        """With parameters on several devices each batch must know the norm of all: the others' sum joins its own."""
-        sums = [b.grad_sq.sum() for b in batches if b.grad_sq is not None]
+    def agreeing(self, groups: list[Any]) -> list[Any]:
+        """These process groups, and shard_group if it is not among them."""
+        mine = self.shard_group
+        return groups if mine is None or any(g is mine for g in groups) else [*groups, mine]
+
+    def _home(self) -> torch.device:
+        """Where the collectives of a rank without gradients run."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        if params or self._check_into is None:
+            return params[0].device if params else torch.device("cpu")
+        return self._check_into.device
+
+    def _join_norms(self, batches: list[Batch], scale: Tensor | None) -> None:
+        """Each batch must know the norm of all, on several devices and ranks: the others' sum joins its own."""
+        squares = [b.grad_sq for b in batches if b.grad_sq is not None]
+        sums = [s.sum() for s in squares]
+        if self.shard_group is not None:
+            home = sums[0].device if sums else self._home()
+            own = torch.stack([torch.zeros((), dtype=torch.float64, device=home), *[s.to(home) for s in sums]]).sum()
+            elsewhere = sum_of_other_ranks(own, self.shard_group)
+            squares.append(elsewhere)
+            sums.append(elsewhere)
+        self._last_norm = (squares, scale) if squares else None
         if len(sums) < 2 or self.max_grad_norm is None:
             return
         for k, b in enumerate(batches):
@@ -437,7 +438,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             handle.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "max_grad_norm": self.max_grad_norm}
+        own = {"max_grad_norm": self.max_grad_norm, "shard_group": self.shard_group}
+        return {**super().__getstate__(), **own}
 
     @torch.no_grad()
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -40,13 +40,13 @@ def _split(p: Any, mesh: Any, dim: int) -> bool:
     return is_sharded_type(p) and p.device_mesh == mesh and not p.placements[dim].is_replicate()
 
 
-def agree_on_found_inf(found_inf: Tensor, params: list[Tensor], group: Any | None) -> None:
-    """found_inf becomes the largest of all ranks that hold parts of these parameters, and of `group`; no host sync."""
+def agree_on_found_inf(found_inf: Tensor, params: list[Tensor], groups: list[Any]) -> None:
+    """found_inf becomes the largest of all ranks that hold parts of these parameters, and of `groups`; no host sync."""
     import torch.distributed as dist
 
-    groups = [mesh.get_group(d) for mesh in _meshes(params) for d in range(mesh.ndim)]
-    for each in [*groups, *([group] if group is not None else [])]:
-        dist.all_reduce(found_inf, op=dist.ReduceOp.MAX, group=each)
+    of_meshes = [mesh.get_group(d) for mesh in _meshes(params) for d in range(mesh.ndim)]
+    for group in [*of_meshes, *groups]:
+        dist.all_reduce(found_inf, op=dist.ReduceOp.MAX, group=group)
 
 
 def sum_over_shards(squares: Tensor, params: list[Tensor]) -> None:
@@ -61,3 +61,12 @@ def sum_over_shards(squares: Tensor, params: list[Tensor]) -> None:
                 part = torch.where(mask, squares, 0)
                 dist.all_reduce(part, group=mesh.get_group(d))
                 squares.copy_(torch.where(mask, part, squares))
+
+
+def sum_of_other_ranks(square: Tensor, group: Any) -> Tensor:
+    """The sum of what the other ranks of `group` pass; no host sync."""
+    import torch.distributed as dist
+
+    total = square.clone()
+    dist.all_reduce(total, group=group)
+    return total - square

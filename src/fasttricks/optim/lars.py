@@ -31,7 +31,7 @@ class FusedLARS(FusedOptimizer):
         lr_in_momentum: True: the paper's momentum, as above. False: that of torch.optim.SGD, v = momentum * v + trust *
             (g + weight_decay * w), w -= lr * v; the two differ while lr changes.
         adapt_1d: whether parameters of at most one dimension are adapted.
-        max_grad_norm, foreach, differentiable, fused: as in FusedSGD.
+        max_grad_norm, shard_group, foreach, differentiable, fused: as in FusedSGD.
 
     Raises:
         TypeError, ValueError: as FusedSGD; trust_coefficient is not above 0.
@@ -52,6 +52,7 @@ class FusedLARS(FusedOptimizer):
         adapt_1d: bool = False,
         maximize: bool = False,
         max_grad_norm: float | None = None,
+        shard_group: Any | None = None,
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
@@ -73,6 +74,7 @@ class FusedLARS(FusedOptimizer):
             params,
             defaults,
             max_grad_norm=max_grad_norm,
+            shard_group=shard_group,
             foreach=foreach,
             differentiable=differentiable,
             fused=fused,

@@ -154,16 +154,18 @@ class LossScaler:
         for device, tensors in by_device.items():
             found = torch.zeros((), device=device)
             check_raw(device, tensors, [], [], found, None, None)
-            self._agree(optimizer, found, grads)
             self.found_inf.copy_(torch.maximum(self.found_inf, found.to(self.found_inf.device)))
+        # also where there are no gradients: the other ranks wait for this one
+        inner = _inner(optimizer)
+        groups = (
+            inner.agreeing(self._groups(optimizer)) if isinstance(inner, FusedOptimizer) else self._groups(optimizer)
+        )
+        agree_on_found_inf(self.found_inf, grads, groups)
 
-    def _agree(self, optimizer: torch.optim.Optimizer, found: Tensor, tensors: list[Tensor]) -> None:
-        agree_on_found_inf(found, tensors, self._group(optimizer))
-
-    def _group(self, optimizer: torch.optim.Optimizer) -> Any | None:
+    def _groups(self, optimizer: torch.optim.Optimizer) -> list[Any]:
         if self.process_group is None and _inner(optimizer) is not optimizer:
-            return optimizer.process_group  # type: ignore[attr-defined]  # each rank checks only its own parameters
-        return self.process_group
+            return [optimizer.process_group]  # type: ignore[attr-defined]  # each rank checks only its own parameters
+        return [] if self.process_group is None else [self.process_group]
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
         """Checks the gradients and steps the optimizer, which unscales them; a step with overflow changes nothing.
@@ -186,11 +188,11 @@ class LossScaler:
             else:
                 inner.grad_scale = self.loss_scale
                 inner._check_into = self.found_inf
-            inner._agree_in = self._group(optimizer)
+            inner._agree_in = self._groups(optimizer)
             try:
                 result = optimizer.step(*args, **kwargs)
             finally:
-                inner._check_into = inner._agree_in = None
+                inner._check_into, inner._agree_in = None, []
                 for name in ("grad_scale", "found_inf"):
                     inner.__dict__.pop(name, None)
         elif getattr(optimizer, "_step_supports_amp_scaling", False):

@@ -24,6 +24,8 @@ class FusedSGD(FusedOptimizer):
         max_grad_norm: if given, gradients are clipped to this global L2 norm within the step, as by
             torch.nn.utils.clip_grad_norm_ (after unscaling); a step whose norm is not finite is skipped. `grad_norm`
             holds the norm of the last step.
+        shard_group: ranks that hold other parameters of the same model, as under ZeroRedundancyOptimizer: the norm
+            and what is not finite are then those of all. Not needed with DDP or DTensors (FSDP2).
         foreach, fused: accepted as torch.optim.SGD's; this class has one implementation a backend.
         differentiable: accepted as False.
 
@@ -43,6 +45,7 @@ class FusedSGD(FusedOptimizer):
         *,
         maximize: bool = False,
         max_grad_norm: float | None = None,
+        shard_group: Any | None = None,
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
@@ -59,6 +62,7 @@ class FusedSGD(FusedOptimizer):
             params,
             defaults,
             max_grad_norm=max_grad_norm,
+            shard_group=shard_group,
             foreach=foreach,
             differentiable=differentiable,
             fused=fused,
