@@ -9,7 +9,6 @@ import torch
 
 from fasttricks.backend import not_loaded
 
-
 MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
