@@ -13,7 +13,15 @@ from torch import Tensor
 from ..ops.sgd import DTYPES, check_at_least_zero, check_lr, check_raw, step_raw
 from ..reference.sgd import is_half
 from .batch import Batch
-from .distributed import agree_on_found_inf, is_sharded_type, local, local_grad, sum_of_other_ranks, sum_over_shards
+from .distributed import (
+    PLAIN,
+    agree_on_found_inf,
+    full,
+    local,
+    local_grad,
+    sum_of_other_ranks,
+    sum_over_shards,
+)
 
 _FP32_STATE = ("master", "momentum_buffer")
 
@@ -154,14 +162,14 @@ class FusedOptimizer(torch.optim.Optimizer):
             master = self.state[p]["master"] = self._state_tensor(p, p.detach())
         return master
 
-    def _momentum(self, p: Tensor) -> tuple[Tensor, Tensor]:
+    def _momentum(self, p: Tensor) -> Tensor:
         state = self.state[p]
         buffer = self._kept(p, state, "momentum_buffer")
         if buffer is None:
             zeros = torch.zeros_like(p, dtype=_compute_dtype(p.dtype), memory_format=torch.preserve_format)
             buffer = state["momentum_buffer"] = zeros.requires_grad_(False)
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-        return buffer, state["step"]
+        return buffer
 
     @torch.no_grad()
     def master_params(self) -> Iterator[Tensor]:
@@ -251,7 +259,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         batches = self._collect()
         scale = getattr(self, "grad_scale", None)
         if scale is not None:
-            scale = _full(scale)
+            scale = full(scale)
         self._measure(batches, scale)
         for device, b in batches.items():
             step_raw(
@@ -271,7 +279,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             momentum = group["momentum"]
             for params, trust in self._parts(group):
                 grown: dict[torch.device, int] = {}
-                for p in params:
+                batch, here = None, None
+                for p in params:  # some hundred times a step: attributes of tensors are read once, checks are inline
                     grad = p.grad
                     if grad is None:
                         continue
@@ -280,23 +289,30 @@ class FusedOptimizer(torch.optim.Optimizer):
                             f"{type(self).__name__} does not take sparse gradients: that of a parameter of shape "
                             f"{tuple(p.shape)} in group {index} has layout {grad.layout}; use torch.optim.SGD for it"
                         )
-                    device = p.device
-                    batch = batches.get(device)
-                    if batch is None:
-                        batch = batches[device] = Batch()
+                    device, dtype = p.device, p.dtype
+                    if batch is None or device != here:
+                        batch, here = batches.setdefault(device, Batch()), device
                     grown[device] = grown.get(device, 0) + 1
-                    if is_half(p):
-                        batch.masters.append(local(self._master(p)))
+                    plain = type(p) in PLAIN and type(grad) is Tensor
+                    half = dtype is torch.float16 or dtype is torch.bfloat16
+                    state = self.state[p] if half or momentum != 0 else {}
+                    if half:
+                        master = state.get("master")
+                        if master is None or master.device != device:
+                            master = self._master(p)
+                        batch.masters.append(master if plain else local(master))
                         if self._master_grads:
                             master_grad = self._master_grad(p)
                             grad = grad if master_grad is None else master_grad
                     if momentum != 0:
-                        buffer, step = self._momentum(p)
-                        batch.momentum_buffers.append(local(buffer))
-                        batch.steps.append(step)
+                        buffer = state.get("momentum_buffer")
+                        if buffer is None or buffer.device != device or buffer.dtype is not _compute_dtype(dtype):
+                            buffer = self._momentum(p)
+                        batch.momentum_buffers.append(buffer if plain else local(buffer))
+                        batch.steps.append(state["step"])
                     batch.owners.append(p)
-                    batch.params.append(local(p))
-                    batch.grads.append(local_grad(grad, p))
+                    batch.params.append(p if plain else local(p))
+                    batch.grads.append(grad if plain else local_grad(grad, p))
                 for device, count in grown.items():
                     b = batches[device]
                     b.sizes.append(count)
@@ -331,7 +347,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _measure(self, batches: dict[torch.device, Batch], scale: Tensor | None) -> None:
         """The check pass, where a scaler, clipping or LARS asks for it: found_inf and norms of every batch."""
         given = getattr(self, "found_inf", None)
-        given = None if given is None else _full(given)
+        given = None if given is None else full(given)
         into, norms = self._check_into, self._measures()
         flags = [] if given is None else [given]
         if into is not None or norms:
@@ -482,7 +498,3 @@ class FusedOptimizer(torch.optim.Optimizer):
 
 def _on(t: Tensor | None, device: torch.device) -> Tensor | None:
     return t if t is None or t.device == device else t.to(device, non_blocking=True)
-
-
-def _full(t: Tensor) -> Tensor:
-    return t.full_tensor() if is_sharded_type(t) else t  # type: ignore[attr-defined]

@@ -7,17 +7,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+# no DTensors, by their type alone
+PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def is_sharded_type(t: Tensor) -> bool:
     """Whether t is a DTensor (FSDP2, tensor parallel)."""
-    return type(t) not in _PLAIN and hasattr(t, "_local_tensor") and hasattr(t, "device_mesh")
+    return type(t) not in PLAIN and hasattr(t, "_local_tensor") and hasattr(t, "device_mesh")
 
 
 def local(t: Tensor) -> Tensor:
     """The part of t that lies on this rank: t itself, or a DTensor's local tensor."""
     return t.to_local() if is_sharded_type(t) else t  # type: ignore[attr-defined]
+
+
+def full(t: Tensor) -> Tensor:
+    """The whole of t: t itself, or a DTensor gathered from its ranks."""
+    return t.full_tensor() if is_sharded_type(t) else t  # type: ignore[attr-defined]
 
 
 def local_grad(grad: Tensor, param: Tensor) -> Tensor:
