@@ -1,7 +1,12 @@
 // The schemas of every op, once; csrc/cpu and csrc/cuda register implementations for them.
 #include <torch/csrc/stable/library.h>
 
-STABLE_TORCH_LIBRARY(fasttricks, m) {
+#ifndef FT_LIBRARY_NAME  // tests give the emulated CUDA kernels a name of their own
+#define FT_LIBRARY_NAME fasttricks
+#endif
+#define FT_LIBRARY(name, m) STABLE_TORCH_LIBRARY(name, m)  // expands the name
+
+FT_LIBRARY(FT_LIBRARY_NAME, m) {
   // bn_relu, bn_add_relu: see csrc/math/bn.h for the formulas. mean and var are biased, float32 (float64 for float64).
   m.def("bn_relu_forward(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor y, Tensor mean, Tensor var)");
   m.def(
@@ -28,6 +33,8 @@ STABLE_TORCH_LIBRARY(fasttricks, m) {
       " float momentum) -> ()");
 
   m.def("cpu_isa() -> str");  // the instruction set in use
+  // Why the CUDA kernels cannot run on this device (an older driver, no code for the card); "" if they can.
+  m.def("cuda_why_not(int device) -> str");
 
   // avgpool_conv1x1: see csrc/math/pool.h.
   m.def("avgpool_conv1x1_forward(Tensor x, Tensor weight, Tensor? bias, int stride, bool ceil_mode) -> Tensor");
