@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -17,6 +18,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH = (2, 10)
+OLDEST_CUDA = (12, 1)  # from here on kernels take 32,764 bytes of parameters
+CUDA_ARCHS = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 ISA_FLAGS = {
     "generic": [],
     "avx2": ["-DFT_ISA_AVX2", "-mavx2", "-mfma", "-mf16c"],
@@ -32,8 +35,19 @@ ISA_FLAGS = {
 @dataclass(frozen=True)
 class Torch:
     version: str
+    cuda: str | None
     include: Path
     lib: Path
+
+
+@dataclass(frozen=True)
+class Cuda:
+    """A CUDA toolkit, its version, and the architectures to build for: ("9.0", ..., "12.0+PTX")."""
+
+    home: Path
+    nvcc: Path
+    version: tuple[int, int]
+    archs: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -65,7 +79,7 @@ def find_torch() -> Torch:
     version = scope["__version__"]
     if tuple(int(p) for p in version.split("+")[0].split(".")[:2]) < OLDEST_TORCH:
         stop(f"torch {version} is too old: the libraries need torch>=2.10 (its stable ABI); `pip install -U torch`.")
-    return Torch(version, folder / "include", folder / "lib")
+    return Torch(version, scope.get("cuda"), folder / "include", folder / "lib")
 
 
 def find_compiler() -> str:
@@ -123,6 +137,105 @@ def cpu_steps(torch: Torch, objects: Path, library: Path, debug: bool) -> list[S
     return steps
 
 
+def _toolkit_folders() -> list[Path]:
+    """Where a toolkit may be, best first: what the environment names, the nvcc on the PATH, the usual place."""
+    named = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    on_path = [Path(nvcc).resolve().parent.parent] if (nvcc := shutil.which("nvcc")) else []
+    return [*named, *on_path, Path("/usr/local/cuda")]
+
+
+def _nvcc_version(nvcc: Path) -> tuple[int, int]:
+    text = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"release (\d+)\.(\d+)", text)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
+def _cuda_archs(nvcc: Path) -> tuple[str, ...]:
+    """TORCH_CUDA_ARCH_LIST, or all that this nvcc knows of CUDA_ARCHS, the last one with PTX for the cards to come."""
+    listing = subprocess.run([str(nvcc), "--list-gpu-code"], capture_output=True, text=True).stdout
+    known = set(re.findall(r"sm_(\w+)", listing))
+    wish = re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip(";, "))
+    if wish == [""]:
+        fit = [arch for arch in CUDA_ARCHS if arch.replace(".", "") in known]
+        return *fit[:-1], f"{fit[-1]}+PTX"
+    for arch in wish:
+        number = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", arch)
+        if not number or number[1] + number[2].rstrip("af") not in known:
+            stop(
+                f"TORCH_CUDA_ARCH_LIST holds {arch!r}; accepted: numbers such as 9.0 or 12.0+PTX that {nvcc} knows "
+                f"({', '.join(sorted(known, key=lambda k: int(k.rstrip('af'))))})."
+            )
+    return tuple(wish)
+
+
+def find_cuda(torch: Torch) -> Cuda | str:
+    """The toolkit to build with, or why there is none. FASTTRICKS_CUDA=0: do not look; 1: end the build without one."""
+    wish = os.environ.get("FASTTRICKS_CUDA", "")
+    if wish not in ("", "0", "1"):
+        stop(f"FASTTRICKS_CUDA is {wish!r}; accepted: 0 (build no CUDA library), 1 (end where it cannot be built).")
+    if wish == "0":
+        return "FASTTRICKS_CUDA=0 at build time"
+    reason = ""
+    if torch.cuda is None:
+        reason = f"torch {torch.version}, which built this, has no CUDA"
+    else:
+        # a wrapper called nvcc may lie anywhere: what makes a toolkit is its header
+        homes = [home for home in _toolkit_folders() if (home / "include/cuda_runtime.h").is_file()]
+        homes = [home for home in homes if (home / "bin/nvcc").is_file()]
+        if not homes:
+            reason = "no CUDA toolkit was found (a folder with include/cuda_runtime.h and bin/nvcc; see CUDA_HOME)"
+        else:
+            nvcc = homes[0] / "bin/nvcc"
+            version = _nvcc_version(nvcc)
+            if version >= OLDEST_CUDA:
+                return Cuda(homes[0], nvcc, version, _cuda_archs(nvcc))
+            reason = f"{nvcc} is of CUDA {version[0]}.{version[1]}; {OLDEST_CUDA[0]}.{OLDEST_CUDA[1]} is needed"
+    if wish == "1":
+        stop(f"FASTTRICKS_CUDA=1, but the CUDA library cannot be built: {reason}.")
+    return reason
+
+
+def cuda_steps(torch: Torch, cuda: Cuda, objects: Path, library: Path, debug: bool) -> list[Step]:
+    nvcc = [str(cuda.nvcc)]
+    if wish := os.environ.get("CXX"):
+        nvcc += ["-ccbin", shlex.split(wish)[0]]
+    targets: list[str] = []
+    for arch in cuda.archs:
+        number = arch.removesuffix("+PTX").replace(".", "")
+        targets += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
+        if arch.endswith("+PTX"):
+            targets += ["-gencode", f"arch=compute_{number},code=compute_{number}"]
+    common = [
+        *nvcc,
+        *targets,
+        "-std=c++20",
+        *(["-O0", "-g"] if debug else ["-O3"]),
+        "--fmad=false",  # a fused multiply-add only where it is written, so that forward and backward round alike
+        "--expt-relaxed-constexpr",
+        "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off",
+        "-DTORCH_TARGET_VERSION=0x020a000000000000",
+        "-DUSE_CUDA",  # the stable headers' name for: shims that need CUDA may be used
+        *(f"-I{ROOT / folder}" for folder in ("csrc", "csrc/cuda")),
+        *("-isystem", str(torch.include), "-isystem", str(torch.include / "torch/csrc/api/include")),
+    ]
+    steps: list[Step] = []
+    for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
+        output = objects / f"cuda_{source.stem}.o"
+        depfile = Path(f"{output}.d")
+        command = (*common, "-MMD", "-MF", str(depfile), "-c", str(source), "-o", str(output))
+        steps.append(Step(command, output, (source,), depfile))
+    outputs = tuple(step.output for step in steps)
+    # the CUDA runtime goes in, and its names stay in: torch brings another, perhaps of another version
+    link = (
+        *nvcc,
+        *("-shared", "--cudart=static", "-Xlinker", "--exclude-libs=ALL", "-o", str(library)),
+        *map(str, outputs),
+        *(f"-L{torch.lib}", "-ltorch_cpu", "-ltorch_cuda"),
+    )
+    steps.append(Step(link, library, outputs))
+    return steps
+
+
 def _ninja() -> list[str] | None:
     """How to call ninja, as a program or as the module that pip installs; None where there is none."""
     if program := shutil.which("ninja"):
@@ -166,6 +279,11 @@ def run_steps(steps: list[Step], folder: Path) -> None:
             _run_step(step)
 
 
+def _compiler_version() -> str:
+    command = [*shlex.split(find_compiler()), "--version"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.splitlines()[0]
+
+
 def build(folder: Path, debug: bool = False) -> None:
     """Builds the libraries into `folder`, with a build.json that says what was built and why not the rest."""
     torch = find_torch()
@@ -174,18 +292,23 @@ def build(folder: Path, debug: bool = False) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with open(objects / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        library = objects / "libfasttricks_cpu.so"
-        run_steps(cpu_steps(torch, objects, library, debug), objects)
+        libraries = [objects / "libfasttricks_cpu.so"]
+        steps = cpu_steps(torch, objects, libraries[0], debug)
+        facts: dict[str, object] = {"torch": torch.version, "compiler": _compiler_version(), "cpu_isas": cpu_isas()}
+        cuda = find_cuda(torch)
+        if isinstance(cuda, Cuda):
+            libraries.append(objects / "libfasttricks_cuda.so")
+            steps += cuda_steps(torch, cuda, objects, libraries[1], debug)
+            facts |= {"cuda": "{}.{}".format(*cuda.version), "cuda_archs": list(cuda.archs)}
+        else:
+            print(f"fasttricks: the CUDA library is not built: {cuda}", flush=True)
+            facts["no_cuda"] = cuda
+        run_steps(steps, objects)
+        for stale in set(folder.glob("libfasttricks_*.so")) - {folder / made.name for made in libraries}:
+            stale.unlink()
         # replaced by rename: a process that has the old library loaded keeps it whole
-        for made in [library]:
+        for made in libraries:
             partial = folder / f".{made.name}.new"
             shutil.copy2(made, partial)
             os.replace(partial, folder / made.name)
-        facts = {
-            "torch": torch.version,
-            "compiler": subprocess.run(
-                [*shlex.split(find_compiler()), "--version"], capture_output=True, text=True
-            ).stdout.splitlines()[0],
-            "cpu_isas": cpu_isas(),
-        }
         (folder / "build.json").write_text(json.dumps(facts, indent=2) + "\n")

@@ -16,7 +16,7 @@ import torch
 
 import fasttricks
 from fasttricks import backend as backend_context
-from fasttricks.backend import CPU_LIBRARY, LIB
+from fasttricks.backend import LIB
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = Path(fasttricks.__file__).resolve().parent
@@ -81,9 +81,10 @@ def test_wheel_asks_for_torch_without_a_pin(unpacked: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="nm (binutils) is not installed")
-def test_library_links_to_the_stable_shims_only() -> None:
+@pytest.mark.parametrize("library", sorted(LIB.glob("*.so")), ids=lambda p: p.stem)
+def test_library_links_to_the_stable_shims_only(library: Path) -> None:
     """No ATen, c10 or Python symbol: what is undefined is the C shim of torch, or the C and C++ runtime."""
-    listing = subprocess.run(["nm", "-D", "--undefined-only", str(CPU_LIBRARY)], capture_output=True, text=True)
+    listing = subprocess.run(["nm", "-D", "--undefined-only", str(library)], capture_output=True, text=True)
     symbols = [line.split()[-1] for line in listing.stdout.splitlines()]
     assert any(s.startswith("aoti_torch_") for s in symbols), "not the library's symbols"
     unversioned = [s for s in symbols if "@" not in s]  # versioned: glibc, libstdc++, libgcc
@@ -128,6 +129,62 @@ def test_build_with_too_old_a_torch_says_so(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+TORCH = "torch = b.Torch('2.12.0', '13.0', b.ROOT, b.ROOT)"
+
+
+def fake_toolkit(home: Path, release: str = "13.0", known: str = "sm_80 sm_90 sm_100") -> Path:
+    """A folder that looks like a CUDA toolkit; its nvcc answers the questions that the build asks."""
+    (home / "include").mkdir(parents=True)
+    (home / "include/cuda_runtime.h").touch()
+    (home / "bin").mkdir()
+    nvcc = home / "bin/nvcc"
+    answers = f'case "$1" in --version) echo "release {release}, V{release}.1";; *) echo "{known}";; esac'
+    nvcc.write_text(f"#!/bin/sh\n{answers}\n")
+    nvcc.chmod(0o755)
+    return home
+
+
+def find_cuda(path: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    full = {
+        "CUDA_HOME": "",
+        "CUDA_PATH": "",
+        "TORCH_CUDA_ARCH_LIST": "",
+        "FASTTRICKS_CUDA": "",
+        "PATH": "/bin:/usr/bin",
+    }
+    return python(f"import build_libraries as b; {TORCH}; print(b.find_cuda(torch))", path=path, **(full | env))
+
+
+def test_toolkit_is_where_its_header_is(tmp_path: Path) -> None:
+    """Also where the nvcc on the PATH is a script far from it, and CUDA_HOME points beside it."""
+    home = fake_toolkit(tmp_path / "toolkit")
+    shim = tmp_path / "shim/bin/nvcc"
+    shim.parent.mkdir(parents=True)
+    shim.symlink_to(home / "bin/nvcc")
+    done = find_cuda(ROOT, PATH=f"{shim.parent}:/bin:/usr/bin", CUDA_HOME=str(tmp_path / "shim"))
+    assert f"home={str(home)!r}" in done.stdout.replace("PosixPath(", "").replace(")", ""), done
+    assert "archs=('8.0', '9.0', '10.0+PTX')" in done.stdout
+
+
+def test_no_usable_toolkit_is_a_reason_and_not_a_failure(tmp_path: Path) -> None:
+    old = fake_toolkit(tmp_path / "old", release="11.8")
+    assert "is of CUDA 11.8; 12.1 is needed" in find_cuda(ROOT, CUDA_HOME=str(old)).stdout
+    assert "FASTTRICKS_CUDA=0" in find_cuda(ROOT, FASTTRICKS_CUDA="0").stdout
+    done = find_cuda(ROOT, CUDA_HOME=str(old), FASTTRICKS_CUDA="1")
+    assert done.returncode != 0
+    assert "FASTTRICKS_CUDA=1, but the CUDA library cannot be built" in done.stderr
+    assert "accepted: 0" in find_cuda(ROOT, FASTTRICKS_CUDA="yes").stderr
+
+
+def test_architectures_are_those_asked_for(tmp_path: Path) -> None:
+    home = str(fake_toolkit(tmp_path / "toolkit"))
+    assert "archs=('9.0', '10.0+PTX')" in find_cuda(ROOT, CUDA_HOME=home, TORCH_CUDA_ARCH_LIST="9.0 10.0+PTX").stdout
+    for wrong in ("13.5", "Hopper"):
+        done = find_cuda(ROOT, CUDA_HOME=home, TORCH_CUDA_ARCH_LIST=wrong)
+        assert f"TORCH_CUDA_ARCH_LIST holds {wrong!r}; accepted:" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("env", [{"PATH": "/nonexistent"}, {"CXX": "/nonexistent/g++"}])
 def test_build_without_a_compiler_says_so(env: dict[str, str]) -> None:
     done = python("import build_libraries as b; b.find_compiler()", path=ROOT, **{"CXX": "", **env})
@@ -158,7 +215,7 @@ print(fasttricks.info()["backend"]["cpu"], fasttricks.info()["not_loaded"].get("
 
 def test_a_library_that_does_not_load_is_one_warning_and_the_reference_runs(tmp_path: Path) -> None:
     copy_package(tmp_path)
-    (tmp_path / "fasttricks/lib" / CPU_LIBRARY.name).write_bytes(b"\x7fELF, but no library")
+    (tmp_path / "fasttricks/lib" / "libfasttricks_cpu.so").write_bytes(b"\x7fELF, but no library")
     done = python(USE_OPS, path=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("UserWarning") == 1

@@ -15,7 +15,7 @@ if "cpu" in not_loaded:
     pytest.skip(f"the CPU library is {not_loaded['cpu']}", allow_module_level=True)
 
 # without tensors there is nothing to trace, fake or differentiate
-NO_TENSORS = {"cpu_isa"}
+NO_TENSORS = {"cpu_isa", "cuda_why_not"}
 
 
 def names() -> list[str]:

@@ -33,6 +33,7 @@ struct OnDevice {
     void* current = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &current));
     stream = static_cast<cudaStream_t>(current);
+    STD_CUDA_CHECK(cudaSetDevice(t.get_device_index()));  // of the runtime in this library: torch has its own
   }
   torch::stable::accelerator::DeviceGuard guard;
   Device device;

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 CHOICES = ("auto", "cuda", "triton", "cpu", "reference")
 LIB = Path(__file__).resolve().parent / "lib"
-CPU_LIBRARY = LIB / "libfasttricks_cpu.so"
 
 # why a library is not loaded; a missing key means that it is
 not_loaded: dict[str, str] = {}
+# the types of device that a backend takes, and where its ops are registered. Meta and fake tensors take the road that
+# real ones take: the fakes are registered for every library.
+devices: dict[str, tuple[str, ...]] = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu", "meta")}
+namespaces: dict[str, str] = {"cuda": "fasttricks", "triton": "fasttricks_triton", "cpu": "fasttricks"}
+# what `auto` tries, by type of device, before the reference; emulated kernels, made for tests, are never among them
+_preferred: dict[str, tuple[str, ...]] = {"cuda": ("cuda", "triton"), "cpu": ("cpu",), "meta": ("cpu",)}
 
 
 def build_facts() -> dict[str, object]:
@@ -25,9 +32,11 @@ def build_facts() -> dict[str, object]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def _load(name: str, path: Path) -> None:
+def _load(name: str) -> None:
+    path = LIB / f"libfasttricks_{name}.so"
     if not path.exists():
-        not_loaded[name] = f"not built: {path.name} is not in {path.parent}"
+        reason = build_facts().get(f"no_{name}", f"{path.name} is not in {path.parent}")
+        not_loaded[name] = f"not built: {reason}"
         return
     try:
         torch.ops.load_library(str(path))
@@ -37,11 +46,33 @@ def _load(name: str, path: Path) -> None:
         warnings.warn(f"fasttricks: {path.name} {not_loaded[name]}. Plain torch is used instead.", stacklevel=3)
 
 
+def _load_cuda() -> None:
+    if torch.version.cuda is None:
+        not_loaded["cuda"] = f"torch {torch.__version__} is built without CUDA"
+    elif "cpu" in not_loaded:
+        not_loaded["cuda"] = "the schemas of its ops are in the CPU library, which is not loaded"
+    else:
+        _load("cuda")
+
+
+def _load_triton() -> None:
+    """Registers the Triton ops where something can run them; Triton is imported only there."""
+    if os.environ.get("TRITON_INTERPRET") == "1":  # for tests: the interpreter runs the kernels on the CPU
+        devices["triton"] = ("cuda", "cpu", "meta")
+    elif not torch.cuda.is_available():
+        not_loaded["triton"] = "no CUDA device is available, and TRITON_INTERPRET=1 is not set"
+        return
+    try:
+        importlib.import_module(".kernels", __package__)
+    except ImportError as error:
+        not_loaded["triton"] = str(error)
+
+
 def load_libraries() -> None:
     """Loads the op libraries; what cannot be loaded is left out with one warning (`fasttricks.info()` says why)."""
-    _load("cpu", CPU_LIBRARY)
-    for name in ("cuda", "triton"):
-        not_loaded[name] = f"this build has no {name} kernels"
+    _load("cpu")
+    _load_cuda()
+    _load_triton()
 
 
 def _check(name: str, argument: str) -> str:
@@ -68,20 +99,31 @@ def backend(name: str) -> Iterator[None]:
         _wish = before
 
 
+_cards: dict[int, str | None] = {}
+
+
+@torch.compiler.assume_constant_result
+def _card_refuses(index: int) -> str | None:
+    """Why the CUDA library does not run on this card; None if it does."""
+    if index not in _cards:
+        _cards[index] = torch.ops.fasttricks.cuda_why_not(index) or None
+    return _cards[index]
+
+
 def why_not(name: str, device: torch.device) -> str | None:
     """Why backend `name` cannot serve tensors on `device`; None if it can."""
     if name == "reference":
         return None
-    # meta and fake tensors take the road that real ones take; the fakes are registered for every library
-    if name == "cpu":
-        if device.type not in ("cpu", "meta"):
-            return f"the cpu backend takes tensors on the CPU, these are on {device}"
-        return not_loaded.get("cpu")
-    if name in ("cuda", "triton"):
-        if device.type != "cuda":
-            return f"the {name} backend takes CUDA tensors, these are on {device}"
-        return not_loaded.get(name)
-    raise ValueError(f"backend is {name!r}; accepted: {', '.join(CHOICES[1:])}")
+    if name not in devices:
+        raise ValueError(f"backend is {name!r}; accepted: {', '.join(CHOICES[1:])}")
+    if device.type not in devices[name]:
+        takes = {"cuda": "CUDA tensors", "triton": "CUDA tensors", "cpu": "tensors on the CPU"}[name]
+        return f"the {name} backend takes {takes}, these are on {device}"
+    if name in not_loaded:
+        return not_loaded[name]
+    if name == "cuda" and device.type == "cuda":
+        return _card_refuses(torch.cuda.current_device() if device.index is None else device.index)
+    return None
 
 
 def select(op: str, device: torch.device) -> str:
@@ -90,10 +132,16 @@ def select(op: str, device: torch.device) -> str:
         if reason := why_not(_wish, device):
             raise RuntimeError(f"fasttricks.{op}: backend {_wish!r} was asked for, but {reason}")
         return _wish
-    for name in ("cuda", "triton", "cpu"):
+    for name in _preferred.get(device.type, ()):
         if why_not(name, device) is None:
             return name
     return "reference"
+
+
+def ops_for(op: str, device: torch.device) -> Any:
+    """The `torch.ops` namespace whose raw ops serve `op` on `device`; None: the reference does."""
+    chosen = select(op, device)
+    return None if chosen == "reference" else getattr(torch.ops, namespaces[chosen])
 
 
 load_libraries()

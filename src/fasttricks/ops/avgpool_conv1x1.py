@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..backend import not_loaded, select
+from ..backend import not_loaded, ops_for
 from ..reference.avgpool_conv1x1 import avgpool_conv1x1 as reference
 from ..reference.avgpool_conv1x1 import avgpool_conv1x1_backward as differentiable_backward
 
@@ -48,11 +48,10 @@ def avgpool_conv1x1(
     """
     x, weight, bias = _autocast(x, weight, bias)
     _check(x, weight, bias, stride, ceil_mode)
-    chosen = select("avgpool_conv1x1", x.device)
-    if chosen == "reference":
+    ops = ops_for("avgpool_conv1x1", x.device)
+    if ops is None:
         return reference(x, weight, bias, stride=stride, ceil_mode=ceil_mode)
-    namespace = torch.ops.fasttricks_triton if chosen == "triton" else torch.ops.fasttricks
-    return namespace.avgpool_conv1x1_forward(x, weight, bias, stride, ceil_mode)
+    return ops.avgpool_conv1x1_forward(x, weight, bias, stride, ceil_mode)
 
 
 def _autocast(*tensors: torch.Tensor | None) -> tuple[Any, ...]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from ..backend import not_loaded, select
+from ..backend import not_loaded, ops_for
 from ..reference import bn_relu as plain
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -110,12 +110,11 @@ def _call(
             f"{op}: x has shape {tuple(x.shape)}: Expected more than 1 value per channel when training; accepted: two "
             "values per channel or more, or training=False"
         )
-    chosen = select(op, x.device)
-    if chosen == "reference":
+    ops = ops_for(op, x.device)
+    if ops is None:
         return plain.bn_add_relu(
             x, residual, weight, bias, running_mean, running_var, training=training, momentum=momentum, eps=eps
         )
-    ops = torch.ops.fasttricks_triton if chosen == "triton" else torch.ops.fasttricks
     if not training:
         assert running_mean is not None
         assert running_var is not None

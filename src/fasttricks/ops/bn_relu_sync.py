@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from ..backend import select
+from ..backend import ops_for
 from ..reference import bn_relu as plain
 
 
@@ -27,10 +27,9 @@ def merge(parts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
 class _SynchronisedBatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, op: str, x: Any, residual: Any, weight: Any, bias: Any, eps: float, group: Any) -> Any:
-        chosen = select(op, x.device)
-        if chosen == "reference":
+        ops = ops_for(op, x.device)
+        if ops is None:
             raise RuntimeError(f"fasttricks.{op}: group was given, but no kernels are loaded for {x.device}")
-        ops = torch.ops.fasttricks_triton if chosen == "triton" else torch.ops.fasttricks
         local = x.numel() // x.shape[1]
         mean, var = ops.bn_stats(x)
         mine = torch.cat([mean.double(), var.double() * local, mean.new_full((1,), local, dtype=torch.float64)])

@@ -18,17 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backend import select
+from ..backend import not_loaded, ops_for
 from ..reference import sgd as _reference
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def _kernel(name: str, device: torch.device) -> Any:
-    chosen = select("sgd", device)
-    if chosen == "reference":
-        return getattr(_reference, name)
-    return getattr(torch.ops.fasttricks_triton if chosen == "triton" else torch.ops.fasttricks, name)
+    ops = ops_for("sgd", device)
+    return getattr(_reference if ops is None else ops, name)
 
 
 def check_raw(device: torch.device, *arguments: Any) -> None:
@@ -214,6 +212,11 @@ def _fake(*arguments: Any) -> None:
     """Both ops only mutate what they are given."""
 
 
-for _name in ("sgd_check", "sgd_step"):
-    if hasattr(torch.ops.fasttricks, _name):
-        torch.library.register_fake(f"fasttricks::{_name}")(_fake)
+def register(namespace: str) -> None:
+    """Gives the ops of a namespace with these schemas (fasttricks, fasttricks_triton) their fakes."""
+    for name in ("sgd_check", "sgd_step"):
+        torch.library.register_fake(f"{namespace}::{name}", _fake)
+
+
+if "cpu" not in not_loaded:
+    register("fasttricks")
