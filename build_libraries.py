@@ -228,6 +228,7 @@ def cuda_steps(torch: Torch, cuda: Cuda, objects: Path, library: Path, debug: bo
     # the CUDA runtime goes in, and its names stay in: torch brings another, perhaps of another version
     link = (
         *nvcc,
+        *targets,
         *("-shared", "--cudart=static", "-Xlinker", "--exclude-libs=ALL", "-o", str(library)),
         *map(str, outputs),
         *(f"-L{torch.lib}", "-ltorch_cpu", "-ltorch_cuda"),

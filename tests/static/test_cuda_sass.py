@@ -1,0 +1,86 @@
+"""The CUDA library as machine code: no local memory, budgets of registers and shared memory, wide accesses, HMMA.
+
+Reads what was built; the architectures are those of TORCH_CUDA_ARCH_LIST at build time.
+"""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from cuda_budgets import BUDGETS, Budget
+from sass import Kernel, kernels, tool
+
+from fasttricks.backend import LIB, build_facts
+
+LIBRARY = LIB / "libfasttricks_cuda.so"
+if not LIBRARY.exists():
+    pytest.skip(f"no CUDA library was built: {build_facts().get('no_cuda')}", allow_module_level=True)
+if tool("cuobjdump") is None:
+    pytest.skip("no cuobjdump: neither a CUDA toolkit's nor Triton's", allow_module_level=True)
+
+# of a multiprocessor: shared bytes by architecture, each block needing 1 KiB for the system (CUDA Programming Guide,
+# "Compute Capabilities"); registers come in units of 256 a warp
+SHARED = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}
+REGISTERS, WARPS, BLOCKS = 65536, {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}, {80: 32, 86: 16, 89: 24}
+
+
+def resident_blocks(kernel: Kernel, budget: Budget) -> int:
+    """Blocks of this kernel that fit on one multiprocessor."""
+    warps = -(-budget.threads // 32)
+    by_registers = REGISTERS // (-(-kernel.registers * 32 // 256) * 256 * warps)
+    shared = kernel.shared + budget.dynamic + 1024
+    by_shared = SHARED[kernel.arch] * 1024 // shared
+    return min(by_registers, by_shared, WARPS[kernel.arch] // warps, BLOCKS.get(kernel.arch, 32))
+
+
+@pytest.fixture(scope="module")
+def built() -> list[Kernel]:
+    return kernels(LIBRARY)
+
+
+def budget_of(kernel: Kernel) -> Budget:
+    fitting = [budget for pattern, budget in BUDGETS.items() if re.fullmatch(pattern, kernel.name)]
+    assert len(fitting) == 1, f"{kernel.name} matches {len(fitting)} patterns of cuda_budgets.py"
+    return fitting[0]
+
+
+def faults(kernel: Kernel) -> list[str]:
+    """What a kernel's machine code does against its budget."""
+    budget = budget_of(kernel)
+    found = []
+    if kernel.stack or kernel.local:
+        found.append(f"{kernel.stack} bytes of stack and {kernel.local} of local memory a thread")
+    if local := {op for op in kernel.opcodes if re.match(r"(LDL|STL)\b", op)}:
+        found.append(f"accesses to local memory: {local}")
+    if kernel.registers > budget.registers:
+        found.append(f"{kernel.registers} registers, budget {budget.registers}")
+    if kernel.shared > budget.shared + 1024:  # the system's own part is counted from sm_90 on
+        found.append(f"{kernel.shared} bytes of static shared memory, budget {budget.shared}")
+    blocks = resident_blocks(kernel, budget)
+    if kernel.arch in (80, 90, 100) and blocks < budget.blocks:
+        found.append(f"{blocks} blocks on a multiprocessor, budget {budget.blocks}")
+    for access in budget.wide:
+        if not any(re.match(rf"{access}\b.*\.128", op) for op in kernel.opcodes):
+            found.append(f"no 128-bit {access}")
+    if budget.tensor_cores and not any(re.match(r"(HMMA|HGMMA|UTCHMMA)\b", op) for op in kernel.opcodes):
+        found.append("no tensor-core instruction")
+    return [f"{kernel.name} on sm_{kernel.arch}: {fault}" for fault in found]
+
+
+def test_every_kernel_is_within_its_budget(built: list[Kernel]) -> None:
+    assert len(built) >= len(BUDGETS)
+    assert [fault for kernel in built for fault in faults(kernel)] == []
+
+
+def test_every_budget_has_a_kernel_on_every_architecture(built: list[Kernel]) -> None:
+    for arch in {kernel.arch for kernel in built}:
+        names = [kernel.name for kernel in built if kernel.arch == arch]
+        unused = [pattern for pattern in BUDGETS if not any(re.fullmatch(pattern, name) for name in names)]
+        assert unused == [], f"sm_{arch}"
+
+
+def test_faults_are_seen() -> None:
+    """The checks above do fail: a kernel over each of its limits."""
+    bad = Kernel("probe", 90, registers=255, stack=8, local=16, shared=200_000, opcodes={"LDL.64", "LDG.E.64"})
+    assert len(faults(bad)) == 5
