@@ -1,8 +1,12 @@
-"""Run by `make wheel-matrix` under each Python and torch: the wheel's ops against plain torch, in one line."""
+"""Every op of one backend against plain torch: python tests/wheel_smoke.py [cpu | cuda | triton].
+
+Run by `make wheel-matrix` under each Python and torch, and by benchmarks/gpu.sh on a card under compute-sanitizer.
+"""
 
 from __future__ import annotations
 
 import platform
+import sys
 import warnings
 
 import torch
@@ -41,9 +45,11 @@ def run(backend: str) -> list[torch.Tensor]:
     return [t.detach().double() for t in made + parameters]
 
 
-assert "cpu" in fasttricks.info()["loaded"], fasttricks.info()
-for got, want in zip(run("cpu"), run("reference"), strict=True):
-    error = (got - want).norm() / want.norm().clamp_min(1e-30)
-    assert error < 2e-2, error  # bfloat16 is among them
+backend = sys.argv[1] if len(sys.argv) > 1 else "cpu"
+assert backend in fasttricks.info()["loaded"], fasttricks.info()
+with torch.device("cpu" if backend == "cpu" else "cuda"):
+    for got, want in zip(run(backend), run("reference"), strict=True):
+        error = (got - want).norm() / want.norm().clamp_min(1e-30)
+        assert error < 2e-2, error  # bfloat16 is among them
 facts = f"python {platform.python_version()}, torch {torch.__version__}, {fasttricks.info()['cpu_isa']}"
-print(f"{facts}: the kernels agree with torch")
+print(f"{facts}: the {backend} kernels agree with torch")

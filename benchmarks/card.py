@@ -1,0 +1,252 @@
+"""Every op on a card, on each backend, beside its peers; python benchmarks/card.py [--device cuda] [--out DIR].
+
+A row is one case on one side: median milliseconds, how many times faster it is than eager torch, and, of the sides
+whose bytes the design counts, the fraction of the card's measured copy bandwidth. All sides of a case run in turn in
+each of the rounds, so that a ratio is of one machine state. Written: DIR/<card>.json and DIR/<card>.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import bench_sgd
+import torch
+import torch.nn.functional as F
+from bench_train_step import Side
+from torch.utils.benchmark import Timer
+
+import fasttricks
+from fasttricks.backend import why_not
+
+ROUNDS = 3
+LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
+Sides = dict[str, Callable[[], object]]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured: (C, H = W) of ResNet-50's BatchNorms, (C, Cout, H = W) of ResNet-50-D's shortcuts."""
+
+    batch: int
+    bn: tuple[tuple[int, int], ...] = ((64, 112), (256, 56), (512, 28), (2048, 7))
+    pool: tuple[tuple[int, int, int], ...] = ((256, 512, 56), (512, 1024, 28), (1024, 2048, 14))
+    step_batch: int = 128
+    image: int = 224
+    copy_bytes: int = 1 << 30
+    compiled: bool = True
+    seconds: float = 0.1  # of one measurement
+
+
+SMOKE = Sizes(2, ((16, 7),), ((16, 32, 6),), step_batch=2, image=64, copy_bytes=1 << 22, compiled=False, seconds=1e-3)
+
+
+@dataclass(frozen=True)
+class Row:
+    op: str
+    case: str
+    side: str
+    ms: float
+    against_eager: float
+    of_copy: float | None
+
+
+def backends(device: torch.device) -> list[str]:
+    """Those with kernels for this device."""
+    return [name for name in ("cuda", "triton", "cpu") if why_not(name, device) is None]
+
+
+def on(backend: str, run: Callable[[], object]) -> Callable[[], object]:
+    def inside() -> object:
+        with fasttricks.backend(backend):
+            return run()
+
+    return inside
+
+
+def median_seconds(sides: Sides, sizes: Sizes) -> dict[str, float]:
+    """Of every side, from rounds in which each runs once after the other."""
+    seen: dict[str, list[float]] = {name: [] for name in sides}
+    timers = {
+        name: Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads()) for name, run in sides.items()
+    }
+    for timer in timers.values():
+        timer.timeit(2)  # compiles, and fills caches
+    for _ in range(ROUNDS):
+        for name, timer in timers.items():
+            seen[name].append(timer.blocked_autorange(min_run_time=sizes.seconds).median)
+    return {name: statistics.median(times) for name, times in seen.items()}
+
+
+def copy_bandwidth(sizes: Sizes) -> float:
+    """Bytes read and written a second by a copy that no cache holds."""
+    source, target = torch.empty(2, sizes.copy_bytes, dtype=torch.uint8).unbind()
+    return 2 * sizes.copy_bytes / median_seconds({"copy": lambda: target.copy_(source)}, sizes)["copy"]
+
+
+def gradients(run: Callable[..., torch.Tensor], leaves: list[torch.Tensor]) -> Callable[[], object]:
+    """Forward and backward of `run`."""
+    dy = torch.randn_like(run(*leaves))
+    return lambda: torch.autograd.grad(run(*leaves), leaves, dy)
+
+
+def bn_cases(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, str, Sides, float]]:
+    for add in (False, True):
+        for c, size in sizes.bn:
+            for layout, memory_format in LAYOUTS.items():
+                shape = (sizes.batch, c, size, size)
+                x, *residual = (
+                    torch.randn(shape, dtype=dtype).contiguous(memory_format=memory_format).requires_grad_()
+                    for _ in range(1 + add)
+                )
+                weight, bias = torch.rand(c, requires_grad=True), torch.rand(c, requires_grad=True)
+                mean, var = torch.zeros(c), torch.ones(c)
+
+                def eager(x, weight, bias, *residual, mean=mean, var=var):  # type: ignore[no-untyped-def]
+                    y = F.batch_norm(x, mean, var, weight, bias, training=True)
+                    return F.relu(y + residual[0] if residual else y)
+
+                def ours(x, weight, bias, *residual, mean=mean, var=var):  # type: ignore[no-untyped-def]
+                    if residual:
+                        return fasttricks.bn_add_relu(x, *residual, weight, bias, mean, var)
+                    return fasttricks.bn_relu(x, weight, bias, mean, var)
+
+                leaves = [x, weight, bias, *residual]
+                sides: Sides = {"eager": gradients(eager, leaves)}
+                if sizes.compiled and size == sizes.bn[-1][1]:  # a compile takes a quarter of a minute
+                    sides["compiled"] = gradients(torch.compile(eager, dynamic=False), leaves)
+                for name in backends(device):
+                    with fasttricks.backend(name):
+                        sides[name] = on(name, gradients(ours, leaves))
+                # DESIGN: forward 3N, backward 5N; with residual 4N and 6N, and a bit an element written and read twice
+                moved = (10 * x.element_size() + 3 / 8 if add else 8 * x.element_size()) * x.numel()
+                yield ("bn_add_relu" if add else "bn_relu"), f"{c}x{size}x{size} {layout} {dtype}", sides, moved
+
+
+def pool_cases(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, str, Sides, float]]:
+    for c, out, size in sizes.pool:
+        for layout, memory_format in LAYOUTS.items():
+            x = torch.randn(sizes.batch, c, size, size, dtype=dtype).contiguous(memory_format=memory_format)
+            leaves = [x.requires_grad_(), torch.randn(out, c, 1, 1, dtype=dtype, requires_grad=True)]
+            sides: Sides = {"eager": gradients(lambda x, w: F.conv2d(F.avg_pool2d(x, 2), w), leaves)}
+            for name in backends(device):
+                with fasttricks.backend(name):
+                    sides[name] = on(name, gradients(fasttricks.avgpool_conv1x1, leaves))
+            y = sizes.batch * out * (size // 2) ** 2
+            moved = (3 * x.numel() + 3 * y) * x.element_size()  # forward x, y; backward dy, x, dx and dy again
+            yield "avgpool_conv1x1", f"{c}->{out} {size}x{size} {layout} {dtype}", sides, moved
+
+
+def sgd_cases(device: torch.device) -> Iterator[tuple[str, str, Sides, float]]:
+    """fp16 parameters of ResNet-50 with masters: check and step."""
+    sides: Sides = {"eager": bench_sgd.eager_fp16(), "in place": bench_sgd.in_place_fp16()}
+    for name in backends(device):
+        sides[name] = on(name, bench_sgd.fused_fp16())
+    yield "sgd", "ResNet-50, float16, masters, check", sides, bench_sgd.COUNT * bench_sgd.BYTES
+    sides = {"eager": torch_sgd(foreach=True), "torch fused": torch_sgd(fused=True)}
+    for name in backends(device):
+        sides[name] = on(name, bench_sgd.fused_fp32())
+    yield "sgd", "ResNet-50, float32", sides, bench_sgd.COUNT * 20
+
+
+def torch_sgd(**kind: bool) -> Callable[[], object]:
+    parameters = bench_sgd.parameters(torch.float32)
+    options = {"lr": bench_sgd.LR, "momentum": bench_sgd.MOMENTUM, "weight_decay": bench_sgd.DECAY}
+    return torch.optim.SGD(parameters, **options, **kind).step
+
+
+def step_cases(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, str, Sides, float]]:
+    """One training step of ResNet-50-D under autocast, channels_last."""
+    images = torch.randn(sizes.step_batch, 3, sizes.image, sizes.image).contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(0, 1000, (sizes.step_batch,))
+
+    def side(fused: bool) -> Callable[[], object]:
+        made = Side(fused, torch.channels_last, None)
+
+        def run() -> None:
+            with torch.autocast(device.type, dtype):
+                made.step(images, labels)
+
+        return run
+
+    sides: Sides = {"eager": side(False)} | {name: on(name, side(True)) for name in backends(device)}
+    yield "training step", f"ResNet-50-D, batch {sizes.step_batch}, NHWC, {dtype}", sides, 0
+
+
+def measure(sizes: Sizes, device: torch.device) -> tuple[list[Row], float]:
+    bandwidth = copy_bandwidth(sizes)
+    print(f"copy: {bandwidth / 1e9:.0f} GB/s", flush=True)
+    rows: list[Row] = []
+    half = torch.float16 if device.type == "cuda" else torch.bfloat16
+    groups = [bn_cases(sizes, device, half), pool_cases(sizes, device, half), sgd_cases(device)]
+    groups += [bn_cases(sizes, device, torch.float32), step_cases(sizes, device, half)]
+    for group in groups:
+        for op, case, sides, moved in group:
+            seconds = median_seconds(sides, sizes)
+            for side, s in seconds.items():
+                counted = moved and side in ("cuda", "triton", "cpu")
+                of_copy = moved / s / bandwidth if counted else None
+                rows.append(Row(op, case, side, s * 1e3, seconds["eager"] / s, of_copy))
+                share = f", {of_copy:4.0%} of copy" if of_copy else ""
+                print(
+                    f"{op:16} {case:45} {side:12} {s * 1e3:8.3f} ms {rows[-1].against_eager:5.2f}x{share}", flush=True
+                )
+    return rows, bandwidth
+
+
+def draw(rows: list[Row], title: str, path: Path) -> None:
+    """A panel an op: each backend's speed against eager torch, by case."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    ops = list(dict.fromkeys(row.op for row in rows))
+    cases = {op: list(dict.fromkeys(row.case for row in rows if row.op == op)) for op in ops}
+    heights = [len(c) for c in cases.values()]
+    figure, panels = pyplot.subplots(
+        len(ops), figsize=(10, 1.5 + 0.35 * sum(heights)), height_ratios=heights, squeeze=False, layout="constrained"
+    )
+    for panel, op in zip(panels[:, 0], ops, strict=True):
+        sides = [s for s in dict.fromkeys(row.side for row in rows if row.op == op) if s != "eager"]
+        for k, side in enumerate(sides):
+            of_side = {row.case: row.against_eager for row in rows if row.op == op and row.side == side}
+            at = [cases[op].index(case) + (k + 0.5) / len(sides) - 0.5 for case in of_side]
+            panel.barh(at, list(of_side.values()), height=0.8 / len(sides), label=side)
+        panel.set_yticks(range(len(cases[op])), cases[op], fontsize=7)
+        panel.invert_yaxis()
+        panel.axvline(1, color="black", linewidth=0.8)
+        panel.set_title(f"{op}: times as fast as eager torch", fontsize=9)
+        panel.legend(fontsize=7)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--device", default="cuda", help="cuda, or cpu to try this script out")
+    options.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    options.add_argument("--batch", type=int, default=256)
+    options.add_argument("--smoke", action="store_true", help="tiny sizes: whether everything runs, not how fast")
+    given = options.parse_args()
+    device = torch.device(given.device)
+    sizes = SMOKE if given.smoke else Sizes(given.batch)
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    with device:
+        rows, bandwidth = measure(sizes, device)
+    info = {key: str(value) for key, value in fasttricks.info().items()}
+    result = {"card": card, "copy_bytes_a_second": bandwidth, "info": info, "rows": [asdict(row) for row in rows]}
+    given.out.mkdir(parents=True, exist_ok=True)
+    name = re.sub(r"\W+", "-", card.lower()).strip("-")
+    (given.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    draw(rows, f"{card}, torch {torch.__version__}", given.out / f"{name}.png")
+    print(f"written: {given.out / name}.json and .png")
+
+
+if __name__ == "__main__":
+    main()
