@@ -2,22 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 import fasttricks
-from fasttricks.backend import why_not
+from fasttricks.backend import not_loaded
 
-BACKENDS = [name for name in ("cpu", "reference") if why_not(name, torch.device("cpu")) is None]
+sys.path.insert(0, str(Path(__file__).parent / "emulator"))
+
+# Triton's interpreter replaces its compiler for a whole process: there the suite runs on it alone
+if os.environ.get("TRITON_INTERPRET") == "1":
+    BACKENDS = ["triton"]
+else:
+    BACKENDS = ["cpu", "cuda-emulated", "reference"]
+    if torch.cuda.is_available():
+        BACKENDS += [f"{name}-on_card" for name in ("cuda", "triton", "reference")]
+BACKENDS = [name for name in BACKENDS if name not in not_loaded]
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The name of the backend that ops run on during this test."""
-    with fasttricks.backend(request.param):
-        yield request.param
+    """The name of the backend that ops run on during this test; on a card, new tensors are on it."""
+    name, _, where = request.param.partition("-")
+    if where == "emulated":
+        import emulated
+
+        emulated.load()
+    place = torch.device("cuda") if where == "on_card" else contextlib.nullcontext()
+    with place, fasttricks.backend(name):
+        yield name
 
 
 @pytest.fixture(autouse=True)

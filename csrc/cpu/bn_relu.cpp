@@ -5,11 +5,10 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <optional>
 #include <tuple>
 #include <vector>
 
-#include "checks.h"
+#include "bn_relu_call.h"
 #include "cpu/huge_pages.h"
 #include "math/bn.h"
 #include "math/welford.h"
@@ -17,9 +16,7 @@
 namespace fasttricks::cpu {
 namespace {
 
-using torch::headeronly::MemoryFormat;
 using torch::stable::parallel_for;
-using MaybeTensor = std::optional<Tensor>;
 
 const BnOfType& kernels_of(ScalarType t) {
   const BnReluKernels& all = FT_KERNELS(bn_relu_kernels);
@@ -29,71 +26,22 @@ const BnOfType& kernels_of(ScalarType t) {
                                    : all.bfloat16;
 }
 
-// y, dx and dresidual take the layout of x; an x that is dense in neither layout is copied into the one it resembles.
-// The fake in ops/bn_relu.py makes the same choice.
-MemoryFormat layout_of(const Tensor& x) {
-  int64_t dense = 1;
-  bool contiguous = true;
-  for (int64_t d = x.dim() - 1; d >= 0; --d) {
-    contiguous = contiguous && (x.size(d) == 1 || x.stride(d) == dense);
-    dense *= x.size(d);
-  }
-  if (contiguous || x.numel() == 0 || x.size(1) == 1 || x.stride(1) != 1) return MemoryFormat::Contiguous;
-  return x.dim() == 4   ? MemoryFormat::ChannelsLast
-         : x.dim() == 5 ? MemoryFormat::ChannelsLast3d
-                        : MemoryFormat::Contiguous;
-}
-
-// The tensors of one call, dense and in the types that the kernels read; keeps alive what `arguments` points to.
-struct Call {
-  const char* op;
-  Tensor x;
-  MemoryFormat layout;
-  ScalarType statistics_type;
+// A call as the kernels take it.
+struct Call : BnCall {
   BnArguments arguments{};
-  std::vector<Tensor> kept;
 
-  Call(const char* op_, const Tensor& given, double eps) : op(op_), x(given), layout(MemoryFormat::Contiguous) {
-    FT_CHECK(op, x.dim() >= 2 && x.dim() <= 5, "x has shape ", shape_of(x),
-             "; accepted: 2 to 5 dimensions (N, C, ...)");
-    check_floating(op, "x", x);
-    FT_CHECK(op, eps >= 0, "eps is ", eps, "; accepted: zero or more");
-    statistics_type = accumulate_type(x.scalar_type());
-    layout = layout_of(x);
-    x = torch::stable::contiguous(x, layout);
+  Call(const char* op, const Tensor& given, double eps) : BnCall(op, given, eps) {
     BnArguments& a = arguments;
-    a.channels = x.size(1);
-    const int64_t values = x.numel() == 0 ? 0 : x.numel() / a.channels;
-    const bool by_rows = layout != MemoryFormat::Contiguous || values == x.size(0);
-    a.rows = by_rows ? values : x.size(0);
-    a.inner = by_rows || a.rows == 0 ? 1 : values / a.rows;
+    a.channels = channels;
+    a.rows = rows;
+    a.inner = inner;
     a.eps = eps;
     a.training = true;
     a.count = double(values);
     a.x = x.const_data_ptr();
   }
 
-  bool empty() const { return x.numel() == 0; }
-  bool by_rows() const { return arguments.inner == 1; }
-
-  const void* like_x(const char* name, const Tensor& t) {
-    check_same_device(op, name, t, x);
-    check_dtype(op, name, t, x.scalar_type());
-    bool same = t.dim() == x.dim();
-    for (int64_t d = 0; same && d < x.dim(); ++d) same = t.size(d) == x.size(d);
-    FT_CHECK(op, same, name, " has shape ", shape_of(t), "; accepted: that of x, ", shape_of(x));
-    kept.push_back(torch::stable::contiguous(t, layout));
-    return kept.back().const_data_ptr();
-  }
-
-  const void* per_channel(const char* name, const Tensor& t) {
-    check_same_device(op, name, t, x);
-    check_floating(op, name, t);
-    FT_CHECK(op, t.dim() == 1 && t.size(0) == arguments.channels, name, " has shape ", shape_of(t), "; accepted: (",
-             arguments.channels, ",), the channels of x");
-    kept.push_back(torch::stable::contiguous(torch::stable::to(t, statistics_type)));
-    return kept.back().const_data_ptr();
-  }
+  bool by_rows() const { return inner == 1; }
 
   void affine(const MaybeTensor& weight, const MaybeTensor& bias) {
     if (weight.has_value()) arguments.weight = per_channel("weight", *weight);
@@ -106,19 +54,13 @@ struct Call {
     arguments.var = const_cast<void*>(per_channel("var", var));
   }
 
-  void mask(const MaybeTensor& mask) {
-    if (!mask.has_value()) return;
-    check_same_device(op, "mask", *mask, x);
-    check_dtype(op, "mask", *mask, ScalarType::Byte);
-    FT_CHECK(op, mask->dim() == 1 && mask->size(0) == (x.numel() + 7) / 8, "mask has shape ", shape_of(*mask),
-             "; accepted: (", (x.numel() + 7) / 8, ",), a bit for each element of x");
-    kept.push_back(torch::stable::contiguous(*mask));
-    arguments.mask_in = static_cast<const uint8_t*>(kept.back().const_data_ptr());
-    arguments.mask_bytes = mask->size(0);
+  void read_mask(const MaybeTensor& given) {
+    arguments.mask_in = mask(given);
+    arguments.mask_bytes = given.has_value() ? mask_bytes() : 0;
   }
 
   Tensor new_like_x() const {
-    Tensor made = torch::stable::empty(x.sizes(), x.scalar_type(), std::nullopt, x.device(), std::nullopt, layout);
+    Tensor made = BnCall::new_like_x();
     advise_huge_pages(made.mutable_data_ptr(), made.numel() * int64_t(made.element_size()));
     return made;
   }
@@ -126,7 +68,7 @@ struct Call {
   Tensor new_per_channel() const { return torch::stable::new_zeros(x, {arguments.channels}, statistics_type); }
 
   Tensor new_mask() {
-    Tensor made = torch::stable::new_zeros(x, {(x.numel() + 7) / 8}, ScalarType::Byte);
+    Tensor made = torch::stable::new_zeros(x, {mask_bytes()}, ScalarType::Byte);
     arguments.mask_out = static_cast<uint8_t*>(made.mutable_data_ptr());
     return made;
   }
@@ -298,15 +240,14 @@ Call backward_call(const char* op, const Tensor& dy, const Tensor& x, const Mayb
                    double eps) {
   Call call(op, x, eps);
   call.arguments.dy = call.like_x("dy", dy);
-  call.mask(mask);
+  call.read_mask(mask);
   call.affine(weight, bias);
   call.statistics(mean, var);
   return call;
 }
 
-std::tuple<Tensor, Tensor> new_gradients(Call& call, bool need_dresidual) {
-  FT_CHECK(call.op, !need_dresidual || call.arguments.mask_in != nullptr || call.empty(),
-           "need_dresidual is true and mask is None; accepted: the mask that the forward op gave");
+std::tuple<Tensor, Tensor> new_gradients(Call& call, const MaybeTensor& mask, bool need_dresidual) {
+  call.check_need_dresidual(need_dresidual, mask);
   Tensor dx = call.new_like_x();
   call.arguments.dx = dx.mutable_data_ptr();
   Tensor dresidual = need_dresidual ? call.new_like_x() : torch::stable::new_empty(call.x, {0});
@@ -327,7 +268,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_relu_backward(Tensor dy, Tensor x,
   Call call = backward_call("bn_relu_backward", dy, x, mask, weight, bias, mean, var, eps);
   call.arguments.training = training;
   auto [dweight, dbias] = new_sums(call);
-  auto [dx, dresidual] = new_gradients(call, need_dresidual);
+  auto [dx, dresidual] = new_gradients(call, mask, need_dresidual);
   call.run(kBnReduce | kBnBackward);
   return {dx, dresidual, dweight, dbias};
 }
@@ -344,22 +285,17 @@ std::tuple<Tensor, Tensor> bn_relu_backward_apply(Tensor dy, Tensor x, MaybeTens
                                                   MaybeTensor bias, Tensor mean, Tensor var, double eps, Tensor dweight,
                                                   Tensor dbias, int64_t count, bool need_dresidual) {
   Call call = backward_call("bn_relu_backward_apply", dy, x, mask, weight, bias, mean, var, eps);
-  FT_CHECK(call.op, count > 0 || call.empty(), "count is ", count,
-           "; accepted: a positive number of values per channel");
+  call.check_count(count);
   call.arguments.dweight = const_cast<void*>(call.per_channel("dweight", dweight));
   call.arguments.dbias = const_cast<void*>(call.per_channel("dbias", dbias));
   call.arguments.count = double(count);
-  auto gradients = new_gradients(call, need_dresidual);
+  auto gradients = new_gradients(call, mask, need_dresidual);
   call.run(kBnBackward);
   return gradients;
 }
 
 // The running statistics are C values: the general ops of torch serve, in the running tensor's own type and strides.
-void blend(const char* op, const char* name, Tensor& running, const Tensor& now, double factor, double momentum) {
-  check_floating(op, name, running);
-  check_same_device(op, name, running, now);
-  FT_CHECK(op, running.dim() == 1 && running.size(0) == now.size(0), name, " has shape ", shape_of(running),
-           "; accepted: (", now.size(0), ",), that of the new statistics");
+void blend(Tensor& running, const Tensor& now, double factor, double momentum) {
   const ScalarType type = accumulate_type(running.scalar_type());
   Tensor blended = torch::stable::clone(torch::stable::contiguous(torch::stable::to(running, type)));
   const Tensor fresh = torch::stable::contiguous(torch::stable::to(now, type));
@@ -378,14 +314,10 @@ void blend(const char* op, const char* name, Tensor& running, const Tensor& now,
 
 void bn_update_stats_(Tensor running_mean, Tensor running_var, Tensor mean, Tensor var, int64_t count,
                       double momentum) {
-  const char* op = "bn_update_stats_";
-  FT_CHECK(op, count >= 0, "count is ", count, "; accepted: zero or more values per channel");
-  FT_CHECK(op, mean.dim() == 1 && var.dim() == 1 && mean.size(0) == var.size(0), "mean has shape ", shape_of(mean),
-           " and var ", shape_of(var), "; accepted: (C,) both");
+  check_update_stats(running_mean, running_var, mean, var, count);
   if (count == 0) return;
-  blend(op, "running_mean", running_mean, mean, 1.0, momentum);
-  // one value has no unbiased variance; the modules refuse it in training, the raw op keeps the biased one
-  blend(op, "running_var", running_var, var, count > 1 ? double(count) / double(count - 1) : 1.0, momentum);
+  blend(running_mean, mean, 1.0, momentum);
+  blend(running_var, var, unbiased_factor(count), momentum);
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <bit>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -99,6 +100,75 @@ FT_DEVICE A sum_over_lanes(A v) {
 #pragma unroll
   for (int bit = Lanes / 2; bit > 0; bit /= 2) v += __shfl_xor_sync(kAllLanes, v, bit);
   return v;
+}
+
+// d += a * b on the tensor cores: a is 16 x 16, b 16 x 8, of T = Half or BFloat16; d is fp32. A thread has the elements
+// that the PTX manual ("Matrix fragments for mma.m16n8k16") gives its lane.
+template <typename T>
+FT_DEVICE void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#if defined(CUDA_ON_CPU)
+  ::emu::mma_m16n8k16(d, a, b, +[](uint16_t bits) { return float(std::bit_cast<T>(bits)); });
+#else
+  if constexpr (std::is_same_v<T, Half>)
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  else
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+}
+
+// Four 8 x 8 matrices of 16-bit values from shared memory (ldmatrix): lane l names row l % 8 of matrix l / 8, 16 bytes.
+template <bool kTranspose>
+FT_DEVICE void load_matrices(uint32_t (&r)[4], const void* row) {
+#if defined(CUDA_ON_CPU)
+  ::emu::ldmatrix_x4(r, row, kTranspose);
+#else
+  const uint32_t at = uint32_t(__cvta_generic_to_shared(row));
+  if constexpr (kTranspose)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(at)
+                 : "memory");
+  else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(at)
+                 : "memory");
+#endif
+}
+
+// 16 bytes from global to shared memory, past the registers; zeros where not `needed`. Visible to this thread after
+// copy_wait, to others after a barrier behind it.
+FT_DEVICE void copy_async(void* to, const void* from, bool needed) {
+#if defined(CUDA_ON_CPU)
+  ::emu::cp_async16(to, from, needed ? 16 : 0);
+#else
+  const uint32_t at = uint32_t(__cvta_generic_to_shared(to));
+  const int bytes = needed ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(bytes) : "memory");
+#endif
+}
+// Ends a group of copies.
+FT_DEVICE void copy_commit() {
+#if defined(CUDA_ON_CPU)
+  ::emu::cp_async_commit();
+#else
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+// Until at most kPending of this thread's groups, the last ones, are under way.
+template <int kPending>
+FT_DEVICE void copy_wait() {
+#if defined(CUDA_ON_CPU)
+  ::emu::cp_async_wait(kPending);
+#else
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+#endif
 }
 
 }  // namespace fasttricks::cuda

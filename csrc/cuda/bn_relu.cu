@@ -1,0 +1,247 @@
+// bn_relu and bn_add_relu on CUDA tensors: checks, allocation and registration; bn_relu_run.cuh launches.
+#include <tuple>
+
+#include "bn_relu_call.h"
+#include "bn_relu_run.cuh"
+#include "host.h"
+
+namespace fasttricks::cuda::ops {
+namespace {
+
+// f(T()) with the C++ type of the tensor's elements.
+template <typename F>
+void with_type(ScalarType type, F f) {
+  switch (type) {
+    case ScalarType::Double:
+      return f(double());
+    case ScalarType::Half:
+      return f(Half());
+    case ScalarType::BFloat16:
+      return f(BFloat16());
+    default:
+      return f(float());
+  }
+}
+
+ParamType param_type(ScalarType type) {
+  return type == ScalarType::Double     ? ParamType::kDouble
+         : type == ScalarType::Half     ? ParamType::kHalf
+         : type == ScalarType::BFloat16 ? ParamType::kBFloat16
+                                        : ParamType::kFloat;
+}
+
+// A call as the kernels take it.
+struct Call : BnCall {
+  OnDevice on;
+  BnShape shape;
+  const void *weight_data = nullptr, *bias_data = nullptr;
+  ParamType weight_type = ParamType::kFloat, bias_type = ParamType::kFloat;
+  const void *mean_data = nullptr, *var_data = nullptr;
+  double eps;
+
+  Call(const char* op, const Tensor& given, double eps_)
+      : BnCall(op, given, eps_), on(x), shape(bn_shape(rows, int(channels), inner, false)), eps(eps_) {}
+
+  template <typename T>
+  const T* data() const {
+    return static_cast<const T*>(x.const_data_ptr());
+  }
+
+  // In their own type, which the kernels read.
+  void affine(const MaybeTensor& weight, const MaybeTensor& bias) {
+    const auto one = [this](const char* name, const MaybeTensor& given, const void*& at, ParamType& type) {
+      if (!given.has_value()) return;
+      check_per_channel(name, *given);
+      at = keep(torch::stable::contiguous(*given));
+      type = param_type(given->scalar_type());
+    };
+    one("weight", weight, weight_data, weight_type);
+    one("bias", bias, bias_data, bias_type);
+  }
+  void statistics(const Tensor& mean, const Tensor& var) {
+    mean_data = per_channel("mean", mean);
+    var_data = per_channel("var", var);
+  }
+  template <typename A>
+  BnParams<A> params() const {
+    return {static_cast<const A*>(mean_data),
+            static_cast<const A*>(var_data),
+            weight_data,
+            bias_data,
+            weight_type,
+            bias_type,
+            A(eps)};
+  }
+
+  // Zeros of an empty x: nothing is launched for it.
+  Tensor new_per_channel() const {
+    return empty() ? torch::stable::new_zeros(x, {channels}, statistics_type)
+                   : torch::stable::new_empty(x, {channels}, statistics_type);
+  }
+  Tensor new_partial() const {
+    return torch::stable::new_empty(x, {bn_partial_count(bn_reduction_tiling(shape, on.device.sm_count))},
+                                    statistics_type);
+  }
+
+  std::tuple<Tensor, Tensor> new_statistics() {
+    Tensor mean = new_per_channel(), var = new_per_channel();
+    mean_data = mean.const_data_ptr();
+    var_data = var.const_data_ptr();
+    if (empty()) return {mean, var};
+    Tensor partial = new_partial();
+    with_type(x.scalar_type(), [&](auto t) {
+      using A = acc_t<decltype(t)>;
+      bn_stats_run(data<decltype(t)>(), shape, on.device, static_cast<A*>(partial.mutable_data_ptr()),
+                   static_cast<A*>(mean.mutable_data_ptr()), static_cast<A*>(var.mutable_data_ptr()), on.stream);
+    });
+    return {mean, var};
+  }
+
+  // y, and the mask where there is a residual. from_x: the statistics are those of x.
+  std::tuple<Tensor, Tensor> new_output(const MaybeTensor& residual, bool from_x) {
+    const void* z = residual.has_value() ? like_x("residual", *residual) : nullptr;
+    Tensor y = new_like_x(), mask = torch::stable::new_empty(x, {z ? mask_bytes() : 0}, ScalarType::Byte);
+    if (empty()) return {y, mask};
+    with_type(x.scalar_type(), [&](auto t) {
+      using T = decltype(t);
+      bn_apply_run(data<T>(), static_cast<const T*>(z), params<acc_t<T>>(), from_x, shape, on.device,
+                   static_cast<T*>(y.mutable_data_ptr()), z ? static_cast<uint8_t*>(mask.mutable_data_ptr()) : nullptr,
+                   on.stream);
+    });
+    return {y, mask};
+  }
+
+  std::tuple<Tensor, Tensor> new_sums(const void* dy, const uint8_t* bits) {
+    Tensor dweight = new_per_channel(), dbias = new_per_channel();
+    if (empty()) return {dweight, dbias};
+    Tensor partial = new_partial();
+    with_type(x.scalar_type(), [&](auto t) {
+      using T = decltype(t);
+      using A = acc_t<T>;
+      bn_backward_reduce_run(static_cast<const T*>(dy), data<T>(), bits, params<A>(), shape, on.device,
+                             static_cast<A*>(partial.mutable_data_ptr()), static_cast<A*>(dweight.mutable_data_ptr()),
+                             static_cast<A*>(dbias.mutable_data_ptr()), on.stream);
+    });
+    return {dweight, dbias};
+  }
+
+  // dx and dresidual from the sums. count: values of a channel over all replicas, 0 where the statistics are constants.
+  std::tuple<Tensor, Tensor> new_gradients(const void* dy, const uint8_t* bits, const void* dweight, const void* dbias,
+                                           int64_t count, bool need_dresidual) {
+    Tensor dx = new_like_x(), dresidual = need_dresidual ? new_like_x() : torch::stable::new_empty(x, {0});
+    if (empty()) return {dx, dresidual};
+    with_type(x.scalar_type(), [&](auto t) {
+      using T = decltype(t);
+      using A = acc_t<T>;
+      bn_backward_apply_run(static_cast<const T*>(dy), data<T>(), bits, params<A>(), static_cast<const A*>(dweight),
+                            static_cast<const A*>(dbias), count, shape, on.device,
+                            static_cast<T*>(dx.mutable_data_ptr()),
+                            need_dresidual ? static_cast<T*>(dresidual.mutable_data_ptr()) : nullptr, on.stream);
+    });
+    return {dx, dresidual};
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> bn_relu_forward(Tensor x, MaybeTensor weight, MaybeTensor bias, double eps) {
+  Call call("bn_relu_forward", x, eps);
+  call.affine(weight, bias);
+  auto [mean, var] = call.new_statistics();
+  return {std::get<0>(call.new_output(std::nullopt, true)), mean, var};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_relu_forward(Tensor x, Tensor residual, MaybeTensor weight,
+                                                               MaybeTensor bias, double eps) {
+  Call call("bn_add_relu_forward", x, eps);
+  call.affine(weight, bias);
+  call.like_x("residual", residual);
+  auto [mean, var] = call.new_statistics();
+  auto [y, mask] = call.new_output(residual, true);
+  return {y, mean, var, mask};
+}
+
+Tensor bn_relu_apply(Tensor x, MaybeTensor weight, MaybeTensor bias, Tensor mean, Tensor var, double eps) {
+  Call call("bn_relu_apply", x, eps);
+  call.affine(weight, bias);
+  call.statistics(mean, var);
+  return std::get<0>(call.new_output(std::nullopt, false));
+}
+
+std::tuple<Tensor, Tensor> bn_add_relu_apply(Tensor x, Tensor residual, MaybeTensor weight, MaybeTensor bias,
+                                             Tensor mean, Tensor var, double eps) {
+  Call call("bn_add_relu_apply", x, eps);
+  call.affine(weight, bias);
+  call.statistics(mean, var);
+  return call.new_output(residual, false);
+}
+
+std::tuple<Tensor, Tensor> bn_stats(Tensor x) { return Call("bn_stats", x, 0.0).new_statistics(); }
+
+// What every backward op is given.
+struct BackwardCall : Call {
+  const void* dy;
+  const uint8_t* bits;
+
+  BackwardCall(const char* op, const Tensor& dy_, const Tensor& x, const MaybeTensor& mask_, const MaybeTensor& weight,
+               const MaybeTensor& bias, const Tensor& mean, const Tensor& var, double eps)
+      : Call(op, x, eps), dy(like_x("dy", dy_)), bits(mask(mask_)) {
+    affine(weight, bias);
+    statistics(mean, var);
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> bn_relu_backward(Tensor dy, Tensor x, MaybeTensor mask, MaybeTensor weight,
+                                                            MaybeTensor bias, Tensor mean, Tensor var, double eps,
+                                                            bool training, bool need_dresidual) {
+  BackwardCall call("bn_relu_backward", dy, x, mask, weight, bias, mean, var, eps);
+  call.check_need_dresidual(need_dresidual, mask);
+  auto [dweight, dbias] = call.new_sums(call.dy, call.bits);
+  auto [dx, dresidual] = call.new_gradients(call.dy, call.bits, dweight.const_data_ptr(), dbias.const_data_ptr(),
+                                            training ? call.values : 0, need_dresidual);
+  return {dx, dresidual, dweight, dbias};
+}
+
+std::tuple<Tensor, Tensor> bn_relu_backward_reduce(Tensor dy, Tensor x, MaybeTensor mask, MaybeTensor weight,
+                                                   MaybeTensor bias, Tensor mean, Tensor var, double eps) {
+  BackwardCall call("bn_relu_backward_reduce", dy, x, mask, weight, bias, mean, var, eps);
+  return call.new_sums(call.dy, call.bits);
+}
+
+std::tuple<Tensor, Tensor> bn_relu_backward_apply(Tensor dy, Tensor x, MaybeTensor mask, MaybeTensor weight,
+                                                  MaybeTensor bias, Tensor mean, Tensor var, double eps, Tensor dweight,
+                                                  Tensor dbias, int64_t count, bool need_dresidual) {
+  BackwardCall call("bn_relu_backward_apply", dy, x, mask, weight, bias, mean, var, eps);
+  call.check_count(count);
+  call.check_need_dresidual(need_dresidual, mask);
+  const void* dweight_data = call.per_channel("dweight", dweight);
+  const void* dbias_data = call.per_channel("dbias", dbias);
+  return call.new_gradients(call.dy, call.bits, dweight_data, dbias_data, count, need_dresidual);
+}
+
+void bn_update_stats_(Tensor running_mean, Tensor running_var, Tensor mean, Tensor var, int64_t count,
+                      double momentum) {
+  check_update_stats(running_mean, running_var, mean, var, count);
+  if (count == 0 || mean.size(0) == 0) return;
+  OnDevice on(mean);
+  const auto running = [](Tensor& r, const Tensor& now, double factor) {
+    return BnRunning{r.mutable_data_ptr(),        now.const_data_ptr(),         r.stride(0), now.stride(0), factor,
+                     param_type(r.scalar_type()), param_type(now.scalar_type())};
+  };
+  bn_update_stats_run(running(running_mean, mean, 1.0), running(running_var, var, unbiased_factor(count)),
+                      int(mean.size(0)), momentum, on.stream);
+}
+
+}  // namespace
+}  // namespace fasttricks::cuda::ops
+
+FT_CUDA_LIBRARY(m) {
+  using namespace fasttricks::cuda::ops;
+  m.impl("bn_relu_forward", TORCH_BOX(&bn_relu_forward));
+  m.impl("bn_add_relu_forward", TORCH_BOX(&bn_add_relu_forward));
+  m.impl("bn_relu_apply", TORCH_BOX(&bn_relu_apply));
+  m.impl("bn_add_relu_apply", TORCH_BOX(&bn_add_relu_apply));
+  m.impl("bn_stats", TORCH_BOX(&bn_stats));
+  m.impl("bn_relu_backward", TORCH_BOX(&bn_relu_backward));
+  m.impl("bn_relu_backward_reduce", TORCH_BOX(&bn_relu_backward_reduce));
+  m.impl("bn_relu_backward_apply", TORCH_BOX(&bn_relu_backward_apply));
+  m.impl("bn_update_stats_", TORCH_BOX(&bn_update_stats_));
+}

@@ -1,0 +1,217 @@
+// Kernels of bn_relu and bn_add_relu: statistics, apply, backward reduction, backward apply. bn_relu_plan.h says which
+// columns and rows a thread has; csrc/math/bn.h has the formulas.
+//
+// Reductions leave two numbers per (rows, tile, channel); bn_finalize_* combines them in a fixed order. No float
+// atomics: the same input gives the same bits.
+#pragma once
+
+#include "bn_relu_plan.h"
+#include "bn_relu_tile.cuh"
+#include "math/bn.h"
+
+namespace fasttricks::cuda {
+
+// partial = (mean, M2) of the block's elements of each channel.
+template <typename T, bool kVector>
+__global__ void __launch_bounds__(kBnThreads, kVector ? kBnBlocksOf<T> : 2)
+    bn_stats(const T* __restrict__ x, BnShape s, BnTiling t, acc_t<T>* __restrict__ partial) {
+  using A = acc_t<T>;
+  FT_SHARED(A, means, kBnThreads * kBnColumns);
+  FT_SHARED(A, m2s, kBnThreads * kBnColumns);
+  const BnTile tile(s, t);
+  ColumnMoments<A> sums;
+  tile.for_rows<kBnChunkOf<T>>([&](int64_t r, auto rows) {
+    constexpr int kRows = decltype(rows)::value;
+    T v[kRows][kBnColumns];
+#pragma unroll
+    for (int u = 0; u < kRows; ++u) tile.template load<kVector>(x, r + int64_t(u) * t.ty(), v[u]);
+    sums.template add<T, kRows>(v);
+  });
+  tile.moments_per_channel(sums, means, m2s, [&](int64_t slot, A mean, A m2) {
+    store(partial + 2 * slot, mean);
+    store(partial + 2 * slot + 1, m2);
+  });
+}
+
+// mean and biased variance of every channel; one warp a channel.
+template <typename A>
+__global__ void __launch_bounds__(kBnThreads)
+    bn_finalize_stats(const A* __restrict__ partial, BnShape s, BnTiling t, A* __restrict__ mean, A* __restrict__ var) {
+  const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
+  const int c = int(blockIdx.x) * (kBnThreads / 32) + warp;
+  if (c < s.channels) finalize_moments(partial, s, t, c, lane, mean, var);
+}
+
+// partial = (sum dz, sum dz * (x - mean)) of the block's elements of each channel; dz = dy where the forward's output
+// passes.
+template <typename T, bool kVector, bool kResidual>
+__global__ void __launch_bounds__(kBnThreads, kVector ? kBnBlocksOf<T> : 2)
+    bn_backward_reduce(const T* __restrict__ dy, const T* __restrict__ x, const uint8_t* __restrict__ mask,
+                       BnParams<acc_t<T>> p, BnShape s, BnTiling t, acc_t<T>* __restrict__ partial) {
+  using A = acc_t<T>;
+  FT_SHARED(A, first, kBnThreads * kBnColumns);
+  FT_SHARED(A, second, kBnThreads * kBnColumns);
+  const BnTile tile(s, t);
+  A mean[kBnColumns], scale[kBnColumns], bias[kBnColumns];
+  tile.channel_params(p, first, mean, scale, bias);
+  A sum_dz[kBnColumns] = {}, sum_dz_x[kBnColumns] = {};
+  tile.for_rows<kBnChunkOf<T> / 2>([&](int64_t r, auto rows) {
+    constexpr int kRows = decltype(rows)::value;
+    T g[kRows][kBnColumns], v[kRows][kBnColumns];
+    unsigned bits[kRows];
+#pragma unroll
+    for (int u = 0; u < kRows; ++u) {
+      const int64_t row = r + int64_t(u) * t.ty();
+      tile.template load<kVector>(dy, row, g[u]);
+      tile.template load<kVector>(x, row, v[u]);
+      if constexpr (kResidual) bits[u] = tile.template load_bits<kVector>(mask, row);
+    }
+#pragma unroll
+    for (int u = 0; u < kRows; ++u) {
+      if constexpr (!kResidual) bits[u] = passing<T>(v[u], mean, scale, bias);
+#pragma unroll
+      for (int j = 0; j < kBnColumns; ++j) {
+        const A dz = bits[u] >> j & 1 ? A(g[u][j]) : A(0);
+        sum_dz[j] += dz;
+        sum_dz_x[j] += dz * (A(v[u][j]) - mean[j]);
+      }
+    }
+  });
+  tile.sums_per_channel(sum_dz, sum_dz_x, first, second, [&](int64_t slot, A a, A b) {
+    store(partial + 2 * slot, a);
+    store(partial + 2 * slot + 1, b);
+  });
+}
+
+// dbias = sum dz, dweight = rstd * sum dz * (x - mean); one warp a channel.
+template <typename A>
+__global__ void __launch_bounds__(kBnThreads)
+    bn_finalize_backward(const A* __restrict__ partial, BnShape s, BnTiling t, const A* __restrict__ var, A eps,
+                         A* __restrict__ dweight, A* __restrict__ dbias) {
+  const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
+  const int c = int(blockIdx.x) * (kBnThreads / 32) + warp;
+  if (c < s.channels) finalize_sums(partial, s, t, c, lane, var, eps, dweight, dbias);
+}
+
+// y = relu((x - mean) * weight * rstd + bias [+ residual]), and the mask's bits of bn_add_relu.
+// from_x: mean and var are x's own, so that a channel with finite statistics has finite values only, and where weight =
+// 0 the normalised value is 0 whatever x: a tile whose scales are all zero does not read x.
+template <typename T, bool kVector, bool kResidual>
+__global__ void __launch_bounds__(kBnThreads, kVector ? kBnBlocksOf<T> : 2)
+    bn_apply(const T* __restrict__ x, const T* __restrict__ residual, BnParams<acc_t<T>> p, bool from_x, BnShape s,
+             BnTiling t, T* __restrict__ y, uint8_t* __restrict__ mask) {
+  using A = acc_t<T>;
+  FT_SHARED(A, staged, 3 * kBnMaxTile);
+  const BnTile tile(s, t);
+  A mean[kBnColumns], scale[kBnColumns], bias[kBnColumns];
+  const bool skip_x = tile.channel_params(p, staged, mean, scale, bias) && from_x;
+  tile.for_rows<kBnChunkOf<T> / (kResidual ? 2 : 1)>([&](int64_t r, auto rows) {
+    constexpr int kRows = decltype(rows)::value;
+    T v[kRows][kBnColumns], z[kRows][kBnColumns];
+#pragma unroll
+    for (int u = 0; u < kRows; ++u) {
+      const int64_t row = r + int64_t(u) * t.ty();
+      tile.template load<kVector>(x, row, v[u], !skip_x);
+      if constexpr (kResidual) tile.template load<kVector>(residual, row, z[u]);
+    }
+#pragma unroll
+    for (int u = 0; u < kRows; ++u) {
+      unsigned bits = 0;
+#pragma unroll
+      for (int j = 0; j < kBnColumns; ++j) {
+        A pre = skip_x ? bias[j] : normalized(A(v[u][j]), mean[j], scale[j], bias[j]);
+        if constexpr (kResidual) pre += A(z[u][j]);
+        const T out = relu(T(pre));
+        bits |= unsigned(passes(out)) << j;
+        z[u][j] = out;
+      }
+      const int64_t row = r + int64_t(u) * t.ty();
+      tile.template store<kVector>(y, row, z[u]);
+      if constexpr (kResidual) tile.store_bits(mask, row, bits);
+    }
+  });
+}
+
+// dx = scale * (dz - dbias/M - (x - mean) * rstd * dweight/M); dresidual = dz. inv_count = 1/M; 0 where the statistics
+// are constants (eval): then dx = scale * dz, and only the mask needs x. A tile whose scales are all zero and whose
+// sums are finite writes dx = 0 without reading x.
+template <typename T, bool kVector, bool kResidual>
+__global__ void __launch_bounds__(kBnThreads, kVector && sizeof(T) == 2 ? 3 : 2)
+    bn_backward_apply(const T* __restrict__ dy, const T* __restrict__ x, const uint8_t* __restrict__ mask,
+                      BnParams<acc_t<T>> p, const acc_t<T>* __restrict__ dweight, const acc_t<T>* __restrict__ dbias,
+                      acc_t<T> inv_count, BnShape s, BnTiling t, T* __restrict__ dx, T* __restrict__ dresidual) {
+  using A = acc_t<T>;
+  FT_SHARED(A, staged, 5 * kBnMaxTile);
+  const BnTile tile(s, t);
+  A mean[kBnColumns], scale[kBnColumns], bias[kBnColumns], shift[kBnColumns], slope[kBnColumns];
+  const bool zero = tile.gradient_params(p, dweight, dbias, inv_count, staged, mean, scale, bias, shift, slope);
+  const bool batch_terms = inv_count != A(0);
+  const bool read_x = !zero && (batch_terms || !kResidual), read_dy = !zero || (kResidual && dresidual);
+  tile.for_rows<kBnChunkOf<T> / 2>([&](int64_t r, auto rows) {
+    constexpr int kRows = decltype(rows)::value;
+    T g[kRows][kBnColumns], v[kRows][kBnColumns];
+    unsigned bits[kRows];
+#pragma unroll
+    for (int u = 0; u < kRows; ++u) {
+      const int64_t row = r + int64_t(u) * t.ty();
+      tile.template load<kVector>(dy, row, g[u], read_dy);
+      tile.template load<kVector>(x, row, v[u], read_x);
+      if constexpr (kResidual) bits[u] = read_dy ? tile.template load_bits<kVector>(mask, row) : 0;
+    }
+#pragma unroll
+    for (int u = 0; u < kRows; ++u) {
+      if constexpr (!kResidual) bits[u] = zero ? 0 : passing<T>(v[u], mean, scale, bias);
+#pragma unroll
+      for (int j = 0; j < kBnColumns; ++j) {
+        const T dz = bits[u] >> j & 1 ? g[u][j] : T(0);
+        A grad = A(dz);
+        if (batch_terms) grad = grad - shift[j] - (A(v[u][j]) - mean[j]) * slope[j];
+        g[u][j] = dz;
+        v[u][j] = zero ? T(0) : T(scale[j] * grad);
+      }
+      const int64_t row = r + int64_t(u) * t.ty();
+      tile.template store<kVector>(dx, row, v[u]);
+      if constexpr (kResidual)
+        if (dresidual) tile.template store<kVector>(dresidual, row, g[u]);
+    }
+  });
+}
+
+// One running statistic and what moves it.
+struct BnRunning {
+  void* running;
+  const void* now;
+  int64_t stride, now_stride;
+  double factor;  // of `now`
+  ParamType type, now_type;
+};
+struct BnRunningPair {
+  BnRunning of[2];
+};
+
+template <typename R, typename A>
+FT_DEVICE void update_running(const BnRunning& r, int c, double momentum) {
+  R* at = static_cast<R*>(r.running) + c * r.stride;
+  const double now = load_param<double>(r.now, r.now_type, c * r.now_stride) * r.factor;
+  store(at, R(bn_update(A(load(at)), A(now), A(momentum))));
+}
+
+// running = (1 - momentum) * running + momentum * factor * now, a statistic a row of blocks.
+__global__ void __launch_bounds__(kBnThreads)
+    bn_update_stats(FT_PARAMETER(BnRunningPair) pair, int channels, double momentum) {
+  const BnRunning& r = pair.of[blockIdx.y];
+  const int c = int(blockIdx.x) * kBnThreads + int(threadIdx.x);
+  if (c >= channels) return;
+  switch (r.type) {
+    case ParamType::kFloat:
+      return update_running<float, float>(r, c, momentum);
+    case ParamType::kDouble:
+      return update_running<double, double>(r, c, momentum);
+    case ParamType::kHalf:
+      return update_running<Half, float>(r, c, momentum);
+    case ParamType::kBFloat16:
+      return update_running<BFloat16, float>(r, c, momentum);
+  }
+}
+
+}  // namespace fasttricks::cuda

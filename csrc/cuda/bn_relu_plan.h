@@ -1,0 +1,76 @@
+// Launch plan of bn_relu: plain host arithmetic, shared by launchers and tests.
+//
+// Both layouts are one matrix x[rows][cols] whose column j belongs to channel j / inner:
+//   NHWC: rows = N*H*W, cols = C,     inner = 1
+//   NCHW: rows = N,     cols = C*H*W, inner = H*W
+// A block owns a tile of 8*tx columns and a range of rows; a thread owns 8 neighbouring columns (16 bytes at 16 bit)
+// and every ty-th row. Where the rows do not start at multiples of 8 elements, the elementwise kernels see the tensor
+// as one row instead ("flat"), in which the channels repeat.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define FT_PLAN_HD __host__ __device__
+#else
+#define FT_PLAN_HD
+#endif
+
+namespace fasttricks::cuda {
+
+constexpr int kBnThreads = 256;
+constexpr int kBnColumns = 8;    // of a thread
+constexpr int kBnMaxTile = 512;  // columns of a block, so channels of a block too
+constexpr int kBnChunk = 4;      // rows that a thread loads before it computes
+
+struct BnShape {
+  int64_t rows, cols, inner;
+  int channels;
+};
+
+struct BnTiling {
+  int tx_log2;
+  int64_t tiles;
+  int64_t rows_per_split;
+  int splits;
+  int slots;  // most channels that one tile touches
+
+  FT_PLAN_HD int tx() const { return 1 << tx_log2; }
+  FT_PLAN_HD int ty() const { return kBnThreads >> tx_log2; }
+  FT_PLAN_HD int width() const { return kBnColumns << tx_log2; }
+};
+
+inline BnShape bn_shape(int64_t n, int channels, int64_t hw, bool channels_last) {
+  if (channels_last || hw == 1) return {n * hw, channels, 1, channels};
+  return {n, channels * hw, hw, channels};
+}
+// The same elements as one row.
+inline BnShape bn_flat(const BnShape& s) { return {1, s.rows * s.cols, s.inner, s.channels}; }
+
+inline bool bn_vectors_fit(const BnShape& s) { return s.cols % kBnColumns == 0; }
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// At most max_blocks blocks where the columns allow it, none with less than one chunk of rows a thread.
+inline BnTiling bn_tile(const BnShape& s, int64_t max_blocks) {
+  BnTiling t{};
+  const int64_t units = ceil_div(s.cols, kBnColumns), widest = s.inner == 1 && s.rows > 1 ? 32 : 64;
+  while (t.tx() < std::min(units, widest)) ++t.tx_log2;
+  t.tiles = ceil_div(units, t.tx());
+  const int64_t by_work = ceil_div(s.rows, int64_t(kBnChunk) * t.ty());
+  const int64_t splits = std::clamp<int64_t>(max_blocks / t.tiles, 1, std::min<int64_t>(by_work, 4096));
+  t.rows_per_split = ceil_div(s.rows, splits);
+  t.splits = int(ceil_div(s.rows, t.rows_per_split));
+  t.slots = int(s.inner == 1 ? t.width() : (t.width() - 1) / s.inner + 2);
+  return t;
+}
+
+// Two numbers for every channel of every tile of every range of rows.
+inline int64_t bn_partial_count(const BnTiling& t) { return int64_t(t.splits) * t.tiles * t.slots * 2; }
+
+// Reductions want enough blocks to fill the card and few partial results; elementwise passes want many blocks.
+inline BnTiling bn_reduction_tiling(const BnShape& s, int sm_count) { return bn_tile(s, int64_t(sm_count) * 4); }
+inline BnTiling bn_elementwise_tiling(const BnShape& s, int sm_count) { return bn_tile(s, int64_t(sm_count) * 16); }
+
+}  // namespace fasttricks::cuda

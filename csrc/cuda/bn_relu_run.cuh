@@ -1,0 +1,78 @@
+// Host side of bn_relu on raw pointers: which kernels run, with which grids. Used by the launchers and by the emulator.
+#pragma once
+
+#include "bn_relu.cuh"
+#include "launch.cuh"
+
+namespace fasttricks::cuda {
+
+inline bool aligned16(std::initializer_list<const void*> pointers) {
+  uintptr_t bits = 0;
+  for (const void* p : pointers) bits |= reinterpret_cast<uintptr_t>(p);
+  return bits % 16 == 0;
+}
+
+// mean and biased variance; `partial` has bn_partial_count(bn_reduction_tiling(...)) values.
+template <typename T>
+void bn_stats_run(const T* x, const BnShape& s, const Device& d, acc_t<T>* partial, acc_t<T>* mean, acc_t<T>* var,
+                  cudaStream_t stream) {
+  const BnTiling t = bn_reduction_tiling(s, d.sm_count);
+  const auto kernel = bn_vectors_fit(s) && aligned16({x}) ? &bn_stats<T, true> : &bn_stats<T, false>;
+  launch(kernel, dim3(unsigned(t.tiles), unsigned(t.splits)), kBnThreads, 0, stream, x, s, t, partial);
+  launch(&bn_finalize_stats<acc_t<T>>, dim3(unsigned(ceil_div(s.channels, kBnThreads / 32))), kBnThreads, 0, stream,
+         static_cast<const acc_t<T>*>(partial), s, t, mean, var);
+}
+
+// residual and mask: both or neither.
+template <typename T>
+void bn_apply_run(const T* x, const T* residual, const BnParams<acc_t<T>>& p, bool from_x, const BnShape& s,
+                  const Device& d, T* y, uint8_t* mask, cudaStream_t stream) {
+  const bool vector = bn_vectors_fit(s) && aligned16({x, residual, y});
+  const BnShape shape = vector ? s : bn_flat(s);
+  const BnTiling t = bn_elementwise_tiling(shape, d.sm_count);
+  const auto kernel = residual ? vector ? &bn_apply<T, true, true> : &bn_apply<T, false, true>
+                      : vector ? &bn_apply<T, true, false>
+                               : &bn_apply<T, false, false>;
+  launch(kernel, dim3(unsigned(t.tiles), unsigned(t.splits)), kBnThreads, 0, stream, x, residual, p, from_x, shape, t,
+         y, mask);
+}
+
+// mask given: bn_add_relu; `partial` as in bn_stats_run.
+template <typename T>
+void bn_backward_reduce_run(const T* dy, const T* x, const uint8_t* mask, const BnParams<acc_t<T>>& p, const BnShape& s,
+                            const Device& d, acc_t<T>* partial, acc_t<T>* dweight, acc_t<T>* dbias,
+                            cudaStream_t stream) {
+  const bool vector = bn_vectors_fit(s) && aligned16({dy, x});
+  const BnTiling t = bn_reduction_tiling(s, d.sm_count);
+  const auto kernel = mask     ? vector ? &bn_backward_reduce<T, true, true> : &bn_backward_reduce<T, false, true>
+                      : vector ? &bn_backward_reduce<T, true, false>
+                               : &bn_backward_reduce<T, false, false>;
+  launch(kernel, dim3(unsigned(t.tiles), unsigned(t.splits)), kBnThreads, 0, stream, dy, x, mask, p, s, t, partial);
+  launch(&bn_finalize_backward<acc_t<T>>, dim3(unsigned(ceil_div(s.channels, kBnThreads / 32))), kBnThreads, 0, stream,
+         static_cast<const acc_t<T>*>(partial), s, t, p.var, p.eps, dweight, dbias);
+}
+
+// count: values of a channel over all replicas; 0 where the statistics are constants. dresidual may be null.
+template <typename T>
+void bn_backward_apply_run(const T* dy, const T* x, const uint8_t* mask, const BnParams<acc_t<T>>& p,
+                           const acc_t<T>* dweight, const acc_t<T>* dbias, int64_t count, const BnShape& s,
+                           const Device& d, T* dx, T* dresidual, cudaStream_t stream) {
+  using A = acc_t<T>;
+  const bool vector = bn_vectors_fit(s) && aligned16({dy, x, dx, dresidual});
+  const BnShape shape = vector ? s : bn_flat(s);
+  const BnTiling t = bn_elementwise_tiling(shape, d.sm_count);
+  const A inv_count = count ? A(1) / A(count) : A(0);
+  const auto kernel = mask     ? vector ? &bn_backward_apply<T, true, true> : &bn_backward_apply<T, false, true>
+                      : vector ? &bn_backward_apply<T, true, false>
+                               : &bn_backward_apply<T, false, false>;
+  launch(kernel, dim3(unsigned(t.tiles), unsigned(t.splits)), kBnThreads, 0, stream, dy, x, mask, p, dweight, dbias,
+         inv_count, shape, t, dx, dresidual);
+}
+
+inline void bn_update_stats_run(const BnRunning& mean, const BnRunning& var, int channels, double momentum,
+                                cudaStream_t stream) {
+  launch(&bn_update_stats, dim3(unsigned(ceil_div(channels, kBnThreads)), 2), kBnThreads, 0, stream,
+         BnRunningPair{{mean, var}}, channels, momentum);
+}
+
+}  // namespace fasttricks::cuda

@@ -1,0 +1,68 @@
+"""The emulator of CUDA kernels: its primitives are right in every build and order, and planted faults are caught."""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent / "emulator"
+sys.path.insert(0, str(HERE))
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("nothing of Triton is in it", allow_module_level=True)
+
+from emulated import LANDINGS, ORDERS, Build, sanitized  # noqa: E402
+
+
+@functools.cache
+def library(kind: str) -> Path:
+    return Build(kind, ops=(), sources=(HERE / "primitives.cpp",), name=f"primitives-{kind}").make()
+
+
+def run(kind: str, name: str, fault: int, order: str, landing: str = "late") -> str:
+    """What the emulator or the sanitizer said; "" where nothing was wrong."""
+    command = [sys.executable, str(HERE / "run_primitive.py"), str(library(kind)), name, str(fault)]
+    command += [str(ORDERS.index(order)), str(LANDINGS.index(landing))]
+    done = subprocess.run(command, capture_output=True, text=True, env=sanitized(kind))
+    return "" if done.returncode == 0 else done.stderr
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("name", ["neighbours", "ring", "votes", "product"])
+@pytest.mark.parametrize("kind", ["plain", "asan", "tsan"])
+def test_primitives_are_right(kind: str, name: str, order: str) -> None:
+    assert run(kind, name, 0, order, "early" if order == "descending" else "late") == ""
+
+
+# build, primitive, fault, order, when cp.async lands, what is said
+FAULTS = {
+    "barrier removed: stale values": ("plain", "neighbours", 1, "ascending", "late", "wrong result"),
+    "barrier removed: a race": ("tsan", "neighbours", 1, "ascending", "late", "data race"),
+    "barrier reached by some": ("plain", "neighbours", 2, "ascending", "late", "deadlock"),
+    "threads gone before a shuffle": ("plain", "neighbours", 3, "ascending", "late", "deadlock"),
+    "shared array overrun": ("asan", "neighbours", 4, "ascending", "late", "out of bounds"),
+    "shared memory read before it is written": ("plain", "neighbours", 5, "ascending", "late", "wrong result"),
+    "global memory overrun": ("asan", "neighbours", 6, "ascending", "late", "heap-buffer-overflow"),
+    "grid barrier removed": ("plain", "ring", 1, "ascending", "late", "wrong result"),
+    "grid barrier removed: a race": ("tsan", "ring", 1, "descending", "late", "data race"),
+    "grid barrier reached by some": ("plain", "ring", 2, "ascending", "late", "grid barrier that some threads never"),
+    "grid barrier in a plain launch": ("plain", "ring", 3, "ascending", "late", "not cooperative"),
+    "lane of the mask gone": ("plain", "votes", 1, "descending", "late", "has returned"),
+    "grid too large": ("plain", "votes", 2, "ascending", "late", "the device would refuse it"),
+    "block too large": ("plain", "votes", 3, "ascending", "late", "the device would refuse it"),
+    "cp.async without a wait": ("plain", "product", 1, "ascending", "late", "wrong result"),
+    "cp.async misaligned": ("plain", "product", 2, "ascending", "late", "misaligned"),
+    "cp.async of zeros": ("plain", "product", 3, "ascending", "late", "wrong result"),
+    "cp.async without a barrier: a race": ("tsan", "product", 4, "ascending", "early", "data race"),
+    "dynamic shared memory too small": ("asan", "product", 5, "ascending", "early", "heap-buffer-overflow"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_caught(fault: str) -> None:
+    kind, name, number, order, landing, said = FAULTS[fault]
+    assert said in run(kind, name, number, order, landing)
