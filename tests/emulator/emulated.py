@@ -39,7 +39,7 @@ _FLAGS = {
 _COMMON = (
     *("-std=c++20", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-ffp-contract=off"),
     *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-attributes"),
-    *("-DCUDA_ON_CPU", "-DTORCH_TARGET_VERSION=0x020a000000000000"),
+    *("-DCUDA_ON_CPU", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DFT_LIBRARY_NAME=fasttricks_emulated"),
 )
 ORDERS, LANDINGS = ("ascending", "descending", "random"), ("late", "early")  # as in cuda_on_cpu/machine.h
 
@@ -157,20 +157,27 @@ def sanitized(kind: str) -> dict[str, str]:
         subprocess.run([*ask, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
         for name in runtimes
     ]
-    # the interpreter's own allocations at exit are no leaks of ours
-    options = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1:exitcode=66"}
-    return {**os.environ, **options, "LD_PRELOAD": " ".join(paths)}
+    # the interpreter's allocations at exit are no leaks of ours; torch's own threads are not what is judged
+    options = {
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "TSAN_OPTIONS": f"halt_on_error=1:exitcode=66:suppressions={HERE / 'tsan.supp'}",
+        "OMP_NUM_THREADS": "1",
+    }
+    return {**os.environ, **options, "FASTTRICKS_EMULATOR": kind, "LD_PRELOAD": " ".join(paths)}
 
 
 _libraries: dict[Build, Library] = {}
 
 
-def load(build: Build = Build(flags=("-DFT_LIBRARY_NAME=fasttricks_emulated",))) -> Library:
-    """Builds and loads the ops once a process; then fasttricks.backend("cuda") takes CPU tensors."""
+def load(build: Build | None = None) -> Library:
+    """Builds and loads the ops once a process; then fasttricks.backend("cuda") takes CPU tensors.
+
+    The environment's FASTTRICKS_EMULATOR names the kind of build where none is given: plain, asan, tsan.
+    """
+    build = build or Build(os.environ.get("FASTTRICKS_EMULATOR", "plain"))
     if build not in _libraries:
         _libraries[build] = Library(build.make())
-        if build.ops:
-            _register(build.ops)
+        _register(build.ops)
     return _libraries[build]
 
 
