@@ -29,7 +29,7 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-OPS = ("bn_relu",)
+OPS = ("bn_relu", "sgd")
 
 _FLAGS = {
     "plain": ["-O1"],
@@ -38,7 +38,7 @@ _FLAGS = {
 }
 _COMMON = (
     *("-std=c++20", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-ffp-contract=off"),
-    *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-attributes"),
+    *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-attributes", "-Wno-missing-field-initializers"),
     *("-DCUDA_ON_CPU", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DFT_LIBRARY_NAME=fasttricks_emulated"),
 )
 ORDERS, LANDINGS = ("ascending", "descending", "random"), ("late", "early")  # as in cuda_on_cpu/machine.h

@@ -1,0 +1,149 @@
+// sgd_check and sgd_step on CUDA tensors: checks, strided tensors and registration; sgd_run.cuh launches.
+#include <vector>
+
+#include "host.h"
+#include "sgd_call.h"
+#include "sgd_run.cuh"
+
+namespace fasttricks::cuda::ops {
+namespace {
+
+SgdType type_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Half:
+      return SgdType::kHalf;
+    case ScalarType::BFloat16:
+      return SgdType::kBFloat16;
+    case ScalarType::Double:
+      return SgdType::kDouble;
+    default:
+      return SgdType::kFloat;
+  }
+}
+
+void check_how_many(const char* op, size_t tensors) {
+  FT_CHECK(op, int64_t(tensors) <= kSgdMaxTensors, tensors, " tensors are given; accepted: at most ", kSgdMaxTensors,
+           " in one call");
+}
+
+// Copies of strided tensors, one value after another, and where to copy them back to.
+class Packed {
+ public:
+  void* read(const Tensor& t, bool as_it_is) {
+    if (as_it_is) return const_cast<void*>(t.const_data_ptr());
+    copies_.push_back(torch::stable::contiguous(t));
+    return const_cast<void*>(copies_.back().const_data_ptr());
+  }
+  void* write(Tensor& t, bool as_it_is) {
+    if (as_it_is || t.is_contiguous()) return t.mutable_data_ptr();
+    copies_.push_back(torch::stable::contiguous(t));
+    targets_.emplace_back(&t, copies_.back());
+    return copies_.back().mutable_data_ptr();
+  }
+  void copy_back() {
+    for (auto& [target, copy] : targets_) torch::stable::copy_(*target, copy);
+  }
+
+ private:
+  std::vector<Tensor> copies_;
+  std::vector<std::pair<Tensor*, Tensor>> targets_;
+};
+
+template <typename T>
+T* data_of(const MaybeTensor& t) {
+  return t.has_value() ? static_cast<T*>(const_cast<void*>(t->const_data_ptr())) : nullptr;
+}
+
+void sgd_check(std::vector<Tensor> grads, std::vector<Tensor> params, std::vector<Tensor> masters, Tensor found_inf,
+               MaybeTensor grad_sq, MaybeTensor weight_sq) {
+  Packed packed;
+  std::vector<SgdItem> items;
+  check_how_many("sgd_check", grads.size() + params.size());
+  for_checked(grads, params, masters, found_inf, grad_sq, weight_sq, [&](const SgdChecked& t) {
+    const bool as_it_is = sgd_dense(t.values) && (!t.master || sgd_same_strides(t.values, *t.master));
+    void* const values = packed.read(t.values, as_it_is);
+    void* const master = t.master ? packed.read(*t.master, as_it_is) : nullptr;
+    const SgdType type = type_of(t.values);
+    if (t.weight)
+      items.push_back({int64_t(t.index), t.values.numel(), 1, {nullptr, values, master}, type, SgdType::kFloat});
+    else
+      items.push_back({int64_t(t.index), t.values.numel(), 0, {values}, SgdType::kFloat, type});
+  });
+  if (items.empty()) return;
+  OnDevice on(found_inf);
+  SgdHeader header{};
+  header.found_inf = static_cast<float*>(found_inf.mutable_data_ptr());
+  header.grad_sq = data_of<double>(grad_sq);
+  header.weight_sq = data_of<double>(weight_sq);
+  if (!header.grad_sq && !header.weight_sq) return sgd_check_run(items, header, nullptr, on.stream);
+  Tensor partial = torch::stable::new_empty(found_inf, {sgd_check_blocks(items)}, ScalarType::Double);
+  sgd_check_run(items, header, static_cast<double*>(partial.mutable_data_ptr()), on.stream);
+}
+
+SgdItem item_of(const SgdStepped& t, Packed& packed) {
+  bool as_it_is = sgd_same_strides(t.param, t.grad) && sgd_dense(t.param);
+  for (const Tensor* beside : {t.master, t.buffer})
+    as_it_is = as_it_is && (!beside || sgd_same_strides(t.param, *beside));
+  SgdItem item{int64_t(t.index), t.param.numel(), int(t.group), {}, type_of(t.param), type_of(t.grad)};
+  item.pointers[kSgdGrad] = packed.read(t.grad, as_it_is);
+  item.pointers[kSgdParam] = packed.write(t.param, as_it_is);
+  if (t.master) item.pointers[kSgdMaster] = packed.write(*t.master, as_it_is);
+  if (t.buffer) item.pointers[kSgdBuffer] = packed.write(*t.buffer, as_it_is);
+  if (t.steps) item.pointers[kSgdSteps] = t.steps->mutable_data_ptr();
+  return item;
+}
+
+void sgd_step(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> momentum_buffers,
+              std::vector<Tensor> steps, std::vector<Tensor> masters, std::vector<int64_t> group_sizes,
+              std::vector<Tensor> lr, std::vector<double> momentum, std::vector<double> dampening,
+              std::vector<double> weight_decay, std::vector<bool> nesterov, std::vector<bool> maximize,
+              std::vector<double> trust_coefficient, double eps, bool lr_in_momentum, double max_norm,
+              MaybeTensor grad_scale, MaybeTensor found_inf, MaybeTensor grad_sq, MaybeTensor weight_sq) {
+  const SgdStepCall call{params,    grads,     momentum_buffers, steps,    masters,  group_sizes,       lr,
+                         momentum,  dampening, weight_decay,     nesterov, maximize, trust_coefficient, grad_scale,
+                         found_inf, grad_sq,   weight_sq,        max_norm};
+  check_how_many("sgd_step", params.size());
+  std::vector<SgdStepped> all;
+  call.for_stepped([&](const SgdStepped& t) { all.push_back(t); });
+  if (all.empty()) return;
+  std::vector<SgdGroup> groups(group_sizes.size());
+  for (size_t g = 0; g < groups.size(); ++g) {
+    const bool is_double = lr[g].scalar_type() == ScalarType::Double;
+    groups[g] = {lr[g].const_data_ptr(), momentum[g], 1.0 - dampening[g], weight_decay[g], trust_coefficient[g]};
+    groups[g].flags = uint16_t((nesterov[g] ? kSgdNesterov : 0) | (maximize[g] ? kSgdMaximize : 0) |
+                               (is_double ? kSgdLrIsDouble : 0));
+  }
+  OnDevice on(params[0]);
+  SgdHeader header{data_of<float>(grad_scale),
+                   data_of<float>(found_inf),
+                   data_of<double>(grad_sq),
+                   data_of<double>(weight_sq),
+                   max_norm,
+                   eps};
+  header.norms = grad_sq.has_value() ? int32_t(grad_sq->numel()) : 0;
+  header.flags = lr_in_momentum ? kSgdLrInMomentum : 0;
+  if (!call.share_memory()) {
+    Packed packed;
+    std::vector<SgdItem> items;
+    for (const SgdStepped& t : all) items.push_back(item_of(t, packed));
+    sgd_step_run(items, groups, header, true, on.stream);
+    return packed.copy_back();
+  }
+  // tensors that share memory: one after the other, all with the counts that they came with
+  for (const SgdStepped& t : all) {
+    Packed packed;
+    sgd_step_run({item_of(t, packed)}, groups, header, false, on.stream);
+    packed.copy_back();
+  }
+  for (const SgdStepped& t : all)
+    if (t.steps) sgd_count_run(static_cast<float*>(t.steps->mutable_data_ptr()), header.found_inf, on.stream);
+}
+
+}  // namespace
+}  // namespace fasttricks::cuda::ops
+
+FT_CUDA_LIBRARY(m) {
+  using namespace fasttricks::cuda::ops;
+  m.impl("sgd_check", TORCH_BOX(&sgd_check));
+  m.impl("sgd_step", TORCH_BOX(&sgd_step));
+}

@@ -1,0 +1,245 @@
+// The arguments of sgd_check and sgd_step on any device: what is checked, and which tensors belong together.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "checks.h"
+
+namespace fasttricks {
+
+using MaybeTensor = std::optional<Tensor>;
+constexpr int kSgdMaxDims = 64;
+
+inline bool is_half(ScalarType t) { return t == ScalarType::Half || t == ScalarType::BFloat16; }
+
+// ---- geometry of one tensor ----
+
+inline bool sgd_same_sizes(const Tensor& a, const Tensor& b) {
+  return a.dim() == b.dim() && std::equal(a.sizes().begin(), a.sizes().end(), b.sizes().begin());
+}
+
+inline bool sgd_same_strides(const Tensor& a, const Tensor& b) {
+  for (int64_t d = 0; d < a.dim(); ++d)
+    if (a.size(d) > 1 && a.stride(d) != b.stride(d)) return false;
+  return true;
+}
+
+// Whether the elements lie one after another in some order of the dimensions.
+inline bool sgd_dense(const Tensor& t) {
+  int order[kSgdMaxDims];
+  int n = 0;
+  for (int64_t d = 0; d < t.dim(); ++d) {
+    if (t.size(d) == 1) continue;
+    int j = n++;
+    for (; j > 0 && t.stride(order[j - 1]) > t.stride(d); --j) order[j] = order[j - 1];
+    order[j] = int(d);
+  }
+  int64_t expected = 1;
+  for (int j = 0; j < n; ++j) {
+    if (t.stride(order[j]) != expected) return false;
+    expected *= t.size(order[j]);
+  }
+  return true;
+}
+
+// ---- checks ----
+
+inline void sgd_check_tensor(const char* op, const char* arg, size_t i, const Tensor& t, const Tensor& first) {
+  check_floating(op, arg, t);
+  FT_CHECK(op, t.device() == first.device(), arg, "[", i, "] is on another device than the first tensor");
+  FT_CHECK(op, t.dim() <= kSgdMaxDims, arg, "[", i, "] has ", t.dim(), " dimensions; accepted: at most ", kSgdMaxDims);
+}
+
+inline void sgd_check_beside(const char* op, const char* arg, size_t i, const Tensor& t, const Tensor& param,
+                             ScalarType type) {
+  sgd_check_tensor(op, arg, i, t, param);
+  FT_CHECK(op, t.scalar_type() == type, arg, "[", i, "] has dtype ", name_of(t.scalar_type()),
+           "; accepted: ", name_of(type));
+  FT_CHECK(op, sgd_same_sizes(t, param), arg, "[", i, "] has shape ", shape_of(t), "; accepted: ", shape_of(param),
+           ", the parameter's");
+}
+
+inline void sgd_check_written(const char* op, const char* arg, size_t i, const Tensor& t) {
+  for (int64_t d = 0; d < t.dim(); ++d)
+    FT_CHECK(op, t.size(d) <= 1 || t.stride(d) != 0 || t.numel() == 0, arg, "[", i,
+             "] is an expanded tensor: several of its elements are one place in memory, which cannot be written");
+}
+
+inline void sgd_check_count(const char* op, const char* arg, size_t count, size_t want) {
+  FT_CHECK(op, count == want, arg, " has ", count, " tensors; accepted: ", want, ", one for each that needs one");
+}
+
+// lr: fp32 or fp64; the others fp32.
+inline void sgd_check_scalar(const char* op, const char* arg, const Tensor& t, const Tensor& first) {
+  FT_CHECK(op, t.numel() == 1, arg, " has shape ", shape_of(t), "; accepted: one element");
+  if (t.scalar_type() != ScalarType::Double) check_dtype(op, arg, t, ScalarType::Float);
+  FT_CHECK(op, t.device() == first.device(), arg, " is on another device than the first tensor");
+}
+
+// Squared norms: float64, one for each of `count` tensors; of a step perhaps also those of tensors that are elsewhere.
+inline void sgd_check_squares(const char* op, const char* arg, const MaybeTensor& t, size_t count, bool exactly,
+                              const Tensor& first) {
+  if (!t.has_value()) return;
+  check_dtype(op, arg, *t, ScalarType::Double);
+  const bool fits = exactly ? size_t(t->numel()) == count : size_t(t->numel()) >= count;
+  FT_CHECK(op, t->dim() == 1 && fits && t->is_contiguous(), arg, " has shape ", shape_of(*t), "; accepted: (", count,
+           ",)", exactly ? "" : " or longer", ", contiguous");
+  FT_CHECK(op, t->device() == first.device(), arg, " is on another device than the first tensor");
+}
+
+// ---- the tensors of a call ----
+
+// A tensor to check: a gradient, or a weight with its master (null unless it is a half one).
+struct SgdChecked {
+  bool weight;
+  size_t index;
+  const Tensor& values;
+  const Tensor* master;
+};
+
+// use(SgdChecked) for the gradients, then, where norms of weights are wanted, for the weights.
+template <typename Use>
+void for_checked(const std::vector<Tensor>& grads, const std::vector<Tensor>& params,
+                 const std::vector<Tensor>& masters, const Tensor& found_inf, const MaybeTensor& grad_sq,
+                 const MaybeTensor& weight_sq, Use use) {
+  const char* op = "sgd_check";
+  check_dtype(op, "found_inf", found_inf, ScalarType::Float);
+  FT_CHECK(op, found_inf.numel() == 1, "found_inf has shape ", shape_of(found_inf), "; accepted: one element");
+  sgd_check_squares(op, "grad_sq", grad_sq, grads.size(), true, found_inf);
+  sgd_check_squares(op, "weight_sq", weight_sq, params.size(), true, found_inf);
+  for (size_t i = 0; i < grads.size(); ++i) {
+    sgd_check_tensor(op, "grads", i, grads[i], found_inf);
+    use(SgdChecked{false, i, grads[i], nullptr});
+  }
+  if (!weight_sq.has_value()) return;
+  size_t next = 0;
+  for (size_t i = 0; i < params.size(); ++i) {
+    sgd_check_tensor(op, "params", i, params[i], found_inf);
+    const Tensor* master = nullptr;
+    if (is_half(params[i].scalar_type())) {
+      FT_CHECK(op, next < masters.size(), "masters has ", masters.size(),
+               " tensors; accepted: one for each half parameter");
+      master = &masters[next];
+      sgd_check_beside(op, "masters", next++, *master, params[i], ScalarType::Float);
+    }
+    use(SgdChecked{true, i, params[i], master});
+  }
+  sgd_check_count(op, "masters", masters.size(), next);
+}
+
+// A tensor to step. master: of half parameters; buffer and steps: of groups with momentum.
+struct SgdStepped {
+  size_t index, group;
+  Tensor &param, &grad;
+  Tensor *master, *buffer, *steps;
+};
+
+// The arguments of sgd_step, checked.
+struct SgdStepCall {
+  std::vector<Tensor>&params, &grads, &buffers, &steps, &masters;
+  const std::vector<int64_t>& group_sizes;
+  const std::vector<Tensor>& lr;
+  const std::vector<double>&momentum, &dampening, &weight_decay;
+  const std::vector<bool>&nesterov, &maximize;
+  const std::vector<double>& trust_coefficient;
+  const MaybeTensor &grad_scale, &found_inf, &grad_sq, &weight_sq;
+  double max_norm;
+
+  static constexpr const char* op = "sgd_step";
+
+  // Checks everything, calling use(SgdStepped) for the tensors in order. Nothing may be changed before it returns.
+  template <typename Use>
+  void for_stepped(Use use) const {
+    const size_t groups = group_sizes.size();
+    sgd_check_count(op, "grads", grads.size(), params.size());
+    for (const auto& [arg, count] : {std::pair<const char*, size_t>{"lr", lr.size()},
+                                     {"momentum", momentum.size()},
+                                     {"dampening", dampening.size()},
+                                     {"weight_decay", weight_decay.size()},
+                                     {"nesterov", nesterov.size()},
+                                     {"maximize", maximize.size()},
+                                     {"trust_coefficient", trust_coefficient.size()}})
+      FT_CHECK(op, count == groups, arg, " has ", count, " values; accepted: ", groups,
+               ", one for each of group_sizes");
+    int64_t sized = 0;
+    for (int64_t size : group_sizes) {
+      FT_CHECK(op, size >= 0, "group_sizes has ", size, "; accepted: at least 0");
+      sized += size;
+    }
+    FT_CHECK(op, size_t(sized) == params.size(), "group_sizes add up to ", sized, "; accepted: ", params.size(),
+             ", the number of params");
+    if (params.empty()) return;
+    for (const auto& [arg, t] : {std::pair{"grad_scale", &grad_scale}, {"found_inf", &found_inf}}) {
+      if (!t->has_value()) continue;
+      check_dtype(op, arg, **t, ScalarType::Float);
+      sgd_check_scalar(op, arg, **t, params[0]);
+    }
+    sgd_check_squares(op, "grad_sq", grad_sq, params.size(), false, params[0]);
+    sgd_check_squares(op, "weight_sq", weight_sq, params.size(), false, params[0]);
+    FT_CHECK(op, max_norm <= 0 || grad_sq.has_value(), "grad_sq is None; accepted with max_norm: what sgd_check wrote");
+
+    size_t i = 0, next_master = 0, next_buffer = 0;
+    for (size_t g = 0; g < groups; ++g) {
+      sgd_check_scalar(op, "lr", lr[g], params[0]);
+      FT_CHECK(op, trust_coefficient[g] <= 0 || (grad_sq.has_value() && weight_sq.has_value()),
+               "grad_sq or weight_sq is None; accepted with trust_coefficient: what sgd_check wrote");
+      for (int64_t j = 0; j < group_sizes[g]; ++j, ++i) {
+        sgd_check_tensor(op, "params", i, params[i], params[0]);
+        sgd_check_tensor(op, "grads", i, grads[i], params[0]);
+        FT_CHECK(op, sgd_same_sizes(params[i], grads[i]), "grads[", i, "] has shape ", shape_of(grads[i]),
+                 "; accepted: ", shape_of(params[i]), ", the parameter's");
+        sgd_check_written(op, "params", i, params[i]);
+        const ScalarType computed = accumulate_type(params[i].scalar_type());
+        const auto beside = [&](const char* arg, std::vector<Tensor>& list, size_t& next) {
+          FT_CHECK(op, next < list.size(), arg, " has ", list.size(),
+                   " tensors; accepted: one for each parameter that needs one");
+          sgd_check_beside(op, arg, next, list[next], params[i], computed);
+          sgd_check_written(op, arg, next, list[next]);
+          return &list[next++];
+        };
+        SgdStepped t{i, g, params[i], grads[i], nullptr, nullptr, nullptr};
+        if (is_half(params[i].scalar_type())) t.master = beside("masters", masters, next_master);
+        if (momentum[g] != 0.0) {
+          const size_t at = next_buffer;
+          t.buffer = beside("momentum_buffers", buffers, next_buffer);
+          FT_CHECK(op, at < steps.size(), "steps has ", steps.size(),
+                   " tensors; accepted: one for each momentum buffer");
+          t.steps = &steps[at];
+          const std::string name = "steps[" + std::to_string(at) + "]";
+          check_dtype(op, name.c_str(), *t.steps, ScalarType::Float);
+          sgd_check_scalar(op, name.c_str(), *t.steps, params[0]);
+        }
+        use(t);
+      }
+    }
+    sgd_check_count(op, "masters", masters.size(), next_master);
+    sgd_check_count(op, "momentum_buffers", buffers.size(), next_buffer);
+    sgd_check_count(op, "steps", steps.size(), next_buffer);
+  }
+
+  // Whether two parameters share memory (a parameter given twice, views of one tensor): they must be stepped one by
+  // one.
+  bool share_memory() const {
+    std::vector<std::pair<const char*, const char*>> spans;
+    spans.reserve(params.size());
+    for (const Tensor& t : params) {
+      if (t.numel() == 0) continue;
+      int64_t last = 0;
+      for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
+      const char* data = static_cast<const char*>(t.const_data_ptr());
+      spans.emplace_back(data, data + (last + 1) * int64_t(t.element_size()));
+    }
+    std::sort(spans.begin(), spans.end());
+    for (size_t i = 1; i < spans.size(); ++i)
+      if (spans[i].first < spans[i - 1].second) return true;
+    return false;
+  }
+};
+
+}  // namespace fasttricks
