@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 
 import pytest
 import torch
@@ -121,7 +122,7 @@ def test_compiled_backward_runs_the_op(backend: str) -> None:
     ).sum().backward()
     assert len(graphs) == 2
     for code in graphs:
-        assert ("fasttricks.avgpool_conv1x1" in code) == (backend != "reference")
+        assert bool(re.search(r"fasttricks\w*\.avgpool_conv1x1", code)) == (backend != "reference")
 
 
 def test_meta_tensors(backend: str) -> None:

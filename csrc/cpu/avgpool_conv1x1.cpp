@@ -6,17 +6,15 @@
 
 #include <algorithm>
 #include <array>
-#include <optional>
 #include <tuple>
 
-#include "checks.h"
+#include "avgpool_conv1x1_call.h"
 #include "cpu/huge_pages.h"
 #include "math/pool.h"
 
 namespace fasttricks::cpu {
 namespace {
 
-using torch::headeronly::MemoryFormat;
 using torch::stable::parallel_for;
 
 const PoolConvOfType& kernels_of(ScalarType t) {
@@ -29,43 +27,8 @@ const PoolConvOfType& kernels_of(ScalarType t) {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// y and dx take the layout of x; an x that is dense in neither is copied into the one it resembles. The fake in
-// ops/avgpool_conv1x1.py makes the same choice.
-MemoryFormat layout_of(const Tensor& x) {
-  int64_t dense = 1;
-  bool nchw = true;
-  for (int64_t d = 3; d >= 0; --d) {
-    nchw = nchw && (x.size(d) == 1 || x.stride(d) == dense);
-    dense *= x.size(d);
-  }
-  return !nchw && x.numel() > 0 && x.size(1) > 1 && x.stride(1) == 1 ? MemoryFormat::ChannelsLast
-                                                                     : MemoryFormat::Contiguous;
-}
-
-PoolConvSizes check_sizes(const char* op, const Tensor& x, const Tensor& weight, int64_t stride, bool ceil_mode) {
-  FT_CHECK(op, x.dim() == 4, "x has shape ", shape_of(x), "; accepted: 4 dimensions (N, C, H, W)");
-  check_floating(op, "x", x);
-  check_dtype(op, "weight", weight, x.scalar_type());
-  check_same_device(op, "weight", weight, x);
-  FT_CHECK(op, weight.dim() == 4 && weight.size(2) == 1 && weight.size(3) == 1, "weight has shape ", shape_of(weight),
-           "; accepted: (Cout, C, 1, 1)");
-  FT_CHECK(op, weight.size(1) == x.size(1), "weight has shape ", shape_of(weight), " and x has ", x.size(1),
-           " channels; accepted: weight of shape (Cout, ", x.size(1), ", 1, 1), without groups");
-  FT_CHECK(op, weight.size(0) > 0 && x.size(1) > 0, "weight has shape ", shape_of(weight),
-           "; accepted: no size of zero");
-  FT_CHECK(op, stride == 1 || stride == 2, "stride is ", stride, "; accepted: 1, 2");
-  PoolConvSizes s;
-  s.n = x.size(0), s.c = x.size(1), s.h = x.size(2), s.w = x.size(3), s.o = weight.size(0), s.stride = stride;
-  s.ho = pool_out_size(s.h, stride, ceil_mode), s.wo = pool_out_size(s.w, stride, ceil_mode);
-  FT_CHECK(op, s.ho > 0 && s.wo > 0, "x has shape ", shape_of(x), " and the output would be ", s.ho, " x ", s.wo,
-           ": Output size is too small");
-  s.nhwc = layout_of(x) == MemoryFormat::ChannelsLast;
-  return s;
-}
-
 Tensor make(const Tensor& like, std::array<int64_t, 4> sizes, bool nhwc) {
-  Tensor made = torch::stable::empty(sizes, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
-                                     nhwc ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  Tensor made = pool_conv_empty(like, sizes, nhwc);
   advise_huge_pages(made.mutable_data_ptr(), made.numel() * int64_t(made.element_size()));
   return made;
 }
@@ -166,17 +129,12 @@ void weight_grad(const PoolConvOfType& kernels, const PoolConvSizes& s, const Te
 
 Tensor avgpool_conv1x1_forward(Tensor x, Tensor weight, std::optional<Tensor> bias, int64_t stride, bool ceil_mode) {
   const char* op = "avgpool_conv1x1_forward";
-  const PoolConvSizes s = check_sizes(op, x, weight, stride, ceil_mode);
-  if (bias.has_value()) {
-    check_dtype(op, "bias", *bias, x.scalar_type());
-    check_same_device(op, "bias", *bias, x);
-    FT_CHECK(op, bias->dim() == 1 && bias->size(0) == s.o, "bias has shape ", shape_of(*bias), "; accepted: (", s.o,
-             ",)");
-    bias = torch::stable::contiguous(*bias);
-  }
+  const PoolConvSizes s = pool_conv_sizes(op, x, weight, stride, ceil_mode);
+  check_pool_conv_bias(op, bias, x, s);
+  if (bias.has_value()) bias = torch::stable::contiguous(*bias);
   Tensor y = make(x, {s.n, s.o, s.ho, s.wo}, s.nhwc);
   if (s.n == 0) return y;
-  convolve(kernels_of(x.scalar_type()), s, PoolConvPass::forward, torch::stable::contiguous(x, layout_of(x)),
+  convolve(kernels_of(x.scalar_type()), s, PoolConvPass::forward, torch::stable::contiguous(x, pool_conv_layout(x)),
            torch::stable::contiguous(weight), bias.has_value() ? &*bias : nullptr, y);
   return y;
 }
@@ -185,13 +143,10 @@ std::tuple<Tensor, Tensor, Tensor> avgpool_conv1x1_backward(Tensor dy, Tensor x,
                                                             bool ceil_mode, bool need_dx, bool need_dweight,
                                                             bool need_dbias) {
   const char* op = "avgpool_conv1x1_backward";
-  const PoolConvSizes s = check_sizes(op, x, weight, stride, ceil_mode);
-  check_dtype(op, "dy", dy, x.scalar_type());
-  check_same_device(op, "dy", dy, x);
-  FT_CHECK(op, dy.dim() == 4 && dy.size(0) == s.n && dy.size(1) == s.o && dy.size(2) == s.ho && dy.size(3) == s.wo,
-           "dy has shape ", shape_of(dy), "; accepted: (", s.n, ", ", s.o, ", ", s.ho, ", ", s.wo, ")");
+  const PoolConvSizes s = pool_conv_sizes(op, x, weight, stride, ceil_mode);
+  check_pool_conv_dy(op, dy, x, s);
   const PoolConvOfType& kernels = kernels_of(x.scalar_type());
-  const MemoryFormat layout = layout_of(x);
+  const MemoryFormat layout = pool_conv_layout(x);
   const bool empty = s.n == 0;
   if (!empty) dy = torch::stable::contiguous(dy, layout);
 
@@ -208,7 +163,7 @@ std::tuple<Tensor, Tensor, Tensor> avgpool_conv1x1_backward(Tensor dy, Tensor x,
   if (need_dweight && empty) torch::stable::zero_(dweight);
   if (need_dweight && !empty) {
     x = torch::stable::contiguous(x, layout);
-    const bool rows = (s.c == 1 || dweight.stride(1) == 1) && (s.o == 1 || dweight.stride(0) == s.c);
+    const bool rows = is_matrix(dweight, s);
     Tensor dense = rows ? dweight : torch::stable::new_empty(weight, {s.o, s.c, 1, 1});
     weight_grad(kernels, s, dy, x, dense);
     if (!rows) torch::stable::copy_(dweight, dense);

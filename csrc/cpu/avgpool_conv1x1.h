@@ -4,14 +4,9 @@
 #include <stdint.h>
 
 #include "cpu/isa.h"
+#include "math/pool.h"
 
 namespace fasttricks::cpu {
-
-// x: n x c x h x w;  weight: o x c;  y: n x o x ho x wo.  All three dense, x and y both NCHW or both NHWC.
-struct PoolConvSizes {
-  int64_t n, c, h, w, o, ho, wo, stride;
-  bool nhwc;
-};
 
 // forward: y = W pool(x) + bias.   backward: dx = spread(W^T dy).
 // The same product over k channels, of x or of dy, at each output pixel; m channels leave.

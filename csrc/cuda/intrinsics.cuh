@@ -76,6 +76,22 @@ FT_DEVICE void store(T* p, T v) {
   FT_METER_STORE(sizeof(T));
   *p = v;
 }
+// Two neighbours in one access; p is aligned to both.
+template <typename T>
+using pair_t = std::conditional_t<sizeof(T) == 2, uint32_t, std::conditional_t<sizeof(T) == 4, uint64_t, uint4>>;
+template <typename T>
+FT_DEVICE void load_pair(const T* p, T (&v)[2]) {
+  FT_METER_LOAD(2 * sizeof(T));
+  const auto u = *reinterpret_cast<const pair_t<T>*>(p);
+  memcpy(v, &u, sizeof u);
+}
+template <typename T>
+FT_DEVICE void store_pair(T* p, const T (&v)[2]) {
+  FT_METER_STORE(2 * sizeof(T));
+  pair_t<T> u;
+  memcpy(&u, v, sizeof u);
+  *reinterpret_cast<pair_t<T>*>(p) = u;
+}
 // A value that another block of the same launch has written before the last grid barrier: never through the read-only
 // cache.
 template <typename T>

@@ -30,4 +30,10 @@ FT_HD int64_t pool_extent(int64_t size, int64_t stride, int64_t window) {
   return left < stride ? left : stride;
 }
 
+// x: n x c x h x w;  weight: o x c;  y: n x o x ho x wo.  All three dense, x and y both NCHW or both NHWC.
+struct PoolConvSizes {
+  int64_t n, c, h, w, o, ho, wo, stride;
+  bool nhwc;
+};
+
 }  // namespace fasttricks

@@ -29,7 +29,7 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-OPS = ("bn_relu", "sgd")
+OPS = ("bn_relu", "sgd", "avgpool_conv1x1")
 
 _FLAGS = {
     "plain": ["-O1"],

@@ -1,0 +1,217 @@
+// How the operands of avgpool_conv1x1's products come into shared memory. A loader yields vectors of 16 bytes of a
+// matrix that has one index along memory: (outer, inner), with zeros behind its ends. Where `wide`, fetch reads what a
+// vector is made of into registers, and settle makes it of that, when it has arrived; otherwise there is one element
+// after the other, neighbours in memory by neighbouring threads.
+//
+// Pixels are divided into (n, i, j) once for the whole product where they are not its depth.
+#pragma once
+
+#include "avgpool_conv1x1_plan.h"
+#include "intrinsics.cuh"
+
+namespace fasttricks::cuda {
+
+template <typename T>
+constexpr int kPoolVector = PoolTile<sizeof(T)>::kVector;
+
+struct PoolPixel {
+  int n, i, j;
+};
+FT_DEVICE PoolPixel pixel_of(const PoolShape& s, int q) {
+  const unsigned row = unsigned(q) / unsigned(s.wo), n = row / unsigned(s.ho);
+  return {int(n), int(row - n * unsigned(s.ho)), int(unsigned(q) - row * unsigned(s.wo))};
+}
+// Where a pixel of the output lies in NCHW, of `channels`, and the corner of its window in x.
+FT_DEVICE int64_t offset_in_planes(const PoolShape& s, const PoolPixel& at, int channels, int channel) {
+  return (int64_t(at.n) * channels + channel) * s.plane() + at.i * s.wo + at.j;
+}
+FT_DEVICE int64_t corner_in_planes(const PoolShape& s, const PoolPixel& at, int channel) {
+  return (int64_t(at.n) * s.c + channel) * s.h * s.w + int64_t(at.i * s.stride) * s.w + at.j * s.stride;
+}
+// How many rows and columns of a pixel's window lie inside the image.
+FT_DEVICE int window_rows(const PoolShape& s, const PoolPixel& at) { return int(pool_extent(s.h, s.stride, at.i)); }
+FT_DEVICE int window_columns(const PoolShape& s, const PoolPixel& at) { return int(pool_extent(s.w, s.stride, at.j)); }
+template <typename A>
+FT_DEVICE A inverse_count(int rows, int columns) {
+  return (rows > 1 ? A(0.5) : A(1)) * (columns > 1 ? A(0.5) : A(1));
+}
+
+// A dense matrix: outer rows of `inner` elements. Copied to shared memory past the registers where it is wide.
+template <typename T>
+struct RowLoader {
+  const T* base;
+  int outer_size, inner_size;
+  bool wide;
+
+  FT_DEVICE bool inside(int outer, int inner) const { return outer < outer_size && inner < inner_size; }
+  FT_DEVICE const T* at(int outer, int inner) const { return base + int64_t(outer) * inner_size + inner; }
+  FT_DEVICE void copy(T* to, int outer, int inner) const {
+    const bool needed = inside(outer, inner);
+    copy_async(to, needed ? at(outer, inner) : base, needed);
+  }
+  FT_DEVICE T one(int outer, int inner) const { return inside(outer, inner) ? load(at(outer, inner)) : T(0); }
+};
+
+// A gradient in NCHW: outer are its channels, inner its pixels.
+template <typename T>
+struct PlaneLoader {
+  const T* base;
+  PoolShape s;
+  int channels;
+  bool wide;
+
+  struct State {
+    int64_t offset;  // of the first pixel, in channel 0
+  };
+  struct Raw {
+    T v[kPoolVector<T>];
+  };
+  using Single = State;
+  FT_DEVICE State state(int pixel) const { return {offset_in_planes(s, pixel_of(s, pixel), channels, 0)}; }
+  FT_DEVICE Single single(int pixel) const { return state(pixel); }
+  FT_DEVICE Raw fetch(const State& state, int channel, int channel_end, int pixel, int pixel_end) const {
+    Raw raw = {};
+    if (channel < channel_end && pixel < pixel_end) load(base + state.offset + int64_t(channel) * s.plane(), raw.v);
+    return raw;
+  }
+  FT_DEVICE T one(const Single& state, int channel) const {
+    return load(base + state.offset + int64_t(channel) * s.plane());
+  }
+  FT_DEVICE void settle(const State&, const Raw& raw, T (&v)[kPoolVector<T>]) const {
+#pragma unroll
+    for (int e = 0; e < kPoolVector<T>; ++e) v[e] = raw.v[e];
+  }
+};
+
+// The mean of a window's four values, of which those outside the image are 0.
+template <typename T>
+FT_DEVICE T pooled(T a, T b, T c, T d, acc_t<T> inv_count) {
+  using A = acc_t<T>;
+  return T(((A(a) + A(b)) + (A(c) + A(d))) * inv_count);
+}
+
+// A window of x: where its corner lies in channel 0, how many rows and columns of it are inside the image.
+struct PoolWindow {
+  int64_t corner;
+  int rows, columns;
+};
+// Its mean, where its rows and columns are so far apart; pairs: two columns, always, in one access.
+template <typename T>
+FT_DEVICE T pooled_singly(const T* corner, const PoolWindow& window, int64_t row, int64_t column, bool pairs) {
+  T four[2][2] = {};
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    if (r >= window.rows) continue;
+    if (pairs) {
+      load_pair(corner + r * row, four[r]);
+    } else {
+      four[r][0] = load(corner + r * row);
+      if (window.columns > 1) four[r][1] = load(corner + r * row + column);
+    }
+  }
+  return pooled(four[0][0], four[0][1], four[1][0], four[1][1], inverse_count<acc_t<T>>(window.rows, window.columns));
+}
+
+// x in NHWC, pooled: outer are the output's pixels, inner the channels.
+template <typename T>
+struct PooledRowLoader {
+  const T* base;
+  PoolShape s;
+  bool wide, pairs;
+
+  using State = PoolWindow;
+  using Single = PoolWindow;
+  struct Raw {
+    T v[4][kPoolVector<T>];
+  };
+  FT_DEVICE State state(int pixel) const {
+    const PoolPixel at = pixel_of(s, pixel);
+    return {((int64_t(at.n) * s.h + at.i * s.stride) * s.w + at.j * s.stride) * s.c, window_rows(s, at),
+            window_columns(s, at)};
+  }
+  FT_DEVICE Single single(int pixel) const { return state(pixel); }
+  FT_DEVICE Raw fetch(const State& state, int channel, int channel_end, int pixel, int pixel_end) const {
+    Raw raw = {};
+    const T* const corner = base + state.corner + channel;
+    const bool any = pixel < pixel_end && channel < channel_end;
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+      if (any && k / 2 < state.rows && k % 2 < state.columns)
+        load(corner + (k / 2 * int64_t(s.w) + k % 2) * s.c, raw.v[k]);
+    return raw;
+  }
+  FT_DEVICE T one(const Single& window, int channel) const {
+    return pooled_singly(base + window.corner + channel, window, int64_t(s.w) * s.c, s.c, false);
+  }
+  FT_DEVICE void settle(const State& state, const Raw& raw, T (&v)[kPoolVector<T>]) const {
+    const auto inv = inverse_count<acc_t<T>>(state.rows, state.columns);
+#pragma unroll
+    for (int e = 0; e < kPoolVector<T>; ++e) v[e] = pooled(raw.v[0][e], raw.v[1][e], raw.v[2][e], raw.v[3][e], inv);
+  }
+};
+
+// x in NCHW, pooled: outer are the channels, inner the output's pixels. wide: half a vector of pixels, which lie in one
+// row of the output, is a vector of x in each of two rows; with stride 1 a vector is a vector. pairs: a window's row is
+// one access.
+template <typename T>
+struct PooledPlaneLoader {
+  static constexpr int kHalf = kPoolVector<T> / 2;
+  const T* base;
+  PoolShape s;
+  bool wide, pairs;
+
+  struct State {
+    int64_t corner[2];  // of the first window of each half, in channel 0
+    int rows[2];
+  };
+  using Single = PoolWindow;
+  struct Raw {
+    T v[4][kPoolVector<T>];
+  };
+  FT_DEVICE State state(int pixel) const {
+    State made;
+#pragma unroll
+    for (int g = 0; g < 2; ++g) {
+      const PoolPixel at = pixel_of(s, pixel + g * kHalf);
+      made.corner[g] = corner_in_planes(s, at, 0);
+      made.rows[g] = window_rows(s, at);
+    }
+    return made;
+  }
+  FT_DEVICE Single single(int pixel) const {
+    const PoolPixel at = pixel_of(s, pixel);
+    return {corner_in_planes(s, at, 0), window_rows(s, at), window_columns(s, at)};
+  }
+  FT_DEVICE Raw fetch(const State& state, int channel, int channel_end, int pixel, int pixel_end) const {
+    Raw raw = {};
+    const int64_t plane = int64_t(channel) * s.h * s.w;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {  // row k / 2 of half k % 2
+      const bool wanted = s.stride == 1 ? k == 0 : k / 2 < state.rows[k % 2];
+      const int first = s.stride == 1 ? pixel : pixel + k % 2 * kHalf;
+      if (channel < channel_end && first < pixel_end && wanted)
+        load(base + state.corner[k % 2] + plane + k / 2 * s.w, raw.v[k]);
+    }
+    return raw;
+  }
+  FT_DEVICE T one(const Single& window, int channel) const {
+    return pooled_singly(base + window.corner + int64_t(channel) * s.h * s.w, window, s.w, 1, pairs);
+  }
+  FT_DEVICE void settle(const State& state, const Raw& raw, T (&v)[kPoolVector<T>]) const {
+    if (s.stride == 1) {
+#pragma unroll
+      for (int e = 0; e < kPoolVector<T>; ++e) v[e] = raw.v[0][e];
+      return;
+    }
+#pragma unroll
+    for (int g = 0; g < 2; ++g) {
+      const auto inv = inverse_count<acc_t<T>>(state.rows[g], 2);
+#pragma unroll
+      for (int e = 0; e < kHalf; ++e)
+        v[g * kHalf + e] =
+            pooled(raw.v[g][2 * e], raw.v[g][2 * e + 1], raw.v[2 + g][2 * e], raw.v[2 + g][2 * e + 1], inv);
+    }
+  }
+};
+
+}  // namespace fasttricks::cuda
