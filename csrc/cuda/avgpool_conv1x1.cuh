@@ -349,10 +349,10 @@ __global__ void __launch_bounds__(kPoolThreads)
   acc_t<T> sum = 0;
   constexpr int kPart = 64;  // values of a thread that are summed up apart: there is no wider type to sum in
   if (o < s.o)
-    for (int64_t first = begin + lane; first < end; first += kPart * lanes) {
+    for (unsigned first = unsigned(begin + lane); first < unsigned(end); first += unsigned(kPart * lanes)) {
       acc_t<T> part = 0;
-      for (int64_t q = first; q < end && q < first + kPart * lanes; q += lanes)
-        part += acc_t<T>(load(dy + (nhwc ? q * s.o + o : offset_in_planes(s, pixel_of(s, int(q)), s.o, o))));
+      for (unsigned q = first; q < unsigned(end) && q < first + unsigned(kPart * lanes); q += unsigned(lanes))
+        part += acc_t<T>(load(dy + (nhwc ? int64_t(q) * s.o + o : offset_in_planes(s, pixel_of(s, int(q)), s.o, o))));
       sum += part;
     }
   if (!nhwc) sum = sum_over_lanes<32>(sum);
