@@ -1,0 +1,323 @@
+"""avgpool_conv1x1's CUDA kernels without a card: plans, bytes moved, orders of threads, sanitizers, planted faults."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE / "emulator"))
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("nothing of Triton is in it", allow_module_level=True)
+
+import emulated  # noqa: E402
+
+import fasttricks  # noqa: E402
+
+FORWARD, INPUT, WEIGHT = range(3)
+# multiprocessors, shared bytes of one and of a block (CUDA Programming Guide, "Compute Capabilities")
+A100, H100, RTX4090 = (108, 164 << 10, 163 << 10), (132, 228 << 10, 227 << 10), (128, 100 << 10, 99 << 10)
+EMULATED = (4, 228 << 10, 227 << 10)  # emulated_device() of csrc/cuda/launch.cuh
+# (N, C, H, W, Cout, stride, ceil_mode): the shortcuts of ResNet-50-D that pool, at batch 256
+RESNET = [(256, c, h, h, 2 * c, 2, 0) for c, h in ((256, 56), (512, 28), (1024, 14))]
+
+
+@dataclass(frozen=True)
+class Plan:
+    tiles_m: int
+    tiles_n: int
+    depth: int
+    depth_per_split: int
+    splits: int
+
+
+@dataclass(frozen=True)
+class SlabPlan:
+    tiles_m: int
+    tiles_n: int
+    tiles_per_group: int
+    groups: int
+    shared_bytes: int
+
+
+class Planner:
+    """csrc/cuda/avgpool_conv1x1_plan.h, compiled for the host."""
+
+    def __init__(self, folder: Path, compiler: list[str]) -> None:
+        library = folder / "avgpool_conv1x1_plan.so"
+        flags = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", f"-I{HERE.parent / 'csrc'}"]
+        source = str(HERE / "avgpool_conv1x1_plan.cpp")
+        subprocess.run([*compiler, *flags, source, "-o", str(library)], check=True)
+        self.library = ctypes.CDLL(str(library))
+        self.library.pool_images_of.restype = self.library.pool_bias_splits_of.restype = ctypes.c_int64
+
+    def _ask(self, name: str, sizes: tuple[int, ...], *more: int) -> list[int]:
+        out = (ctypes.c_int64 * 5)()
+        getattr(self.library, name)((ctypes.c_int64 * 7)(*sizes), *map(ctypes.c_int64, more), out)
+        return list(out)
+
+    def plan(self, sizes: tuple[int, ...], product: int, size: int, device: tuple[int, int, int]) -> Plan:
+        return Plan(*self._ask("pool_plan_of", sizes, product, size, device[0]))
+
+    def slab(self, sizes: tuple[int, ...], device: tuple[int, int, int]) -> SlabPlan:
+        return SlabPlan(*self._ask("pool_slab_plan_of", sizes, *device))
+
+    def images(self, ho: int, wo: int) -> int:
+        return self.library.pool_images_of(ctypes.c_int64(ho), ctypes.c_int64(wo))
+
+    def bias_splits(self, sizes: tuple[int, ...], device: tuple[int, int, int]) -> int:
+        return self.library.pool_bias_splits_of((ctypes.c_int64 * 7)(*sizes), ctypes.c_int64(device[0]))
+
+
+@pytest.fixture(scope="module")
+def planner(tmp_path_factory: pytest.TempPathFactory) -> Planner:
+    return Planner(tmp_path_factory.mktemp("plan"), shlex.split(os.environ.get("CXX", "g++")))
+
+
+def out_size(sizes: tuple[int, ...]) -> tuple[int, int]:
+    _, _, h, w, _, stride, ceil_mode = sizes
+    return tuple((s + (stride - 1 if ceil_mode else 0)) // stride for s in (h, w))  # type: ignore[return-value]
+
+
+# ---- plans ----
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+@pytest.mark.parametrize("product", [FORWARD, INPUT, WEIGHT])
+def test_tiles_cover_the_product(planner: Planner, product: int, size: int) -> None:
+    for sizes in (*RESNET, (1, 1, 2, 2, 1, 2, 0), (3, 33, 7, 9, 65, 2, 1), (2, 7, 3, 1, 600, 1, 0)):
+        n, c, _, _, o, _, _ = sizes
+        ho, wo = out_size(sizes)
+        pixels = n * ho * wo
+        rows, columns, depth = ((pixels, o, c), (pixels, c, o), (o, c, pixels))[product]
+        side = 128 if size == 2 else 64  # the longer side of a tile: Cout of the weight's gradient
+        m, k = (side, 64) if product == WEIGHT else (64, side)
+        for device in (A100, H100, EMULATED):
+            plan = planner.plan(sizes, product, size, device)
+            assert (plan.tiles_m, plan.tiles_n, plan.depth) == (-(-rows // m), -(-columns // k), depth)
+            assert plan.depth_per_split % (32 if size == 2 else 16) == 0
+            assert (plan.splits - 1) * plan.depth_per_split < depth <= plan.splits * plan.depth_per_split
+            assert plan.splits <= 65535
+            if product == WEIGHT:  # the card is filled without more partial sums than blocks
+                blocks = plan.tiles_m * plan.tiles_n * plan.splits
+                assert plan.splits == 1 or blocks <= 2 * device[0]
+                assert sizes not in RESNET or blocks >= device[0]
+            else:
+                assert plan.splits == 1
+
+
+def test_pixels_of_one_launch_fit_31_bits(planner: Planner) -> None:
+    for ho, wo in ((1, 1), (28, 28), (1 << 15, 1 << 15), (1 << 15, (1 << 16) - 1)):
+        images = planner.images(ho, wo)
+        assert images >= 1
+        assert images * ho * wo + 128 < 2**31
+        assert images == 1 or (images + 1) * ho * wo > 2**31 - 256
+
+
+def test_slabs_read_x_once_where_they_fit(planner: Planner) -> None:
+    for sizes in RESNET:
+        for device in (A100, H100, RTX4090):
+            plan, (sm_count, per_sm, per_block) = planner.slab(sizes, device), device
+            assert plan.shared_bytes <= per_block
+            needed = sizes[1] * 64 * 2 + 2 * 128 * 32 * 2
+            if needed > per_block:
+                assert (plan.groups, sizes[1]) == (0, 1024)
+                continue
+            assert plan.shared_bytes == needed
+            assert plan.groups * plan.tiles_per_group >= plan.tiles_n
+            assert (plan.groups - 1) * plan.tiles_per_group < plan.tiles_n
+            # x is read once, twice where there are too few pixels to fill the card
+            assert plan.groups <= 2
+            assert plan.groups == 1 or plan.tiles_m < 2 * sm_count * (per_sm // needed)
+    assert planner.slab((1, 64, 8, 8, 128, 2, 0), H100).groups == 0  # one tile of columns: nothing is read again
+    assert planner.slab((256, 4096, 14, 14, 8192, 2, 0), H100).groups == 0  # too many channels
+
+
+def test_sums_of_the_bias_gradient(planner: Planner) -> None:
+    for sizes in (*RESNET, (1, 1, 2, 2, 1, 2, 0), (1 << 20, 1, 28, 28, 1, 2, 0)):
+        assert 1 <= planner.bias_splits(sizes, H100) <= 65535
+
+
+# ---- bytes ----
+
+
+@dataclass(frozen=True)
+class Bytes:
+    x: int
+    weight: int
+    y: int
+
+    @property
+    def least(self) -> int:
+        """What an ideal cache would move to and from DRAM."""
+        return self.x + self.weight + self.y
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
+@pytest.mark.parametrize("shortcut", RESNET, ids=lambda s: f"{s[1]}x{s[2]}")
+def test_bytes_moved(planner: Planner, shortcut: tuple[int, ...], layout: torch.memory_format) -> None:
+    """At most 1.05 of: each operand once for every tile of the other one, the result once.
+
+    What several blocks read is in the L2 cache, their place in the grid sees to it; the meter counts it all the same.
+    """
+    n, c, h, w, o, stride, _ = sizes = (2, *shortcut[1:])
+    x = torch.randn(n, c, h, w, dtype=torch.float16).contiguous(memory_format=layout)
+    weight = torch.randn(o, c, 1, 1, dtype=torch.float16)
+    dy = torch.randn(n, o, h // 2, w // 2, dtype=torch.float16).contiguous(memory_format=layout)
+    of = Bytes(2 * x.numel(), 2 * weight.numel(), 2 * dy.numel())
+    library, ops = emulated.load(), torch.ops.fasttricks_emulated
+
+    slab = planner.slab(sizes, EMULATED)
+    assert slab.groups > 0
+    with library.metered() as meter:
+        ops.avgpool_conv1x1_forward(x, weight, None, stride, False)
+    assert meter.launches == 1
+    assert meter.stored == of.y
+    assert meter.moved <= 1.05 * (slab.groups * of.x + slab.tiles_m * of.weight + of.y)
+    print(f"forward: {meter.moved / of.least:.2f} of the least; x is read {slab.groups} times")
+
+    plan = planner.plan(sizes, INPUT, 2, EMULATED)
+    with library.metered() as meter:
+        ops.avgpool_conv1x1_backward(dy, x, weight, stride, False, True, False, False)
+    assert meter.launches == 1
+    assert meter.stored == of.x
+    assert meter.moved <= 1.05 * (plan.tiles_n * of.y + plan.tiles_m * of.weight + of.x)
+
+    plan = planner.plan(sizes, WEIGHT, 2, EMULATED)
+    with library.metered() as meter:
+        ops.avgpool_conv1x1_backward(dy, x, weight, stride, False, False, True, False)
+    assert meter.launches == 2
+    partial = 2 * of.weight * plan.splits  # fp32, written and read
+    assert meter.moved <= 1.05 * (plan.tiles_n * of.y + plan.tiles_m * of.x + 2 * partial + of.weight)
+
+    with library.metered() as meter:
+        ops.avgpool_conv1x1_backward(dy, x, weight, stride, False, False, False, True)
+    partial = 4 * o * planner.bias_splits(sizes, EMULATED)
+    assert meter.moved <= 1.05 * (of.y + 2 * partial + 2 * o)
+
+
+def test_nothing_is_launched_for_an_empty_batch() -> None:
+    library, ops = emulated.load(), torch.ops.fasttricks_emulated
+    x, weight = torch.empty(0, 8, 4, 4), torch.randn(16, 8, 1, 1)
+    with library.metered() as meter:
+        ops.avgpool_conv1x1_forward(x, weight, None, 2, False)
+        ops.avgpool_conv1x1_backward(torch.empty(0, 16, 2, 2), x, weight, 2, False, True, True, True)
+    assert meter.launches == 0
+
+
+# ---- orders, alignment ----
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
+def test_every_order_of_threads_gives_the_same_bits(layout: torch.memory_format) -> None:
+    library, results = emulated.load(), []
+    x = torch.randn(5, 40, 15, 14, dtype=torch.bfloat16).contiguous(memory_format=layout)
+    weight, bias = torch.randn(265, 40, 1, 1, dtype=torch.bfloat16), torch.randn(265, dtype=torch.bfloat16)
+    dy = torch.randn(5, 265, 8, 7, dtype=torch.bfloat16).contiguous(memory_format=layout)
+    for schedule in emulated.SCHEDULES:
+        with library.schedule(**schedule):
+            ops = torch.ops.fasttricks_emulated
+            y = ops.avgpool_conv1x1_forward(x, weight, bias, 2, True)
+            results.append([y, *ops.avgpool_conv1x1_backward(dy, x, weight, 2, True, True, True, True)])
+    for others in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
+@pytest.mark.parametrize("offset", [1, 2, 4])
+def test_misaligned_tensors(layout: torch.memory_format, offset: int) -> None:
+    """The same bits from pointers that allow 2, 4 or 8 bytes at a time as from aligned ones."""
+    emulated.load()
+
+    def moved(t: torch.Tensor) -> torch.Tensor:
+        memory = torch.empty(t.numel() + offset, dtype=t.dtype)[offset:]
+        assert memory.data_ptr() % 16 == 2 * offset
+        return memory.as_strided(t.shape, t.stride()).copy_(t)
+
+    x = torch.randn(3, 32, 8, 16, dtype=torch.float16).contiguous(memory_format=layout)
+    weight, bias = torch.randn(40, 32, 1, 1, dtype=torch.float16), torch.randn(40, dtype=torch.float16)
+    dy = torch.randn(3, 40, 4, 8, dtype=torch.float16).contiguous(memory_format=layout)
+    results = []
+    for x_, weight_, bias_, dy_ in ((x, weight, bias, dy), tuple(map(moved, (x, weight, bias, dy)))):
+        with fasttricks.backend("cuda"):
+            leaves = [t.detach().requires_grad_() for t in (x_, weight_, bias_)]
+            y = fasttricks.avgpool_conv1x1(*leaves)
+            results.append([y, *torch.autograd.grad(y, leaves, dy_)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+# ---- other builds ----
+
+CSRC = HERE.parent / "csrc"
+
+
+def run(kind: str, name: str, csrc: Path = CSRC, *flags: str) -> str:
+    """What is wrong with a build's results on small inputs; "" where nothing is."""
+    name = f"avgpool_conv1x1-{name}"
+    emulated.Build(kind, csrc, ("avgpool_conv1x1",), flags=flags, name=name).make()
+    command = [sys.executable, str(HERE / "emulator/run_avgpool_conv1x1.py"), kind, name, str(csrc), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, env=emulated.sanitized(kind))
+    return "" if done.returncode == 0 else done.stderr
+
+
+@pytest.mark.parametrize("kind", ["asan", "tsan"])
+def test_under_sanitizers(kind: str) -> None:
+    assert run(kind, kind) == ""
+
+
+def test_images_in_several_launches() -> None:
+    """As with more than 2^31 pixels: here no more than 300 fit one launch."""
+    assert run("plain", "launches", CSRC, "-DFT_POOL_MAX_PIXELS=300") == ""
+
+
+# what is replaced, in which file, by what; how it shows
+FAULTS = {
+    "barrier removed behind a step of a slab": (
+        "avgpool_conv1x1_tile.cuh",
+        "    __syncthreads();  // this step's tile is there, and all have done with the other one\n",
+        "",
+        "plain",
+        "wrong",
+    ),
+    "cp.async not waited for": (
+        "avgpool_conv1x1_tile.cuh",
+        "    copy_wait<0>();\n    __syncthreads();\n  }\n",
+        "    __syncthreads();\n  }\n",
+        "plain",
+        "wrong",
+    ),
+    "pixels behind the last one read": (
+        "avgpool_conv1x1_tile.cuh",
+        "if (at_outer < outer_end() && at_inner < inner_end())",
+        "if (at_outer <= outer_end() && at_inner < inner_end())",
+        "asan",
+        "heap-buffer-overflow",
+    ),
+    "result overwritten while it is read": (
+        "avgpool_conv1x1.cuh",
+        "    __syncthreads();  // the result has been read\n",
+        "",
+        "tsan",
+        "data race",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_caught(fault: str, tmp_path: Path) -> None:
+    file, before, after, kind, said = FAULTS[fault]
+    shutil.copytree(CSRC, tmp_path / "csrc")
+    path = tmp_path / "csrc/cuda" / file
+    text = path.read_text()
+    assert text.count(before) == 1
+    path.write_text(text.replace(before, after))
+    assert said in run(kind, "fault", tmp_path / "csrc")
