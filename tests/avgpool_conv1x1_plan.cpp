@@ -1,7 +1,10 @@
-// csrc/cuda/avgpool_conv1x1_plan.h for ctypes: tests/test_cuda_avgpool_conv1x1.py compiles it with the host's compiler.
+// The plan and the offsets of csrc/cuda/avgpool_conv1x1*: tests/test_cuda_avgpool_conv1x1.py compiles them with the
+// host's compiler, and the emulator's headers.
 #include "cuda/avgpool_conv1x1_plan.h"
 
 #include <iterator>
+
+#include "cuda/avgpool_conv1x1_load.cuh"
 
 using namespace fasttricks;
 using namespace fasttricks::cuda;
@@ -9,8 +12,14 @@ using namespace fasttricks::cuda;
 namespace {
 // sizes: n, c, h, w, o, stride, ceil_mode
 PoolShape shape_of(const int64_t* s) {
-  return {int(s[0]), int(s[1]), int(s[2]), int(s[3]), int(s[4]), int(pool_out_size(s[2], s[5], s[6] != 0)),
-          int(pool_out_size(s[3], s[5], s[6] != 0)), int(s[5])};
+  return {int(s[0]),
+          int(s[1]),
+          int(s[2]),
+          int(s[3]),
+          int(s[4]),
+          int(pool_out_size(s[2], s[5], s[6] != 0)),
+          int(pool_out_size(s[3], s[5], s[6] != 0)),
+          int(s[5])};
 }
 }  // namespace
 
@@ -35,5 +44,24 @@ void pool_slab_plan_of(const int64_t* sizes, int64_t sm_count, int64_t shared_pe
 
 int64_t pool_bias_splits_of(const int64_t* sizes, int64_t sm_count) {
   return pool_bias_splits(shape_of(sizes), int(sm_count));
+}
+
+// Of one pixel of the output and one channel: its window's corner in x in NHWC, in NCHW (the same for the pixel half a
+// vector further); its place in a gradient in NHWC, in NCHW. The first two without the channel.
+void pool_offsets_of(const int64_t* sizes, int64_t pixel, int64_t channel, int64_t* out) {
+  const PoolShape s = shape_of(sizes);
+  const int q = int(pixel), c = int(channel);
+  const Half* const base = nullptr;
+  const PooledPlaneLoader<Half> planes{base, s, true, true};
+  const PlaneLoader<Half> gradient{base, s, s.o, true};
+  const RowLoader<Half> rows{base, s.pixels(), s.o, true};
+  const auto bytes = reinterpret_cast<uintptr_t>(rows.at(q, c));
+  const int64_t all[] = {PooledRowLoader<Half>{base, s, true, false}.state(q).corner,
+                         planes.single(q).corner,
+                         planes.state(q).corner[0],
+                         planes.state(q).corner[1],
+                         int64_t(bytes / sizeof(Half)),
+                         gradient.state(q).offset + int64_t(c) * s.plane()};
+  std::copy(std::begin(all), std::end(all), out);
 }
 }

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 HERE = Path(__file__).resolve().parent
+CSRC = HERE.parent / "csrc"
 sys.path.insert(0, str(HERE / "emulator"))
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("nothing of Triton is in it", allow_module_level=True)
@@ -54,7 +55,9 @@ class Planner:
 
     def __init__(self, folder: Path, compiler: list[str]) -> None:
         library = folder / "avgpool_conv1x1_plan.so"
-        flags = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", f"-I{HERE.parent / 'csrc'}"]
+        flags = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", "-DCUDA_ON_CPU"]
+        flags += [f"-I{p}" for p in (HERE / "emulator/cuda_on_cpu", CSRC, CSRC / "cuda")]
+        flags += ["-Wno-unknown-pragmas", "-isystem", str(Path(torch.__file__).parent / "include")]
         source = str(HERE / "avgpool_conv1x1_plan.cpp")
         subprocess.run([*compiler, *flags, source, "-o", str(library)], check=True)
         self.library = ctypes.CDLL(str(library))
@@ -73,6 +76,11 @@ class Planner:
 
     def images(self, ho: int, wo: int) -> int:
         return self.library.pool_images_of(ctypes.c_int64(ho), ctypes.c_int64(wo))
+
+    def offsets(self, sizes: tuple[int, ...], pixel: int, channel: int) -> list[int]:
+        out = (ctypes.c_int64 * 6)()
+        self.library.pool_offsets_of((ctypes.c_int64 * 7)(*sizes), ctypes.c_int64(pixel), ctypes.c_int64(channel), out)
+        return list(out)
 
     def bias_splits(self, sizes: tuple[int, ...], device: tuple[int, int, int]) -> int:
         return self.library.pool_bias_splits_of((ctypes.c_int64 * 7)(*sizes), ctypes.c_int64(device[0]))
@@ -121,6 +129,23 @@ def test_pixels_of_one_launch_fit_31_bits(planner: Planner) -> None:
         assert images >= 1
         assert images * ho * wo + 128 < 2**31
         assert images == 1 or (images + 1) * ho * wo > 2**31 - 256
+
+
+def test_offsets_beyond_2_to_the_31(planner: Planner) -> None:
+    """The last pixel's, of tensors that have more elements than 32 bits count."""
+    for sizes in ((256, 4096, 56, 56, 8192, 2, 0), (70, 8200, 113, 113, 9000, 2, 1), (1, 7, 40000, 40000, 9, 1, 0)):
+        n, c, h, w, o, stride, _ = sizes
+        ho, wo = out_size(sizes)
+        i, j, channel = ho - 1, wo - 1, o - 1
+        pixel = n * ho * wo - 1
+        nhwc, nchw, half, _, rows, planes = planner.offsets(sizes, pixel, channel)
+        assert nhwc == (((n - 1) * h + i * stride) * w + j * stride) * c
+        assert nchw == half == (n - 1) * c * h * w + i * stride * w + j * stride
+        assert rows == pixel * o + channel
+        assert planes == ((n - 1) * o + channel) * ho * wo + i * wo + j
+        assert max(nhwc, nchw) > 2**31
+        # half a vector before: four pixels
+        assert planner.offsets(sizes, pixel - 4, channel)[3] == nchw
 
 
 def test_slabs_read_x_once_where_they_fit(planner: Planner) -> None:
@@ -256,8 +281,6 @@ def test_misaligned_tensors(layout: torch.memory_format, offset: int) -> None:
 
 
 # ---- other builds ----
-
-CSRC = HERE.parent / "csrc"
 
 
 def run(kind: str, name: str, csrc: Path = CSRC, *flags: str) -> str:
