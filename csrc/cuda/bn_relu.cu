@@ -78,9 +78,32 @@ struct Call : BnCall {
     return empty() ? torch::stable::new_zeros(x, {channels}, statistics_type)
                    : torch::stable::new_empty(x, {channels}, statistics_type);
   }
+  // Of a reduction, of either variant.
   Tensor new_partial() const {
-    return torch::stable::new_empty(x, {bn_partial_count(bn_reduction_tiling(shape, on.device.sm_count))},
-                                    statistics_type);
+    int64_t most = bn_partial_count(bn_reduction_tiling(shape, on.device.sm_count));
+    for (int blocks = 1; blocks <= 2; ++blocks)
+      most = std::max(most, bn_partial_count(bn_tile(shape, int64_t(on.device.sm_count) * blocks)));
+    return torch::stable::new_empty(x, {most}, statistics_type);
+  }
+
+  // y, mean, var and, with a residual, the mask.
+  std::tuple<Tensor, Tensor, Tensor, Tensor> new_forward(const MaybeTensor& residual) {
+    const void* z = residual.has_value() ? like_x("residual", *residual) : nullptr;
+    Tensor mean = new_per_channel(), var = new_per_channel();
+    mean_data = mean.const_data_ptr();
+    var_data = var.const_data_ptr();
+    Tensor y = new_like_x(), mask = torch::stable::new_empty(x, {z ? mask_bytes() : 0}, ScalarType::Byte);
+    if (empty()) return {y, mean, var, mask};
+    Tensor partial = new_partial();
+    with_type(x.scalar_type(), [&](auto t) {
+      using T = decltype(t);
+      using A = acc_t<T>;
+      bn_forward_run(data<T>(), static_cast<const T*>(z), params<A>(), shape, on.device,
+                     static_cast<A*>(partial.mutable_data_ptr()), static_cast<A*>(mean.mutable_data_ptr()),
+                     static_cast<A*>(var.mutable_data_ptr()), static_cast<T*>(y.mutable_data_ptr()),
+                     z ? static_cast<uint8_t*>(mask.mutable_data_ptr()) : nullptr, on.stream);
+    });
+    return {y, mean, var, mask};
   }
 
   std::tuple<Tensor, Tensor> new_statistics() {
@@ -97,14 +120,14 @@ struct Call : BnCall {
     return {mean, var};
   }
 
-  // y, and the mask where there is a residual. from_x: the statistics are those of x.
-  std::tuple<Tensor, Tensor> new_output(const MaybeTensor& residual, bool from_x) {
+  // y with given statistics, and the mask where there is a residual.
+  std::tuple<Tensor, Tensor> new_output(const MaybeTensor& residual) {
     const void* z = residual.has_value() ? like_x("residual", *residual) : nullptr;
     Tensor y = new_like_x(), mask = torch::stable::new_empty(x, {z ? mask_bytes() : 0}, ScalarType::Byte);
     if (empty()) return {y, mask};
     with_type(x.scalar_type(), [&](auto t) {
       using T = decltype(t);
-      bn_apply_run(data<T>(), static_cast<const T*>(z), params<acc_t<T>>(), from_x, shape, on.device,
+      bn_apply_run(data<T>(), static_cast<const T*>(z), params<acc_t<T>>(), false, shape, on.device,
                    static_cast<T*>(y.mutable_data_ptr()), z ? static_cast<uint8_t*>(mask.mutable_data_ptr()) : nullptr,
                    on.stream);
     });
@@ -145,25 +168,22 @@ struct Call : BnCall {
 std::tuple<Tensor, Tensor, Tensor> bn_relu_forward(Tensor x, MaybeTensor weight, MaybeTensor bias, double eps) {
   Call call("bn_relu_forward", x, eps);
   call.affine(weight, bias);
-  auto [mean, var] = call.new_statistics();
-  return {std::get<0>(call.new_output(std::nullopt, true)), mean, var};
+  auto [y, mean, var, mask] = call.new_forward(std::nullopt);
+  return {y, mean, var};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_relu_forward(Tensor x, Tensor residual, MaybeTensor weight,
                                                                MaybeTensor bias, double eps) {
   Call call("bn_add_relu_forward", x, eps);
   call.affine(weight, bias);
-  call.like_x("residual", residual);
-  auto [mean, var] = call.new_statistics();
-  auto [y, mask] = call.new_output(residual, true);
-  return {y, mean, var, mask};
+  return call.new_forward(residual);
 }
 
 Tensor bn_relu_apply(Tensor x, MaybeTensor weight, MaybeTensor bias, Tensor mean, Tensor var, double eps) {
   Call call("bn_relu_apply", x, eps);
   call.affine(weight, bias);
   call.statistics(mean, var);
-  return std::get<0>(call.new_output(std::nullopt, false));
+  return std::get<0>(call.new_output(std::nullopt));
 }
 
 std::tuple<Tensor, Tensor> bn_add_relu_apply(Tensor x, Tensor residual, MaybeTensor weight, MaybeTensor bias,
@@ -171,7 +191,7 @@ std::tuple<Tensor, Tensor> bn_add_relu_apply(Tensor x, Tensor residual, MaybeTen
   Call call("bn_add_relu_apply", x, eps);
   call.affine(weight, bias);
   call.statistics(mean, var);
-  return call.new_output(residual, false);
+  return call.new_output(residual);
 }
 
 std::tuple<Tensor, Tensor> bn_stats(Tensor x) { return Call("bn_stats", x, 0.0).new_statistics(); }
@@ -194,9 +214,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_relu_backward(Tensor dy, Tensor x,
                                                             bool training, bool need_dresidual) {
   BackwardCall call("bn_relu_backward", dy, x, mask, weight, bias, mean, var, eps);
   call.check_need_dresidual(need_dresidual, mask);
-  auto [dweight, dbias] = call.new_sums(call.dy, call.bits);
-  auto [dx, dresidual] = call.new_gradients(call.dy, call.bits, dweight.const_data_ptr(), dbias.const_data_ptr(),
-                                            training ? call.values : 0, need_dresidual);
+  Tensor dweight = call.new_per_channel(), dbias = call.new_per_channel(), dx = call.new_like_x();
+  Tensor dresidual = need_dresidual ? call.new_like_x() : torch::stable::new_empty(x, {0});
+  if (call.empty()) return {dx, dresidual, dweight, dbias};
+  Tensor partial = call.new_partial();
+  with_type(x.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    using A = acc_t<T>;
+    bn_backward_run(static_cast<const T*>(call.dy), call.data<T>(), call.bits, call.params<A>(), call.shape,
+                    call.on.device, static_cast<A*>(partial.mutable_data_ptr()),
+                    static_cast<A*>(dweight.mutable_data_ptr()), static_cast<A*>(dbias.mutable_data_ptr()),
+                    training ? call.values : 0, static_cast<T*>(dx.mutable_data_ptr()),
+                    need_dresidual ? static_cast<T*>(dresidual.mutable_data_ptr()) : nullptr, call.on.stream);
+  });
   return {dx, dresidual, dweight, dbias};
 }
 

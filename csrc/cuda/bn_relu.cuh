@@ -13,7 +13,7 @@ namespace fasttricks::cuda {
 
 // partial = (mean, M2) of the block's elements of each channel.
 template <typename T, bool kVector>
-__global__ void __launch_bounds__(kBnThreads, kVector ? kBnBlocksOf<T> : 2)
+__global__ void __launch_bounds__(kBnThreads, kBnBlocksOf<T, kVector, 4>)
     bn_stats(const T* __restrict__ x, BnShape s, BnTiling t, acc_t<T>* __restrict__ partial) {
   using A = acc_t<T>;
   FT_SHARED(A, means, kBnThreads * kBnColumns);
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kBnThreads)
 // partial = (sum dz, sum dz * (x - mean)) of the block's elements of each channel; dz = dy where the forward's output
 // passes.
 template <typename T, bool kVector, bool kResidual>
-__global__ void __launch_bounds__(kBnThreads, kVector ? kBnBlocksOf<T> : 2)
+__global__ void __launch_bounds__(kBnThreads, kBnBlocksOf<T, kVector, 3>)
     bn_backward_reduce(const T* __restrict__ dy, const T* __restrict__ x, const uint8_t* __restrict__ mask,
                        BnParams<acc_t<T>> p, BnShape s, BnTiling t, acc_t<T>* __restrict__ partial) {
   using A = acc_t<T>;
@@ -93,11 +93,27 @@ __global__ void __launch_bounds__(kBnThreads)
   if (c < s.channels) finalize_sums(partial, s, t, c, lane, var, eps, dweight, dbias);
 }
 
+// y of a row from x, over the residual in z; returns the mask's bits.
+template <bool kResidual, typename T, typename A>
+FT_DEVICE unsigned apply_row(const T (&v)[kBnColumns], const A (&mean)[kBnColumns], const A (&scale)[kBnColumns],
+                             const A (&bias)[kBnColumns], bool skip_x, T (&z)[kBnColumns]) {
+  unsigned bits = 0;
+#pragma unroll
+  for (int j = 0; j < kBnColumns; ++j) {
+    A pre = skip_x ? bias[j] : normalized(A(v[j]), mean[j], scale[j], bias[j]);
+    if constexpr (kResidual) pre += A(z[j]);
+    const T out = relu(T(pre));
+    bits |= unsigned(passes(out)) << j;
+    z[j] = out;
+  }
+  return bits;
+}
+
 // y = relu((x - mean) * weight * rstd + bias [+ residual]), and the mask's bits of bn_add_relu.
 // from_x: mean and var are x's own, so that a channel with finite statistics has finite values only, and where weight =
 // 0 the normalised value is 0 whatever x: a tile whose scales are all zero does not read x.
 template <typename T, bool kVector, bool kResidual>
-__global__ void __launch_bounds__(kBnThreads, kVector ? kBnBlocksOf<T> : 2)
+__global__ void __launch_bounds__(kBnThreads, kBnBlocksOf<T, kVector, 3>)
     bn_apply(const T* __restrict__ x, const T* __restrict__ residual, BnParams<acc_t<T>> p, bool from_x, BnShape s,
              BnTiling t, T* __restrict__ y, uint8_t* __restrict__ mask) {
   using A = acc_t<T>;
@@ -116,15 +132,7 @@ __global__ void __launch_bounds__(kBnThreads, kVector ? kBnBlocksOf<T> : 2)
     }
 #pragma unroll
     for (int u = 0; u < kRows; ++u) {
-      unsigned bits = 0;
-#pragma unroll
-      for (int j = 0; j < kBnColumns; ++j) {
-        A pre = skip_x ? bias[j] : normalized(A(v[u][j]), mean[j], scale[j], bias[j]);
-        if constexpr (kResidual) pre += A(z[u][j]);
-        const T out = relu(T(pre));
-        bits |= unsigned(passes(out)) << j;
-        z[u][j] = out;
-      }
+      const unsigned bits = apply_row<kResidual>(v[u], mean, scale, bias, skip_x, z[u]);
       const int64_t row = r + int64_t(u) * t.ty();
       tile.template store<kVector>(y, row, z[u]);
       if constexpr (kResidual) tile.store_bits(mask, row, bits);
@@ -132,11 +140,30 @@ __global__ void __launch_bounds__(kBnThreads, kVector ? kBnBlocksOf<T> : 2)
   });
 }
 
+// dz of a row: dy where the forward's output passes.
+template <typename T>
+FT_DEVICE void keep_passing(unsigned bits, T (&g)[kBnColumns]) {
+#pragma unroll
+  for (int j = 0; j < kBnColumns; ++j) g[j] = bits >> j & 1 ? g[j] : T(0);
+}
+// dx of a row over its x in v.
+template <typename T, typename A>
+FT_DEVICE void gradient_row(const T (&dz)[kBnColumns], const A (&mean)[kBnColumns], const A (&scale)[kBnColumns],
+                            const A (&shift)[kBnColumns], const A (&slope)[kBnColumns], bool batch_terms, bool zero,
+                            T (&v)[kBnColumns]) {
+#pragma unroll
+  for (int j = 0; j < kBnColumns; ++j) {
+    A grad = A(dz[j]);
+    if (batch_terms) grad = grad - shift[j] - (A(v[j]) - mean[j]) * slope[j];
+    v[j] = zero ? T(0) : T(scale[j] * grad);
+  }
+}
+
 // dx = scale * (dz - dbias/M - (x - mean) * rstd * dweight/M); dresidual = dz. inv_count = 1/M; 0 where the statistics
 // are constants (eval): then dx = scale * dz, and only the mask needs x. A tile whose scales are all zero and whose
 // sums are finite writes dx = 0 without reading x.
 template <typename T, bool kVector, bool kResidual>
-__global__ void __launch_bounds__(kBnThreads, kVector && sizeof(T) == 2 ? 3 : 2)
+__global__ void __launch_bounds__(kBnThreads, kBnBlocksOf<T, kVector, 2>)
     bn_backward_apply(const T* __restrict__ dy, const T* __restrict__ x, const uint8_t* __restrict__ mask,
                       BnParams<acc_t<T>> p, const acc_t<T>* __restrict__ dweight, const acc_t<T>* __restrict__ dbias,
                       acc_t<T> inv_count, BnShape s, BnTiling t, T* __restrict__ dx, T* __restrict__ dresidual) {
@@ -161,19 +188,160 @@ __global__ void __launch_bounds__(kBnThreads, kVector && sizeof(T) == 2 ? 3 : 2)
 #pragma unroll
     for (int u = 0; u < kRows; ++u) {
       if constexpr (!kResidual) bits[u] = zero ? 0 : passing<T>(v[u], mean, scale, bias);
-#pragma unroll
-      for (int j = 0; j < kBnColumns; ++j) {
-        const T dz = bits[u] >> j & 1 ? g[u][j] : T(0);
-        A grad = A(dz);
-        if (batch_terms) grad = grad - shift[j] - (A(v[u][j]) - mean[j]) * slope[j];
-        g[u][j] = dz;
-        v[u][j] = zero ? T(0) : T(scale[j] * grad);
-      }
+      keep_passing(bits[u], g[u]);
+      gradient_row(g[u], mean, scale, shift, slope, batch_terms, zero, v[u]);
       const int64_t row = r + int64_t(u) * t.ty();
       tile.template store<kVector>(dx, row, v[u]);
       if constexpr (kResidual)
         if (dresidual) tile.template store<kVector>(dresidual, row, g[u]);
     }
+  });
+}
+
+// ---- one launch, x read once: the block's part of it stays in shared memory from the reduction to the last pass ----
+
+// Rows that a thread keeps, each its own: nobody else reads them, so that no barrier is needed.
+template <typename T>
+struct BnSlab {
+  static constexpr int kVectors = int(kBnColumns * sizeof(T) / 16);
+  uint4* vectors;
+
+  FT_DEVICE void put(int row, const T (&v)[kBnColumns]) const {
+    uint4 u[kVectors];
+    memcpy(u, v, sizeof u);
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) vectors[(row * kVectors + i) * kBnThreads + int(threadIdx.x)] = u[i];
+  }
+  FT_DEVICE void get(int row, T (&v)[kBnColumns]) const {
+    uint4 u[kVectors];
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) u[i] = vectors[(row * kVectors + i) * kBnThreads + int(threadIdx.x)];
+    memcpy(v, u, sizeof u);
+  }
+};
+
+// use(channel, lane): every channel once over the grid, a warp each.
+template <typename Use>
+FT_DEVICE void for_channels_of_grid(const BnShape& s, Use use) {
+  const int warps = kBnThreads / 32, blocks = int(gridDim.x * gridDim.y);
+  const int block = int(blockIdx.y * gridDim.x + blockIdx.x);
+  for (int c = block * warps + int(threadIdx.x) / 32; c < s.channels; c += blocks * warps)
+    use(c, int(threadIdx.x) % 32);
+}
+
+// bn_stats, bn_finalize_stats and bn_apply in one cooperative launch. p.mean and p.var are `mean` and `var`.
+template <typename T, bool kResidual>
+__global__ void __launch_bounds__(kBnThreads, 2)
+    bn_forward_slab(const T* __restrict__ x, const T* __restrict__ residual, BnParams<acc_t<T>> p, BnShape s,
+                    BnTiling t, acc_t<T>* partial, acc_t<T>* mean_out, acc_t<T>* var_out, T* __restrict__ y,
+                    uint8_t* __restrict__ mask) {
+  using A = acc_t<T>;
+  FT_SHARED(A, first, 2 * kBnThreads * kBnColumns);
+  A* const second = first + kBnThreads * kBnColumns;
+  FT_DYNAMIC_SHARED(memory);
+  const BnSlab<T> slab{reinterpret_cast<uint4*>(memory)};
+  const BnTile tile(s, t);
+  ColumnMoments<A> sums;
+  int kept = 0;
+  tile.for_rows<kBnChunkOf<T>>([&](int64_t r, auto rows) {
+    constexpr int kRows = decltype(rows)::value;
+    T v[kRows][kBnColumns];
+#pragma unroll
+    for (int u = 0; u < kRows; ++u) tile.template load<true>(x, r + int64_t(u) * t.ty(), v[u]);
+#pragma unroll
+    for (int u = 0; u < kRows; ++u) slab.put(kept + u, v[u]);
+    kept += kRows;
+    sums.template add<T, kRows>(v);
+  });
+  tile.moments_per_channel(sums, first, second, [&](int64_t slot, A mean, A m2) {
+    store(partial + 2 * slot, mean);
+    store(partial + 2 * slot + 1, m2);
+  });
+  FT_GRID_BARRIER();
+  for_channels_of_grid(s, [&](int c, int lane) { finalize_moments(partial, s, t, c, lane, mean_out, var_out); });
+  FT_GRID_BARRIER();
+
+  A mean[kBnColumns], scale[kBnColumns], bias[kBnColumns];
+  const bool skip_x = tile.channel_params(p, first, mean, scale, bias);
+  int row = 0;
+  tile.for_rows<kBnChunkOf<T> / 2>([&](int64_t r, auto rows) {
+    constexpr int kRows = decltype(rows)::value;
+    T z[kRows][kBnColumns];
+    if constexpr (kResidual)
+#pragma unroll
+      for (int u = 0; u < kRows; ++u) tile.template load<true>(residual, r + int64_t(u) * t.ty(), z[u]);
+#pragma unroll
+    for (int u = 0; u < kRows; ++u) {
+      T v[kBnColumns];
+      slab.get(row++, v);
+      const unsigned bits = apply_row<kResidual>(v, mean, scale, bias, skip_x, z[u]);
+      tile.template store<true>(y, r + int64_t(u) * t.ty(), z[u]);
+      if constexpr (kResidual) tile.store_bits(mask, r + int64_t(u) * t.ty(), bits);
+    }
+  });
+}
+
+// bn_backward_reduce, bn_finalize_backward and bn_backward_apply in one cooperative launch: dz and x are kept.
+template <typename T, bool kResidual>
+__global__ void __launch_bounds__(kBnThreads, 2)
+    bn_backward_slab(const T* __restrict__ dy, const T* __restrict__ x, const uint8_t* __restrict__ mask,
+                     BnParams<acc_t<T>> p, BnShape s, BnTiling t, int kept_rows, acc_t<T>* partial, acc_t<T>* dweight,
+                     acc_t<T>* dbias, acc_t<T> inv_count, T* __restrict__ dx, T* __restrict__ dresidual) {
+  using A = acc_t<T>;
+  FT_SHARED(A, first, 2 * kBnThreads * kBnColumns);
+  A* const second = first + kBnThreads * kBnColumns;
+  FT_DYNAMIC_SHARED(memory);
+  const BnSlab<T> x_slab{reinterpret_cast<uint4*>(memory)};
+  const BnSlab<T> dz_slab{x_slab.vectors + kept_rows * BnSlab<T>::kVectors * kBnThreads};
+  const BnTile tile(s, t);
+  A mean[kBnColumns], scale[kBnColumns], bias[kBnColumns];
+  tile.channel_params(p, first, mean, scale, bias);
+  A sum_dz[kBnColumns] = {}, sum_dz_x[kBnColumns] = {};
+  int kept = 0;
+  tile.for_rows<kBnChunkOf<T> / 2>([&](int64_t r, auto rows) {
+    constexpr int kRows = decltype(rows)::value;
+    T g[kRows][kBnColumns], v[kRows][kBnColumns];
+    unsigned bits[kRows];
+#pragma unroll
+    for (int u = 0; u < kRows; ++u) {
+      const int64_t row = r + int64_t(u) * t.ty();
+      tile.template load<true>(dy, row, g[u]);
+      tile.template load<true>(x, row, v[u]);
+      if constexpr (kResidual) bits[u] = tile.template load_bits<true>(mask, row);
+    }
+#pragma unroll
+    for (int u = 0; u < kRows; ++u) {
+      if constexpr (!kResidual) bits[u] = passing<T>(v[u], mean, scale, bias);
+      keep_passing(bits[u], g[u]);
+      dz_slab.put(kept, g[u]);
+      x_slab.put(kept++, v[u]);
+#pragma unroll
+      for (int j = 0; j < kBnColumns; ++j) {
+        sum_dz[j] += A(g[u][j]);
+        sum_dz_x[j] += A(g[u][j]) * (A(v[u][j]) - mean[j]);
+      }
+    }
+  });
+  tile.sums_per_channel(sum_dz, sum_dz_x, first, second, [&](int64_t slot, A a, A b) {
+    store(partial + 2 * slot, a);
+    store(partial + 2 * slot + 1, b);
+  });
+  FT_GRID_BARRIER();
+  for_channels_of_grid(s,
+                       [&](int c, int lane) { finalize_sums(partial, s, t, c, lane, p.var, p.eps, dweight, dbias); });
+  FT_GRID_BARRIER();
+
+  A shift[kBnColumns], slope[kBnColumns];
+  const bool zero = tile.gradient_params(p, dweight, dbias, inv_count, first, mean, scale, bias, shift, slope);
+  int row = 0;
+  tile.for_rows<1>([&](int64_t r, auto) {
+    T g[kBnColumns], v[kBnColumns];
+    dz_slab.get(row, g);
+    x_slab.get(row++, v);
+    gradient_row(g, mean, scale, shift, slope, inv_count != A(0), zero, v);
+    tile.template store<true>(dx, r, v);
+    if constexpr (kResidual)
+      if (dresidual) tile.template store<true>(dresidual, r, g);
   });
 }
 

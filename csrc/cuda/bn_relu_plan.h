@@ -20,9 +20,10 @@
 namespace fasttricks::cuda {
 
 constexpr int kBnThreads = 256;
-constexpr int kBnColumns = 8;    // of a thread
-constexpr int kBnMaxTile = 512;  // columns of a block, so channels of a block too
-constexpr int kBnChunk = 4;      // rows that a thread loads before it computes
+constexpr int kBnColumns = 8;                                          // of a thread
+constexpr int kBnMaxTile = 512;                                        // columns of a block, so channels of a block too
+constexpr int kBnChunk = 4;                                            // rows that a thread loads before it computes
+constexpr int kBnSlabStatic = 2 * kBnThreads * kBnColumns * 4 + 1024;  // static bytes of the one-launch kernels
 
 struct BnShape {
   int64_t rows, cols, inner;
@@ -72,5 +73,19 @@ inline int64_t bn_partial_count(const BnTiling& t) { return int64_t(t.splits) * 
 // Reductions want enough blocks to fill the card and few partial results; elementwise passes want many blocks.
 inline BnTiling bn_reduction_tiling(const BnShape& s, int sm_count) { return bn_tile(s, int64_t(sm_count) * 4); }
 inline BnTiling bn_elementwise_tiling(const BnShape& s, int sm_count) { return bn_tile(s, int64_t(sm_count) * 16); }
+
+// The one-launch variant, which keeps each block's part of `arrays` tensors in shared memory: possible where the blocks
+// fit on the card together. static_bytes: what the kernel has besides.
+struct BnSlabPlan {
+  BnTiling tiling;
+  int kept_rows;  // of a thread
+  int64_t bytes;  // dynamic, of a block
+};
+
+inline BnSlabPlan bn_slab_plan(const BnShape& s, int64_t max_blocks, int element_bytes, int arrays) {
+  const BnTiling t = bn_tile(s, max_blocks);
+  const int64_t rows = ceil_div(t.rows_per_split, t.ty());
+  return {t, int(rows), rows * kBnColumns * element_bytes * arrays * kBnThreads};
+}
 
 }  // namespace fasttricks::cuda

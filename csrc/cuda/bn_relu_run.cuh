@@ -69,6 +69,56 @@ void bn_backward_apply_run(const T* dy, const T* x, const uint8_t* mask, const B
          inv_count, shape, t, dx, dresidual);
 }
 
+// Whether a one-launch kernel can have all its blocks on the card at once, with as many a multiprocessor as fit.
+template <typename Kernel>
+bool bn_slab_fits(Kernel kernel, const BnShape& s, const Device& d, int element_bytes, int arrays, BnSlabPlan* plan) {
+  for (int blocks = 2; blocks >= 1; --blocks) {
+    *plan = bn_slab_plan(s, int64_t(d.sm_count) * blocks, element_bytes, arrays);
+    const int64_t grid = plan->tiling.tiles * plan->tiling.splits;
+    if (grid > int64_t(d.sm_count) * blocks || plan->bytes > d.shared_per_block - kBnSlabStatic) continue;
+    if (grid <= int64_t(d.sm_count) * resident_blocks(kernel, kBnThreads, size_t(plan->bytes), d)) return true;
+  }
+  return false;
+}
+
+// y, mask and the statistics of x; residual and mask: both or neither. `partial` holds what bn_stats_run needs.
+template <typename T>
+void bn_forward_run(const T* x, const T* residual, const BnParams<acc_t<T>>& p, const BnShape& s, const Device& d,
+                    acc_t<T>* partial, acc_t<T>* mean, acc_t<T>* var, T* y, uint8_t* mask, cudaStream_t stream) {
+  if constexpr (sizeof(T) < 8) {
+    const auto kernel = residual ? &bn_forward_slab<T, true> : &bn_forward_slab<T, false>;
+    BnSlabPlan plan;
+    if (bn_vectors_fit(s) && aligned16({x, residual, y}) && bn_slab_fits(kernel, s, d, sizeof(T), 1, &plan)) {
+      const BnTiling& t = plan.tiling;
+      return launch_cooperative(kernel, dim3(unsigned(t.tiles), unsigned(t.splits)), kBnThreads, size_t(plan.bytes),
+                                stream, x, residual, p, s, t, partial, mean, var, y, mask);
+    }
+  }
+  bn_stats_run(x, s, d, partial, mean, var, stream);
+  bn_apply_run(x, residual, p, true, s, d, y, mask, stream);
+}
+
+// dweight, dbias, dx and dresidual (may be null); count as in bn_backward_apply_run.
+template <typename T>
+void bn_backward_run(const T* dy, const T* x, const uint8_t* mask, const BnParams<acc_t<T>>& p, const BnShape& s,
+                     const Device& d, acc_t<T>* partial, acc_t<T>* dweight, acc_t<T>* dbias, int64_t count, T* dx,
+                     T* dresidual, cudaStream_t stream) {
+  if constexpr (sizeof(T) < 8) {
+    const auto kernel = mask ? &bn_backward_slab<T, true> : &bn_backward_slab<T, false>;
+    BnSlabPlan plan;
+    if (bn_vectors_fit(s) && aligned16({dy, x, dx, dresidual}) && bn_slab_fits(kernel, s, d, sizeof(T), 2, &plan)) {
+      const BnTiling& t = plan.tiling;
+      const acc_t<T> inv_count = count ? acc_t<T>(1) / acc_t<T>(count) : acc_t<T>(0);
+      return launch_cooperative(kernel, dim3(unsigned(t.tiles), unsigned(t.splits)), kBnThreads, size_t(plan.bytes),
+                                stream, dy, x, mask, p, s, t, plan.kept_rows, partial, dweight, dbias, inv_count, dx,
+                                dresidual);
+    }
+  }
+  bn_backward_reduce_run(dy, x, mask, p, s, d, partial, dweight, dbias, stream);
+  bn_backward_apply_run(dy, x, mask, p, static_cast<const acc_t<T>*>(dweight), static_cast<const acc_t<T>*>(dbias),
+                        count, s, d, dx, dresidual, stream);
+}
+
 inline void bn_update_stats_run(const BnRunning& mean, const BnRunning& var, int channels, double momentum,
                                 cudaStream_t stream) {
   launch(&bn_update_stats, dim3(unsigned(ceil_div(channels, kBnThreads)), 2), kBnThreads, 0, stream,

@@ -10,11 +10,13 @@ namespace fasttricks::cuda {
 // Rows that a thread loads before it computes.
 template <typename T>
 constexpr int kBnChunkOf = sizeof(T) == 8 ? 2 : kBnChunk;
-// Blocks of a vectorised kernel that should be resident together: what caps its registers.
-template <typename T>
+// Blocks of a kernel that should be resident together, which caps its registers: kHalf of a vectorised one of 16-bit
+// types.
+template <typename T, bool kVector, int kHalf>
 constexpr int kBnBlocksOf = sizeof(T) == 8   ? 1
-                            : sizeof(T) == 4 ? 3
-                                             : 4;
+                            : !kVector       ? 2
+                            : sizeof(T) == 4 ? 2
+                                             : kHalf;
 
 enum class ParamType : int { kFloat, kDouble, kHalf, kBFloat16 };
 
@@ -103,10 +105,10 @@ struct ColumnMoments {
 // Combines parts 0 .. count-1, which `part` yields, over kLanes lanes: means about the first part's, then M2 about the
 // mean. Every lane gets the result.
 template <int kLanes, typename A, typename Part>
-FT_DEVICE Moments<A> combine_moments(int64_t parts, int lane, Part part) {
+FT_DEVICE Moments<A> combine_moments(int parts, int lane, Part part) {
   const A origin = part(0).mean;
   A n = 0, sum = 0;
-  for (int64_t i = lane; i < parts; i += kLanes) {
+  for (int i = lane; i < parts; i += kLanes) {
     const Moments<A> p = part(i);
     n += p.count;
     sum = fma(p.count, p.mean - origin, sum);
@@ -114,7 +116,7 @@ FT_DEVICE Moments<A> combine_moments(int64_t parts, int lane, Part part) {
   n = sum_over_lanes<kLanes>(n);
   const A mean = origin + sum_over_lanes<kLanes>(sum) / n;
   A m2 = 0;
-  for (int64_t i = lane; i < parts; i += kLanes) {
+  for (int i = lane; i < parts; i += kLanes) {
     const Moments<A> p = part(i);
     const A d = p.mean - mean;
     m2 += fma(p.count * d, d, p.m2);
@@ -298,8 +300,8 @@ struct BnTile {
     for_channels([&](int k, auto lanes) {
       constexpr int kLanes = decltype(lanes)::value;
       const int lane = int(threadIdx.x) % kLanes, first = first_column(k), columns = last_column(k) - first;
-      const Moments<A> m = combine_moments<kLanes, A>(int64_t(columns) * t.ty(), lane, [&](int64_t i) {
-        const int line = int(i) / columns, at = line * t.width() + first + int(i) % columns;
+      const Moments<A> m = combine_moments<kLanes, A>(columns * t.ty(), lane, [&](int i) {
+        const int line = i / columns, at = line * t.width() + first + i % columns;
         return Moments<A>{A(rows_of(line)), means[at], m2s[at]};
       });
       if (lane == 0) write(partial_slot(k), m.mean, m.m2);
@@ -337,19 +339,23 @@ struct ChannelParts {
   const BnShape& s;
   const BnTiling& t;
   int c;
-  int64_t first_tile, tiles;
+  int64_t first_tile;
+  int tiles, first_slot;
 
   FT_DEVICE ChannelParts(const BnShape& s, const BnTiling& t, int c) : s(s), t(t), c(c) {
     first_tile = c * s.inner / t.width();
-    tiles = ((c + 1) * s.inner - 1) / t.width() - first_tile + 1;
+    tiles = int(((c + 1) * s.inner - 1) / t.width() - first_tile) + 1;
+    first_slot = int(c - first_tile * t.width() / s.inner);
   }
-  FT_DEVICE int64_t count() const { return t.splits * tiles; }
-  FT_DEVICE int64_t slot(int64_t i) const {
-    const int64_t split = i / tiles, tile = first_tile + i % tiles;
-    return (split * t.tiles + tile) * t.slots + (c - tile * t.width() / s.inner);
+  FT_DEVICE int count() const { return t.splits * tiles; }
+  // Tiles behind the channel's first one begin in it.
+  FT_DEVICE int64_t slot(int i) const {
+    const int split = i / tiles, tile = i - split * tiles;
+    return (split * t.tiles + first_tile + tile) * t.slots + (tile == 0 ? first_slot : 0);
   }
-  FT_DEVICE int64_t elements(int64_t i) const {
-    const int64_t r0 = i / tiles * t.rows_per_split, col0 = (first_tile + i % tiles) * t.width();
+  FT_DEVICE int64_t elements(int i) const {
+    const int split = i / tiles;
+    const int64_t r0 = split * t.rows_per_split, col0 = (first_tile + i - split * tiles) * t.width();
     const int64_t rows = r0 + t.rows_per_split < s.rows ? t.rows_per_split : s.rows - r0;
     const int64_t from = c * s.inner > col0 ? c * s.inner : col0;
     const int64_t to = (c + 1) * s.inner < col0 + t.width() ? (c + 1) * s.inner : col0 + t.width();
@@ -361,7 +367,7 @@ template <typename A>
 FT_DEVICE void finalize_moments(const A* partial, const BnShape& s, const BnTiling& t, int c, int lane, A* mean,
                                 A* var) {
   const ChannelParts parts(s, t, c);
-  const Moments<A> m = combine_moments<32, A>(parts.count(), lane, [&](int64_t i) {
+  const Moments<A> m = combine_moments<32, A>(parts.count(), lane, [&](int i) {
     const int64_t at = 2 * parts.slot(i);
     return Moments<A>{A(parts.elements(i)), load_shared_between_blocks(partial + at),
                       load_shared_between_blocks(partial + at + 1)};
@@ -376,7 +382,7 @@ FT_DEVICE void finalize_sums(const A* partial, const BnShape& s, const BnTiling&
                              A eps, A* dweight, A* dbias) {
   const ChannelParts parts(s, t, c);
   A sum_dz = 0, sum_dz_x = 0;
-  for (int64_t i = lane; i < parts.count(); i += 32) {
+  for (int i = lane; i < parts.count(); i += 32) {
     sum_dz += load_shared_between_blocks(partial + 2 * parts.slot(i));
     sum_dz_x += load_shared_between_blocks(partial + 2 * parts.slot(i) + 1);
   }

@@ -23,7 +23,10 @@ struct Device {
 #if defined(CUDA_ON_CPU)
 
 // A small card: few blocks, so that a test sees several blocks an SM and several tiles a block.
-inline Device emulated_device() { return {4, 228 * 1024, 227 * 1024}; }
+#ifndef FT_EMULATED_SHARED
+#define FT_EMULATED_SHARED (228 * 1024)  // bytes of shared memory of a multiprocessor
+#endif
+inline Device emulated_device() { return {4, FT_EMULATED_SHARED, FT_EMULATED_SHARED - 1024}; }
 
 template <typename... P, typename... A>
 void launch(void (*kernel)(P...), dim3 grid, int threads, size_t dynamic_bytes, cudaStream_t, const A&... args) {
