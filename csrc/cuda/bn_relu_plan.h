@@ -53,13 +53,13 @@ inline bool bn_vectors_fit(const BnShape& s) { return s.cols % kBnColumns == 0; 
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// At most max_blocks blocks where the columns allow it, none with less than one chunk of rows a thread.
-inline BnTiling bn_tile(const BnShape& s, int64_t max_blocks) {
+// At most max_blocks blocks where the columns allow it, none with less than one chunk of rows a thread, or min_rows.
+inline BnTiling bn_tile(const BnShape& s, int64_t max_blocks, int64_t min_rows = 1) {
   BnTiling t{};
   const int64_t units = ceil_div(s.cols, kBnColumns), widest = s.inner == 1 && s.rows > 1 ? 32 : 64;
   while (t.tx() < std::min(units, widest)) ++t.tx_log2;
   t.tiles = ceil_div(units, t.tx());
-  const int64_t by_work = ceil_div(s.rows, int64_t(kBnChunk) * t.ty());
+  const int64_t by_work = ceil_div(s.rows, std::max(min_rows, int64_t(kBnChunk) * t.ty()));
   const int64_t splits = std::clamp<int64_t>(max_blocks / t.tiles, 1, std::min<int64_t>(by_work, 4096));
   t.rows_per_split = ceil_div(s.rows, splits);
   t.splits = int(ceil_div(s.rows, t.rows_per_split));
@@ -70,9 +70,15 @@ inline BnTiling bn_tile(const BnShape& s, int64_t max_blocks) {
 // Two numbers for every channel of every tile of every range of rows.
 inline int64_t bn_partial_count(const BnTiling& t) { return int64_t(t.splits) * t.tiles * t.slots * 2; }
 
-// Reductions want enough blocks to fill the card and few partial results; elementwise passes want many blocks.
-inline BnTiling bn_reduction_tiling(const BnShape& s, int sm_count) { return bn_tile(s, int64_t(sm_count) * 4); }
-inline BnTiling bn_elementwise_tiling(const BnShape& s, int sm_count) { return bn_tile(s, int64_t(sm_count) * 16); }
+// Reductions want enough blocks to fill the card and few partial results; elementwise passes want many blocks. Of NHWC
+// each block reads the parameters of all its columns: with 128 rows that is a twentieth of what it reads of one tensor.
+inline int64_t bn_min_rows(const BnShape& s) { return s.inner == 1 ? 128 : 1; }
+inline BnTiling bn_reduction_tiling(const BnShape& s, int sm_count) {
+  return bn_tile(s, int64_t(sm_count) * 4, bn_min_rows(s));
+}
+inline BnTiling bn_elementwise_tiling(const BnShape& s, int sm_count) {
+  return bn_tile(s, int64_t(sm_count) * 16, bn_min_rows(s));
+}
 
 // The one-launch variant, which keeps each block's part of `arrays` tensors in shared memory: possible where the blocks
 // fit on the card together. static_bytes: what the kernel has besides.

@@ -106,7 +106,8 @@ struct ColumnMoments {
 // mean. Every lane gets the result.
 template <int kLanes, typename A, typename Part>
 FT_DEVICE Moments<A> combine_moments(int parts, int lane, Part part) {
-  const A origin = part(0).mean;
+  A origin = lane == 0 ? part(0).mean : A(0);
+  if constexpr (kLanes > 1) origin = __shfl_sync(kAllLanes, origin, 0);
   A n = 0, sum = 0;
   for (int i = lane; i < parts; i += kLanes) {
     const Moments<A> p = part(i);
@@ -162,10 +163,12 @@ struct BnTile {
   // How many rows the threads of line y have.
   FT_DEVICE int64_t rows_of(int line) const { return r1 - r0 > line ? (r1 - r0 - line - 1) / t.ty() + 1 : 0; }
 
+  // Of the thread's first column, in elements.
+  FT_DEVICE int64_t offset(int64_t row) const { return row * s.cols + col; }
   // Zeros where `needed` is false.
   template <bool kVector, typename T>
   FT_DEVICE void load(const T* p, int64_t row, T (&v)[kBnColumns], bool needed = true) const {
-    p += row * s.cols + col;
+    p += offset(row);
     if (kVector && needed) {
       cuda::load(p, v);
     } else {
@@ -175,7 +178,7 @@ struct BnTile {
   }
   template <bool kVector, typename T>
   FT_DEVICE void store(T* p, int64_t row, const T (&v)[kBnColumns]) const {
-    p += row * s.cols + col;
+    p += offset(row);
     if constexpr (kVector) {
       cuda::store(p, v);
     } else {
@@ -187,7 +190,7 @@ struct BnTile {
   // Eight bits of the mask, which is in memory order: one byte where rows start at bytes.
   template <bool kVector>
   FT_DEVICE unsigned load_bits(const uint8_t* mask, int64_t row) const {
-    const int64_t e = row * s.cols + col;
+    const int64_t e = offset(row);
     if constexpr (kVector) return cuda::load(mask + e / 8);
     unsigned bits = 0;
 #pragma unroll
@@ -197,7 +200,7 @@ struct BnTile {
   }
   // The elementwise kernels' rows always start at bytes (bn_flat); the bits behind the last element are 0.
   FT_DEVICE void store_bits(uint8_t* mask, int64_t row, unsigned bits) const {
-    cuda::store(mask + (row * s.cols + col) / 8, uint8_t(bits & ((1u << valid) - 1)));
+    cuda::store(mask + offset(row) / 8, uint8_t(bits & ((1u << valid) - 1)));
   }
 
   FT_DEVICE int channel(int slot) const { return int((channel0 + slot) % s.channels); }

@@ -23,10 +23,10 @@ struct Device {
 #if defined(CUDA_ON_CPU)
 
 // A small card: few blocks, so that a test sees several blocks an SM and several tiles a block.
-#ifndef FT_EMULATED_SHARED
-#define FT_EMULATED_SHARED (228 * 1024)  // bytes of shared memory of a multiprocessor
-#endif
-inline Device emulated_device() { return {4, FT_EMULATED_SHARED, FT_EMULATED_SHARED - 1024}; }
+inline Device emulated_device() {
+  const int shared = int(emu::world.shared_per_sm);
+  return {4, shared, shared - 1024};
+}
 
 template <typename... P, typename... A>
 void launch(void (*kernel)(P...), dim3 grid, int threads, size_t dynamic_bytes, cudaStream_t, const A&... args) {
@@ -40,7 +40,7 @@ void launch_cooperative(void (*kernel)(P...), dim3 grid, int threads, size_t dyn
 // Blocks of a kernel that are resident on one SM together.
 template <typename... P>
 int resident_blocks(void (*)(P...), int, size_t dynamic_bytes, const Device& device) {
-  return int(device.shared_per_sm / (dynamic_bytes + 32 * 1024));
+  return int(device.shared_per_sm / (dynamic_bytes + 18 * 1024));
 }
 
 #else

@@ -14,3 +14,8 @@ extern "C" __attribute__((visibility("default"))) void emu_meter(int64_t* meter)
   meter[3] = emu::world.meter.cooperative_launches;
   emu::world.meter = {};
 }
+
+// The shared memory of a multiprocessor that launch plans count on.
+extern "C" __attribute__((visibility("default"))) void emu_shared_per_sm(int64_t bytes) {
+  emu::world.shared_per_sm = bytes;
+}

@@ -137,6 +137,15 @@ class Library:
             self.c.emu_schedule((ctypes.c_int64 * 4)(0, 1, 1, 0))
 
     @contextlib.contextmanager
+    def shared_per_sm(self, size: int) -> Iterator[None]:
+        """Launch plans for a card with so many bytes of shared memory a multiprocessor; none: nothing stays on chip."""
+        self.c.emu_shared_per_sm(ctypes.c_int64(size))
+        try:
+            yield
+        finally:
+            self.c.emu_shared_per_sm(ctypes.c_int64(228 << 10))
+
+    @contextlib.contextmanager
     def metered(self) -> Iterator[Meter]:
         """The meter has its numbers when the context ends."""
         numbers, meter = (ctypes.c_int64 * 4)(), Meter()

@@ -23,6 +23,45 @@ class Budget:
 # regular expressions of whole kernel names, without the namespace: bn_stats<__half, true>
 BUDGETS: dict[str, Budget] = {
     r"probe": Budget(threads=1, registers=16, blocks=8),
+    # bn_relu. Vectorised 16-bit kernels keep 3 or 4 blocks resident, single accesses and fp32 2, fp64 1
+    r"bn_stats<(Half|BFloat16), true>": Budget(256, registers=64, blocks=4, shared=16_384, wide=("LDG",)),
+    r"bn_stats<float, true>": Budget(256, registers=96, blocks=2, shared=16_384, wide=("LDG",)),
+    r"bn_backward_reduce<(Half|BFloat16), true, (true|false)>": Budget(
+        256, registers=80, blocks=3, shared=16_384, wide=("LDG",)
+    ),
+    r"bn_backward_reduce<float, true, (true|false)>": Budget(
+        256, registers=128, blocks=2, shared=16_384, wide=("LDG",)
+    ),
+    r"bn_(stats|backward_reduce)<(Half|BFloat16|float), false.*>": Budget(256, registers=128, blocks=2, shared=16_384),
+    r"bn_(stats|backward_reduce)<double, true.*>": Budget(256, registers=168, blocks=1, shared=32_768, wide=("LDG",)),
+    r"bn_(stats|backward_reduce)<double, false.*>": Budget(256, registers=168, blocks=1, shared=32_768),
+    r"bn_apply<(Half|BFloat16), true, (true|false)>": Budget(
+        256, registers=80, blocks=3, shared=6_144, wide=("LDG", "STG")
+    ),
+    r"bn_backward_apply<(Half|BFloat16), true, (true|false)>": Budget(
+        256, registers=96, blocks=2, shared=10_240, wide=("LDG", "STG")
+    ),
+    r"bn_(backward_)?apply<float, true, (true|false)>": Budget(
+        256, registers=128, blocks=2, shared=10_240, wide=("LDG", "STG")
+    ),
+    r"bn_(backward_)?apply<(Half|BFloat16|float), false, (true|false)>": Budget(
+        256, registers=128, blocks=2, shared=10_240
+    ),
+    r"bn_(backward_)?apply<double, true, (true|false)>": Budget(
+        256, registers=168, blocks=1, shared=20_480, wide=("LDG", "STG")
+    ),
+    r"bn_(backward_)?apply<double, false, (true|false)>": Budget(256, registers=168, blocks=1, shared=20_480),
+    # one launch: the dynamic part is what the planner finds free
+    r"bn_(forward|backward)_slab<.*>": Budget(
+        256, registers=128, blocks=2, shared=16_384, wide=("LDG", "STG", "LDS", "STS")
+    ),
+    r"bn_finalize_(stats|backward)<.*>": Budget(256, registers=80, blocks=3),
+    r"bn_update_stats": Budget(256, registers=32, blocks=8),
+    # sgd. A block's scalars and the partial sums of its warps are shared
+    r"sgd_step": Budget(256, registers=80, blocks=3, shared=256, wide=("LDG", "STG")),
+    r"sgd_check": Budget(256, registers=64, blocks=4, shared=128, wide=("LDG",)),
+    r"sgd_norms": Budget(256, registers=40, blocks=6),
+    r"sgd_count": Budget(1, registers=16, blocks=8),
     # avgpool_conv1x1. 16-bit: a warp has 32 x 32 sums; the slab is that of 512 channels (of 1024: one block)
     r"pool_conv_forward<(Half|BFloat16), (true|false)>": Budget(
         256, registers=128, blocks=2, dynamic=24_576, wide=("LDG", "LDGSTS", "STG"), tensor_cores=True

@@ -1,0 +1,27 @@
+// Where bn_relu's kernels look for the last element of a tensor that is too large to be made here.
+#include "bn_relu_run.cuh"
+
+using namespace fasttricks::cuda;
+
+// The highest offset of any thread's last row, and the channel that it is taken to belong to.
+__global__ void last_offset(BnShape s, BnTiling t, int64_t* out) {
+  const BnTile tile(s, t);
+  if (!tile.valid || blockIdx.y + 1 != gridDim.y || blockIdx.x + 1 != gridDim.x) return;
+  tile.for_rows<1>([&](int64_t row, auto) {
+    const int64_t end = tile.offset(row) + tile.valid - 1;
+    if (end <= out[0]) return;
+    out[0] = end;
+    tile.for_slots([&](int j, int slot) {
+      if (j + 1 == tile.valid) out[1] = tile.channel(slot);
+    });
+  });
+}
+
+extern "C" __attribute__((visibility("default"))) void emu_bn_last_offset(int64_t n, int64_t c, int64_t hw,
+                                                                          int64_t channels_last, int64_t max_blocks,
+                                                                          int64_t* out) {
+  const BnShape s = bn_shape(n, int(c), hw, channels_last != 0);
+  const BnTiling t = bn_tile(s, max_blocks);
+  out[0] = out[1] = -1;
+  launch(&last_offset, dim3(unsigned(t.tiles), unsigned(t.splits)), kBnThreads, 0, nullptr, s, t, out);
+}

@@ -1,0 +1,80 @@
+"""bn_relu's emulated kernels on small inputs, in a process of its own: exits with what is wrong.
+
+run_bn_relu.py KIND NAME CSRC     # builds CSRC as KIND in build/emulator/NAME
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import emulated
+from cases import LAYOUTS, poisoned_memory, relative_error
+
+import fasttricks
+from fasttricks.ops.bn_relu import unpack_mask
+from fasttricks.reference.bn_relu import backward as exact_backward
+
+EPS = 1e-5
+# one block and several, of columns and of rows; 16-byte and single accesses; channels of one pixel
+SHAPES = ((4, 24, 8, 8), (3, 7, 9, 5), (37, 33, 1, 1), (40, 16, 4, 4))
+
+
+def wrong(library: emulated.Library, schedule: dict, dtype: torch.dtype) -> str:
+    ops = torch.ops.fasttricks_emulated
+    for shape, layout, residual in itertools.product(SHAPES, LAYOUTS, (False, True)):
+        x, z, dy = (torch.randn(shape).to(dtype).contiguous(memory_format=layout) for _ in range(3))
+        weight, bias = torch.rand(shape[1]) + 0.5, torch.randn(shape[1])
+        with fasttricks.backend("cuda"), poisoned_memory(), library.schedule(**schedule):
+            if residual:
+                y, mean, var, mask = ops.bn_add_relu_forward(x, z, weight, bias, EPS)
+            else:
+                y, mean, var = ops.bn_relu_forward(x, weight, bias, EPS)
+                mask = None
+            backward = ops.bn_relu_backward(dy, x, mask, weight, bias, mean, var, EPS, True, residual)
+            sums = ops.bn_relu_backward_reduce(dy, x, mask, weight, bias, mean, var, EPS)
+            applied = ops.bn_relu_apply(x, weight, bias, mean, var, EPS)
+        if mask is not None and not torch.equal(unpack_mask(mask, x), ~(y <= 0)):
+            return f"wrong mask ({shape}, {layout}, {schedule})"
+        wide = [t.double() for t in (x, weight, bias)]
+        true_mean = wide[0].mean((0, 2, 3))
+        true_var = wide[0].var((0, 2, 3), unbiased=False)
+        at = (None, slice(None), None, None)
+        normal = (wide[0] - true_mean[at]) / (true_var[at] + EPS).sqrt() * wide[1][at] + wide[2][at]
+        exact = (normal + z.double() if residual else normal).relu()
+        gradients = exact_backward(
+            dy.double(), wide[0], None, wide[1], wide[2], true_mean, true_var, EPS, True, ~(y <= 0)
+        )
+        dx, dresidual, dweight, dbias = gradients
+        pairs = {"y": (y, exact), "mean": (mean, true_mean), "var": (var, true_var), "dx": (backward[0], dx)}
+        pairs |= {"dweight": (backward[2], dweight), "dbias": (backward[3], dbias), "sums": (sums[0], dweight)}
+        pairs |= {"dresidual": (backward[1], dresidual)} if residual else {"apply": (applied, normal.relu())}
+        for name, (got, want) in pairs.items():
+            error, limit = relative_error(got, want), 4e-3 if got.dtype == torch.float16 else 2e-5
+            if not error <= limit:
+                return f"wrong {name}: error {error} ({shape}, {layout}, {schedule})"
+    return ""
+
+
+def main() -> None:
+    kind, name, csrc = sys.argv[1:]
+    build = emulated.Build(kind, Path(csrc), ("bn_relu",), name=name)
+    library = emulated.load(build)
+    torch.manual_seed(0)
+    schedules = emulated.SCHEDULES if kind == "plain" else emulated.SCHEDULES[2:3]
+    dtypes = (torch.float16,) if kind == "tsan" else (torch.float16, torch.float32)  # the barriers are the same
+    for schedule, dtype, shared in itertools.product(schedules, dtypes, (228 << 10, 0)):
+        with library.shared_per_sm(shared):  # one launch; several
+            if said := wrong(library, schedule, dtype):
+                sys.exit(f"{said}, {shared} bytes of shared memory")
+    os._exit(0)  # torch's destructors, which ThreadSanitizer has something to say on, are not what is judged
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+"""bn_relu's CUDA kernels without a card: both variants, bytes moved, orders of threads, sanitizers, planted faults."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases import LAYOUTS
+
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parent / "csrc"
+sys.path.insert(0, str(HERE / "emulator"))
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("nothing of Triton is in it", allow_module_level=True)
+
+import emulated  # noqa: E402
+
+EPS = 1e-5
+
+
+def made(shape: tuple[int, ...], layout: torch.memory_format, dtype: torch.dtype = torch.float16) -> list[torch.Tensor]:
+    return [torch.randn(shape).to(dtype).contiguous(memory_format=layout) for _ in range(3)]
+
+
+def all_of(x: torch.Tensor, z: torch.Tensor, dy: torch.Tensor) -> list[torch.Tensor]:
+    ops, weight, bias = torch.ops.fasttricks_emulated, torch.linspace(0.5, 2, x.shape[1]), torch.ones(x.shape[1])
+    y, mean, var, mask = ops.bn_add_relu_forward(x, z, weight, bias, EPS)
+    plain = ops.bn_relu_forward(x, weight, bias, EPS)
+    backward = ops.bn_relu_backward(dy, x, mask, weight, bias, mean, var, EPS, True, True)
+    return [
+        y,
+        mean,
+        var,
+        mask,
+        *plain,
+        *backward,
+        *ops.bn_relu_backward_reduce(dy, x, None, weight, bias, mean, var, EPS),
+    ]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("shape", [(6, 40, 8, 8), (7, 13, 9, 5)], ids=str)
+def test_every_order_of_threads_gives_the_same_bits(shape: tuple[int, ...], layout: torch.memory_format) -> None:
+    library, results, inputs = emulated.load(), [], made(shape, layout)
+    for schedule in emulated.SCHEDULES:
+        with library.schedule(**schedule):
+            results.append(all_of(*inputs))
+    for others in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
+def test_misaligned_tensors(layout: torch.memory_format) -> None:
+    """From pointers that allow no wide access: the variant with several launches, single accesses, the same values."""
+    emulated.load()
+
+    def moved(t: torch.Tensor) -> torch.Tensor:
+        memory = torch.empty(t.numel() + 1, dtype=t.dtype)[1:]
+        return memory.as_strided(t.shape, t.stride()).copy_(t)
+
+    inputs = made((6, 40, 8, 8), layout)
+    for a, b in zip(all_of(*inputs), all_of(*map(moved, inputs)), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3)
+
+
+# ---- bytes ----
+
+
+# shape, layout, whether the forward and the backward pass keep it on the chip of four multiprocessors: all of NHWC that
+# fits, of NCHW what has no more tiles of columns than blocks
+PLACES = (
+    ((4, 64, 56, 56), torch.contiguous_format, False, False),
+    ((4, 64, 56, 56), torch.channels_last, False, False),
+    ((8, 256, 14, 14), torch.contiguous_format, False, False),
+    ((8, 256, 14, 14), torch.channels_last, True, False),
+    ((64, 64, 7, 7), torch.contiguous_format, True, False),
+    ((64, 32, 7, 7), torch.contiguous_format, True, True),
+    ((64, 64, 7, 7), torch.channels_last, True, True),
+)
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["bn_relu", "bn_add_relu"])
+@pytest.mark.parametrize(("shape", "layout", "forward_fits", "backward_fits"), PLACES)
+def test_bytes_moved(
+    shape: tuple[int, ...], layout: torch.memory_format, forward_fits: bool, backward_fits: bool, residual: bool
+) -> None:
+    """At most 1.05 of DESIGN's formulas: x once where its part stays on the chip, else twice; masks are a bit each.
+
+    To which what is one number a channel comes, at most 192 bytes: parameters, statistics, and two sums of every range
+    of rows that the planner makes.
+    """
+    library, ops = emulated.load(), torch.ops.fasttricks_emulated
+    x, z, dy = made(shape, layout)
+    weight, bias = torch.rand(shape[1]) + 0.5, torch.rand(shape[1])
+    unit, bits, channel = 2 * x.numel(), x.numel() / 8, 192 * shape[1]
+    with library.metered() as meter:
+        if residual:
+            _, mean, var, mask = ops.bn_add_relu_forward(x, z, weight, bias, EPS)
+        else:
+            (_, mean, var), mask = ops.bn_relu_forward(x, weight, bias, EPS), None
+    assert (meter.launches, meter.cooperative_launches) == ((0, 1) if forward_fits else (3, 0))
+    formula = unit * ((1 if forward_fits else 2) + 1 + residual) + bits * residual
+    assert formula <= meter.moved <= formula * 1.05 + channel
+    with library.metered() as meter:
+        ops.bn_relu_backward(dy, x, mask, weight, bias, mean, var, EPS, True, residual)
+    assert (meter.launches, meter.cooperative_launches) == ((0, 1) if backward_fits else (3, 0))
+    reads = 1 if backward_fits else 2
+    formula = unit * (2 * reads + 1 + residual) + bits * residual * reads
+    assert formula <= meter.moved <= formula * 1.05 + channel
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
+def test_bytes_of_zero_gamma(layout: torch.memory_format) -> None:
+    """All weights zero: x is read for its statistics only, forward 3N with the residual, never again backward."""
+    library, ops, shape = emulated.load(), torch.ops.fasttricks_emulated, (4, 64, 56, 56)
+    x, z, dy = made(shape, layout)
+    weight, unit, bits = torch.zeros(64), 2 * x.numel(), x.numel() / 8
+    with library.metered() as meter:
+        _, mean, var, mask = ops.bn_add_relu_forward(x, z, weight, None, EPS)
+    assert meter.moved <= 1.05 * (3 * unit + bits)
+    with library.metered() as meter:
+        dx, *_ = ops.bn_relu_backward(dy, x, mask, weight, None, mean, var, EPS, True, True)
+    assert meter.moved <= 1.05 * (5 * unit + 2 * bits)  # dy and x; dy again for the residual's gradient; two results
+    assert (dx == 0).all()
+
+
+def test_evaluation_is_one_pass() -> None:
+    library, ops = emulated.load(), torch.ops.fasttricks_emulated
+    x, z, _ = made((4, 64, 56, 56), torch.channels_last)
+    one = torch.ones(64)
+    with library.metered() as meter:
+        ops.bn_relu_apply(x, one, one, one, one, EPS)
+    assert (meter.launches, meter.moved <= 1.05 * 4 * x.numel()) == (1, True)
+    with library.metered() as meter:
+        ops.bn_add_relu_apply(x, z, one, one, one, one, EPS)
+    assert (meter.launches, meter.moved <= 1.05 * (6 + 1 / 8) * x.numel()) == (1, True)
+
+
+def test_nothing_is_launched_for_an_empty_batch() -> None:
+    library, ops = emulated.load(), torch.ops.fasttricks_emulated
+    x = torch.empty(0, 8, 4, 4)
+    with library.metered() as meter:
+        _, mean, var, mask = ops.bn_add_relu_forward(x, x, None, None, EPS)
+        ops.bn_relu_backward(x, x, mask, None, None, mean, var, EPS, True, True)
+        ops.bn_update_stats_(torch.zeros(8), torch.ones(8), mean, var, 0, 0.1)
+    assert meter.launches == meter.cooperative_launches == 0
+
+
+# ---- offsets ----
+
+
+def test_offsets_beyond_2_to_the_31() -> None:
+    """The last element's, of tensors that have more elements than 32 bits count, is found, with its channel."""
+    build = emulated.Build(ops=(), sources=(HERE / "emulator/bn_offsets.cpp",), name="bn_offsets")
+    library, out = ctypes.CDLL(str(build.make())), (ctypes.c_int64 * 2)()
+    for n, c, hw, channels_last in ((4096, 1024, 1024, 1), (1 << 21, 8, 513, 1), (70000, 64, 784, 0)):
+        library.emu_bn_last_offset(*map(ctypes.c_int64, (n, c, hw, channels_last, 64)), out)
+        assert n * c * hw > 2**31
+        assert out[0] == n * c * hw - 1
+        assert out[1] == c - 1
+
+
+# ---- other builds ----
+
+
+def run(kind: str, name: str, csrc: Path = CSRC) -> str:
+    """What is wrong with a build's results on small inputs; "" where nothing is."""
+    name = f"bn_relu-{name}"
+    emulated.Build(kind, csrc, ("bn_relu",), name=name).make()
+    command = [sys.executable, str(HERE / "emulator/run_bn_relu.py"), kind, name, str(csrc)]
+    done = subprocess.run(command, capture_output=True, text=True, env=emulated.sanitized(kind))
+    return "" if done.returncode == 0 else done.stderr
+
+
+@pytest.mark.parametrize("kind", ["plain", "asan", "tsan"])
+def test_both_variants_in_every_build(kind: str) -> None:
+    assert run(kind, kind) == ""
+
+
+# what is replaced, in which file, by what; how it shows
+FAULTS = {
+    "barrier removed before a block's moments are combined": (
+        "bn_relu_tile.cuh",
+        "own.m2[j];\n    }\n    __syncthreads();\n",
+        "own.m2[j];\n    }\n",
+        "plain",
+        "wrong",
+    ),
+    "grid barrier removed before the moments are read": (
+        "bn_relu.cuh",
+        "  FT_GRID_BARRIER();\n  for_channels_of_grid(s, [&](int c, int lane) { finalize_moments(",
+        "  for_channels_of_grid(s, [&](int c, int lane) { finalize_moments(",
+        "tsan",
+        "data race",
+    ),
+    "elements behind the last one read": (
+        "bn_relu_tile.cuh",
+        "needed && j < valid ? cuda::load(p + j)",
+        "needed && j <= valid ? cuda::load(p + j)",
+        "asan",
+        "heap-buffer-overflow",
+    ),
+    "a parameter never staged in shared memory": (
+        "bn_relu_tile.cuh",
+        "      staged[2 * kBnMaxTile + k] = p.bias ? load_param<A>(p.bias, p.bias_type, c) : A(0);\n",
+        "",
+        "plain",
+        "wrong",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_caught(fault: str, tmp_path: Path) -> None:
+    file, before, after, kind, said = FAULTS[fault]
+    shutil.copytree(CSRC, tmp_path / "csrc")
+    path = tmp_path / "csrc/cuda" / file
+    text = path.read_text()
+    assert text.count(before) == 1
+    path.write_text(text.replace(before, after))
+    assert said in run(kind, "fault", tmp_path / "csrc")
