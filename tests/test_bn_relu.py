@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import BN_SHAPES, DTYPES, allowed, bn_layouts, poisoned_memory, relative_error
+from cases import BN_SHAPES, DTYPES, allowed, bn_layouts, poisoned_memory, relative_error, sums_in_float32
 
 import fasttricks
 from fasttricks import bn_add_relu, bn_relu
@@ -81,6 +81,10 @@ def check(given: Inputs, **rest: object) -> None:
             limit = 1e-12  # the oracle is no more exact than torch's own float64
         elif name not in ("y", "dx"):
             limit = max(limit, 2e-6)  # float32 sums of values that cancel; some layouts of torch sum in double
+            if sums_in_float32():  # what cancels is as large as dy
+                error = float((got.double() - want).norm() / (want.norm() + given.dy.double().norm()))
+        elif sums_in_float32():
+            limit = max(limit, 32 * torch.finfo(torch.float32).eps)
         assert error <= limit, (name, error, limit)
         norms = got.double().norm() * want.norm()
         if norms > 0:
@@ -240,7 +244,8 @@ def test_one_value_per_channel(backend: str) -> None:
         bn_relu(torch.randn(1, 4, 1, 1))
     for shape in ((1, 4, 1, 2), (2, 4, 1, 1)):
         x = torch.randn(shape)
-        assert relative_error(bn_relu(x), F.relu(F.batch_norm(x.double(), None, None, None, None, True))) < 1e-6
+        limit = 1e-3 if sums_in_float32() else 1e-6  # the two values may be close: x less a rounded mean
+        assert relative_error(bn_relu(x), F.relu(F.batch_norm(x.double(), None, None, None, None, True))) < limit
     y = bn_relu(torch.randn(1, 4, 1, 1), running_mean=torch.zeros(4), running_var=torch.ones(4), training=False)
     assert y.isfinite().all()
 

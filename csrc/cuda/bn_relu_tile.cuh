@@ -273,10 +273,10 @@ struct BnTile {
   FT_DEVICE int64_t partial_slot(int k) const {
     return (int64_t(blockIdx.y) * t.tiles + int64_t(blockIdx.x)) * t.slots + k;
   }
-  // use(slot, lanes): the channels of the tile, a warp for each where it has many columns, else a thread.
+  // use(slot, lanes): the channels of the tile, a warp for each where it has many columns or lines, else a thread.
   template <typename Use>
   FT_DEVICE void for_channels(Use use) const {
-    if (s.inner >= 32)
+    if (s.inner >= 32 || t.ty() >= 32)
       for (int k = int(threadIdx.x) / 32; k < used; k += kBnThreads / 32) use(k, std::integral_constant<int, 32>());
     else
       for (int k = int(threadIdx.x); k < used; k += kBnThreads) use(k, std::integral_constant<int, 1>());
