@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 SOURCES := $(shell git ls-files '*.py')
 CXX_SOURCES := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.h')
 
-.PHONY: train test lint bench wheel wheel-matrix clean
+.PHONY: train test lint bench bench-traffic wheel wheel-matrix clean
 
 $(VENV)/ready: pyproject.toml setup.py build_libraries.py
 	$(PYTHON) -m venv $(VENV)
@@ -36,6 +36,10 @@ lint: $(VENV)/ready
 bench: libraries
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(PY) -m pytest benchmarks --benchmark-only -s --benchmark-json=build/bench.json
 	$(PY) benchmarks/report.py build/bench.json benchmarks/results/cpu.json
+
+# Bytes and launches of the CUDA kernels, emulated: no card is needed.
+bench-traffic: libraries
+	$(PY) benchmarks/traffic.py
 
 wheel: $(VENV)/ready
 	rm -rf dist
