@@ -1,0 +1,153 @@
+"""sgd's CUDA kernels without a card: bytes and launches, orders of threads, pieces, sanitizers, planted faults."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parent / "csrc"
+sys.path.insert(0, str(HERE / "emulator"))
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("nothing of Triton is in it", allow_module_level=True)
+
+import emulated  # noqa: E402
+import run_sgd  # noqa: E402
+
+
+def test_every_order_of_threads_gives_the_same_bits() -> None:
+    """Norms, clipping, LARS, a first step and a second one, over mixed types."""
+    library, given, results = emulated.load(), run_sgd.state(), []
+    for schedule in emulated.SCHEDULES:
+        with library.schedule(**schedule):
+            results.append(run_sgd.run(torch.ops.fasttricks_emulated, run_sgd.copy(given)))
+    for others in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
+
+
+def test_misaligned_tensors_give_the_same_bits() -> None:
+    emulated.load()
+
+    def moved(t: torch.Tensor) -> torch.Tensor:
+        return torch.empty(t.numel() + 1, dtype=t.dtype)[1:].view(t.shape).copy_(t)
+
+    given = run_sgd.state()
+    other = {name: [moved(t) for t in tensors] for name, tensors in given.items()}
+    results = [run_sgd.run(torch.ops.fasttricks_emulated, s) for s in (given, other)]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def plain_step(params: list[torch.Tensor], steps: list[torch.Tensor], found_inf: torch.Tensor | None = None) -> None:
+    buffers, lr = [torch.zeros_like(p) for p in params], torch.full((), 0.5)
+    tail = ([0.9], [0.0], [0.0], [False], [False], [0.0], 0.0, False, 0.0, None, found_inf, None, None)
+    grads = [torch.ones_like(p) for p in params]
+    torch.ops.fasttricks_emulated.sgd_step(params, grads, buffers, steps, [], [len(params)], [lr], *tail)
+
+
+def test_many_tensors_take_several_launches() -> None:
+    library = emulated.load()
+    params, steps = [torch.ones(3) for _ in range(900)], [torch.zeros(()) for _ in range(900)]
+    with library.metered() as meter:
+        plain_step(params, steps)
+    assert meter.launches == 2
+    assert all((p == 0.5).all() for p in params)
+    assert all(s == 1 for s in steps)
+
+
+@pytest.mark.parametrize("schedule", emulated.SCHEDULES, ids=str)
+def test_a_first_step_is_one_in_every_block_and_counted_once(schedule: dict) -> None:
+    library = emulated.load()
+    params, steps = [torch.ones(100_000), torch.ones(0)], [torch.zeros(()), torch.full((), 7.0)]
+    with library.schedule(**schedule):
+        plain_step(params, steps)
+        assert (params[0] == 0.5).all()
+        assert [float(s) for s in steps] == [1, 8]
+        plain_step(params, steps, found_inf=torch.ones(()))
+        assert (params[0] == 0.5).all()
+        assert [float(s) for s in steps] == [1, 8]
+        plain_step(params, steps, found_inf=torch.zeros(()))
+        assert [float(s) for s in steps] == [2, 9]
+
+
+def test_launches_of_a_check() -> None:
+    library, ops, grads = emulated.load(), torch.ops.fasttricks_emulated, [torch.randn(9000), torch.randn(5)]
+    with library.metered() as meter:
+        ops.sgd_check(grads, [], [], torch.zeros(()), None, None)
+    assert meter.launches == 1
+    with library.metered() as meter:
+        ops.sgd_check(grads, [], [], torch.zeros(()), torch.empty(2, dtype=torch.float64), None)
+    assert meter.launches == 2
+
+
+# ---- other builds ----
+
+
+def run(kind: str, name: str, csrc: Path = CSRC) -> str:
+    """What is wrong with a build's results on small inputs; "" where nothing is."""
+    name = f"sgd-{name}"
+    emulated.Build(kind, csrc, ("sgd",), name=name).make()
+    command = [sys.executable, str(HERE / "emulator/run_sgd.py"), kind, name, str(csrc)]
+    done = subprocess.run(command, capture_output=True, text=True, env=emulated.sanitized(kind))
+    return "" if done.returncode == 0 else done.stderr
+
+
+def changed(folder: Path, file: str, before: str, after: str) -> Path:
+    """A copy of csrc in which one text, that occurs once, is another."""
+    shutil.copytree(CSRC, folder / "csrc")
+    path = folder / "csrc/cuda" / file
+    text = path.read_text()
+    assert text.count(before) == 1
+    path.write_text(text.replace(before, after))
+    return folder / "csrc"
+
+
+@pytest.mark.parametrize("kind", ["plain", "asan", "tsan"])
+def test_every_build(kind: str) -> None:
+    assert run(kind, kind) == ""
+
+
+def test_a_tensor_in_several_pieces(tmp_path: Path) -> None:
+    """As those beyond 2^31 values are, here beyond 8192: stepped, counted and measured once."""
+    csrc = changed(tmp_path, "sgd_plan.h", "kSgdPiece = int64_t{1} << 31;", "kSgdPiece = kSgdBlock;")
+    assert run("plain", "pieces", csrc) == ""
+
+
+# what is replaced in sgd.cuh, by what; how it shows
+FAULTS = {
+    "barrier removed behind the scalars": (
+        "  __syncthreads();\n  const SgdScalars s",
+        "  const SgdScalars s",
+        "plain",
+        "wrong",
+    ),
+    "values behind the last one read": (
+        "j < count ? load(p + j)",
+        "j <= count ? load(p + j)",
+        "asan",
+        "heap-buffer-overflow",
+    ),
+    "a step counted before all have seen it": (
+        "} else if (atomicAdd(bits, 1u) + 1 == end - begin) {",
+        "} else if (atomicAdd(bits, 1u) + 1 == 1 + 0 * (end - begin)) {",
+        "plain",
+        "wrong",
+    ),
+    "sums of warps never written": (
+        "  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = v;\n",
+        "  if (threadIdx.x == 0) scratch[threadIdx.x / 32] = v;\n",
+        "plain",
+        "wrong",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_caught(fault: str, tmp_path: Path) -> None:
+    before, after, kind, said = FAULTS[fault]
+    assert said in run(kind, "fault", changed(tmp_path, "sgd.cuh", before, after))
