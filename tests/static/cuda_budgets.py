@@ -39,7 +39,7 @@ BUDGETS: dict[str, Budget] = {
         256, registers=80, blocks=3, shared=6_144, wide=("LDG", "STG")
     ),
     r"bn_backward_apply<(Half|BFloat16), true, (true|false)>": Budget(
-        256, registers=96, blocks=2, shared=10_240, wide=("LDG", "STG")
+        256, registers=112, blocks=2, shared=10_240, wide=("LDG", "STG")
     ),
     r"bn_(backward_)?apply<float, true, (true|false)>": Budget(
         256, registers=128, blocks=2, shared=10_240, wide=("LDG", "STG")
