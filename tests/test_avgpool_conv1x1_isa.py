@@ -11,6 +11,7 @@ def test_values_on(isa: str, request: pytest.FixtureRequest) -> None:
     run_on(
         isa,
         "test_avgpool_conv1x1.py",
-        "(test_values or test_any or test_one or test_nan or test_windows or test_half) and not reference",
+        "(test_values or test_any or test_one or test_nan or test_windows or test_half)"
+        " and not reference and not emulated",
         request.config.getoption("--seed"),
     )

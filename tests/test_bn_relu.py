@@ -80,10 +80,11 @@ def check(given: Inputs, **rest: object) -> None:
         if given.x.dtype == torch.float64:
             limit = 1e-12  # the oracle is no more exact than torch's own float64
         elif name not in ("y", "dx"):
-            limit = max(limit, 2e-6)  # float32 sums of values that cancel; some layouts of torch sum in double
-            if sums_in_float32():  # what cancels is as large as dy
-                error = float((got.double() - want).norm() / (want.norm() + given.dy.double().norm()))
-        elif sums_in_float32():
+            limit = max(limit, 2e-6)  # float32 sums of values that cancel; what cancels is as large as dy
+            error = float((got.double() - want).norm() / (want.norm() + given.dy.double().norm()))
+        elif name == "dx":  # of few values a channel nearly all cancels, of about a quarter of dy
+            error = float((got.double() - want).norm() / torch.maximum(want.norm(), given.dy.double().norm() / 4))
+        if name in ("y", "dx") and sums_in_float32():
             limit = max(limit, 32 * torch.finfo(torch.float32).eps)
         assert error <= limit, (name, error, limit)
         norms = got.double().norm() * want.norm()
@@ -244,8 +245,8 @@ def test_one_value_per_channel(backend: str) -> None:
         bn_relu(torch.randn(1, 4, 1, 1))
     for shape in ((1, 4, 1, 2), (2, 4, 1, 1)):
         x = torch.randn(shape)
-        limit = 1e-3 if sums_in_float32() else 1e-6  # the two values may be close: x less a rounded mean
-        assert relative_error(bn_relu(x), F.relu(F.batch_norm(x.double(), None, None, None, None, True))) < limit
+        # the two values may be close: their difference from a rounded mean is of few digits
+        assert relative_error(bn_relu(x), F.relu(F.batch_norm(x.double(), None, None, None, None, True))) < 1e-3
     y = bn_relu(torch.randn(1, 4, 1, 1), running_mean=torch.zeros(4), running_var=torch.ones(4), training=False)
     assert y.isfinite().all()
 
