@@ -24,8 +24,10 @@ train: libraries
 	$(PY) -m fasttricks.train --data digits --model resnet50d --recipe efficient --out $(RUNS)/efficient --overwrite
 	$(VENV)/bin/fasttricks report $(RUNS)/baseline $(RUNS)/efficient --png $(RUNS)/curves.png
 
+# Triton's interpreter replaces its compiler for a whole process: what it runs has one of its own.
 test: libraries lint
 	$(PY) -m pytest tests
+	TRITON_INTERPRET=1 $(PY) -m pytest tests/test_triton_bn_relu.py tests/test_bn_relu.py tests/test_nn_batchnorm.py
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .

@@ -22,6 +22,8 @@ not_loaded: dict[str, str] = {}
 # real ones take: the fakes are registered for every library.
 devices: dict[str, tuple[str, ...]] = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu", "meta")}
 namespaces: dict[str, str] = {"cuda": "fasttricks", "triton": "fasttricks_triton", "cpu": "fasttricks"}
+# the ops of a backend that has not all, by the names that they pass to select(); a missing key means that it has
+serves: dict[str, frozenset[str]] = {}
 # what `auto` tries, by type of device, before the reference; emulated kernels, made for tests, are never among them
 _preferred: dict[str, tuple[str, ...]] = {"cuda": ("cuda", "triton"), "cpu": ("cpu",), "meta": ("cpu",)}
 
@@ -63,7 +65,7 @@ def _load_triton() -> None:
         not_loaded["triton"] = "no CUDA device is available, and TRITON_INTERPRET=1 is not set"
         return
     try:
-        importlib.import_module(".kernels", __package__)
+        serves["triton"] = importlib.import_module(".kernels", __package__).SERVED
     except ImportError as error:
         not_loaded["triton"] = str(error)
 
@@ -128,12 +130,18 @@ def why_not(name: str, device: torch.device) -> str | None:
 
 def select(op: str, device: torch.device) -> str:
     """The backend for `op` on `device`: the forced one, else the first of cuda, triton, cpu, reference that fits."""
+
+    def reason_against(name: str) -> str | None:
+        if op not in serves.get(name, (op,)):
+            return f"there is no {name} kernel of {op}"
+        return why_not(name, device)
+
     if _wish != "auto":
-        if reason := why_not(_wish, device):
+        if reason := reason_against(_wish):
             raise RuntimeError(f"fasttricks.{op}: backend {_wish!r} was asked for, but {reason}")
         return _wish
     for name in _preferred.get(device.type, ()):
-        if why_not(name, device) is None:
+        if reason_against(name) is None:
             return name
     return "reference"
 

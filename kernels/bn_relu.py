@@ -1,0 +1,352 @@
+"""bn_relu and bn_add_relu in Triton: launch plans and registration. The formulas stand in bn_relu_kernels.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops.bn_relu import register as register_fakes_and_autograd
+from . import bn_relu_kernels as kernels
+from . import launch as launching
+
+# values in one tile of the statistics: 32 a thread, four 128-bit loads in flight at 16 bit; where planes allow no wide
+# loads half of it, as every value then has its own address in registers
+STATS_TILE = 4096
+# of the backward's sums: 8 a thread, one 128-bit load of x and one of dy; many warps, not long threads, hide latency
+BACKWARD_TILE = 2048
+# groups of 8 values in one program of an elementwise pass: one group, 8 values, a thread
+APPLY_GROUPS = 128
+WARPS = 4
+CHANNEL_BLOCK = 128
+
+
+def _pow2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+@dataclass(frozen=True)
+class Shape:
+    """x as (rows, channels, pixels) or, NHWC, (rows, channels): what kernels are told of it."""
+
+    rows: int
+    channels: int
+    inner: int
+    nhwc: bool
+    numel: int
+
+    @staticmethod
+    def of(x: Tensor, layout: torch.memory_format) -> Shape:
+        channels = x.shape[1]
+        nhwc = layout != torch.contiguous_format
+        rows = x.numel() // channels if nhwc else x.shape[0]
+        inner = channels if nhwc else x.numel() // (rows * channels)
+        return Shape(rows, channels, inner, nhwc, x.numel())
+
+    @property
+    def vec(self) -> int:
+        return next(v for v in (8, 4, 2, 1) if self.inner % v == 0)
+
+    @property
+    def wide(self) -> bool:
+        return self.numel >= launching.WIDE_FROM
+
+    @property
+    def count(self) -> int:
+        return self.numel // self.channels
+
+    def elementwise(self) -> tuple[tuple[int], dict[str, Any], dict[str, Any]]:
+        """Grid, arguments and constants of a flat pass."""
+        vec = 8 if self.vec == 8 else 1
+        groups = -(-self.numel // 8)
+        arguments = {"numel": self.numel, "units": self.inner // vec, "channels": self.channels}
+        constants = {"NHWC": self.nhwc, "VEC": vec, "FULL": self.numel % 8 == 0, "WIDE": self.wide}
+        return (-(-groups // APPLY_GROUPS),), arguments, {**constants, "GROUPS": APPLY_GROUPS}
+
+    def reduction(self, programs: int, tile: int) -> tuple[tuple[int, int], dict[str, Any], dict[str, Any]]:
+        """Grid (blocks of channels, splits), arguments and constants of a reduction over all but the channels."""
+        cols = min(_pow2(self.inner), 64 if self.nhwc else 1024)
+        rows = max(1, min(tile // cols, _pow2(self.rows)))
+        blocks = -(-self.channels // cols) if self.nhwc else self.channels
+        tiles = -(-self.rows // rows) * (1 if self.nhwc else -(-self.inner // cols))
+        splits = max(1, min(tiles, programs // blocks))
+        per_split = -(-tiles // splits)
+        splits = -(-tiles // per_split)  # none is empty
+        arguments = {"rows": self.rows, "units": self.inner // self.vec, "channels": self.channels}
+        arguments |= {"tiles": tiles, "per_split": per_split}
+        constants = {"NHWC": self.nhwc, "VEC": self.vec, "ROWS": rows, "COLS": cols, "WIDE": self.wide}
+        return (blocks, splits), arguments, constants
+
+
+def _check(x: Tensor, **others: Tensor | None) -> None:
+    if x.dim() < 2 or x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise ValueError(
+            f"x has shape {tuple(x.shape)} and dtype {x.dtype}; accepted: (N, C, ...), "
+            "float16, bfloat16, float32, float64"
+        )
+    for name, t in others.items():
+        if t is None:
+            continue
+        if t.device != x.device:
+            raise ValueError(f"{name} is on {t.device}; accepted: the device of x, {x.device}")
+        if name in ("residual", "dy"):
+            if t.shape != x.shape or t.dtype != x.dtype:
+                raise ValueError(
+                    f"{name} has shape {tuple(t.shape)} and dtype {t.dtype}; accepted: those of x, "
+                    f"{tuple(x.shape)}, {x.dtype}"
+                )
+        elif name == "mask":
+            if t.dtype != torch.uint8 or t.shape != (-(-x.numel() // 8),) or not t.is_contiguous():
+                raise ValueError(
+                    f"mask has shape {tuple(t.shape)} and dtype {t.dtype}; accepted: uint8, a bit an element"
+                )
+        elif t.shape != (x.shape[1],):
+            raise ValueError(f"{name} has shape {tuple(t.shape)}; accepted: ({x.shape[1]},), the channels of x")
+
+
+def _statistics_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _channels(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
+def _like_x(t: Tensor, layout: torch.memory_format) -> Tensor:
+    return t.contiguous(memory_format=layout)
+
+
+def _per_channel(x: Tensor) -> Tensor:
+    return torch.empty(x.shape[1], dtype=_statistics_dtype(x), device=x.device)
+
+
+def _blocks(channels: int) -> tuple[int]:
+    return (-(-channels // CHANNEL_BLOCK),)
+
+
+def bn_stats(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of every channel; zeros of an empty x."""
+    _check(x)
+    mean, var = _per_channel(x), _per_channel(x)
+    if x.numel() == 0:
+        return mean.zero_(), var.zero_()
+    layout = launching.layout_of(x)
+    x = _like_x(x, layout)
+    shape = Shape.of(x, layout)
+    tile = STATS_TILE if shape.vec > 1 else STATS_TILE // 2
+    grid, arguments, constants = shape.reduction(launching.programs(x.device), tile)
+    means, m2s, counts = torch.empty(3, grid[1], x.shape[1], dtype=mean.dtype, device=x.device).unbind()
+    partial = {"mean": means, "m2": m2s, "counts": counts}
+    launching.launch(kernels.bn_stats_kernel, grid, {"x": x, **partial, **arguments}, constants, WARPS)
+    merged = {"means": means, "m2s": m2s, "counts": counts, "mean": mean, "var": var}
+    sizes = {"channels": x.shape[1], "splits": grid[1]}
+    constants = {"BLOCK": CHANNEL_BLOCK}
+    launching.launch(kernels.bn_merge_kernel, _blocks(x.shape[1]), {**merged, **sizes}, constants, WARPS)
+    return mean, var
+
+
+def _apply(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor,
+    eps: float, skip: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    _check(x, residual=residual, weight=weight, bias=bias, mean=mean, var=var)
+    layout = launching.layout_of(x)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout)
+    mask = None if residual is None else torch.empty(-(-x.numel() // 8), dtype=torch.uint8, device=x.device)
+    if x.numel() == 0:
+        return y, mask
+    grid, arguments, constants = Shape.of(x, layout).elementwise()
+    tensors = {
+        "x": _like_x(x, layout),
+        "residual": None if residual is None else _like_x(residual, layout),
+        "weight": _channels(weight),
+        "bias": _channels(bias),
+        "mean": mean.to(_statistics_dtype(x)).contiguous(),
+        "var": var.to(_statistics_dtype(x)).contiguous(),
+        "y": y,
+        "mask": mask,
+    }
+    constants = {**constants, "EPS": eps, "SKIP": skip and weight is not None}
+    launching.launch(kernels.bn_apply_kernel, grid, {**tensors, **arguments}, constants, WARPS)
+    return y, mask
+
+
+def bn_relu_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """y and the statistics of the batch."""
+    mean, var = bn_stats(x)
+    return _apply(x, None, weight, bias, mean, var, eps, skip=True)[0], mean, var
+
+
+def bn_add_relu_forward(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, the statistics of the batch and the bit mask of the ReLU."""
+    mean, var = bn_stats(x)
+    y, mask = _apply(x, residual, weight, bias, mean, var, eps, skip=True)
+    assert mask is not None
+    return y, mean, var, mask
+
+
+def bn_relu_apply(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float
+) -> Tensor:
+    """y with given statistics; x is always read, as it may hold Inf or NaN that they do not know of."""
+    return _apply(x, None, weight, bias, mean, var, eps, skip=False)[0]
+
+
+def bn_add_relu_apply(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """y and bit mask with given statistics."""
+    y, mask = _apply(x, residual, weight, bias, mean, var, eps, skip=False)
+    assert mask is not None
+    return y, mask
+
+
+def _inputs(
+    dy: Tensor, x: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor
+) -> dict[str, Any]:
+    layout = launching.layout_of(x)
+    return {
+        "dy": _like_x(dy, layout),
+        "x": _like_x(x, layout),
+        "mask": mask,
+        "weight": _channels(weight),
+        "bias": _channels(bias),
+        "mean": mean.to(_statistics_dtype(x)).contiguous(),
+        "var": var.to(_statistics_dtype(x)).contiguous(),
+    }
+
+
+def bn_relu_backward_reduce(
+    dy: Tensor, x: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None, mean: Tensor,
+    var: Tensor, eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dweight and dbias, in the type of the statistics."""
+    _check(x, dy=dy, mask=mask, weight=weight, bias=bias, mean=mean, var=var)
+    dweight, dbias = _per_channel(x), _per_channel(x)
+    if x.numel() == 0:
+        return dweight.zero_(), dbias.zero_()
+    return _reduce(_inputs(dy, x, mask, weight, bias, mean, var), launching.layout_of(x), eps, dweight, dbias)
+
+
+def _reduce(
+    inputs: dict[str, Any], layout: torch.memory_format, eps: float, dweight: Tensor, dbias: Tensor
+) -> tuple[Tensor, Tensor]:
+    x = inputs["x"]
+    grid, arguments, constants = Shape.of(x, layout).reduction(launching.programs(x.device), BACKWARD_TILE)
+    dweights, dbiases = torch.empty(2, grid[1], x.shape[1], dtype=dweight.dtype, device=x.device).unbind()
+    outputs = {"dweight": dweights, "dbias": dbiases}
+    constants["EPS"] = eps
+    launching.launch(kernels.bn_backward_reduce_kernel, grid, {**inputs, **outputs, **arguments}, constants, 2 * WARPS)
+    sums = {"dweights": dweights, "dbiases": dbiases, "dweight": dweight, "dbias": dbias}
+    sizes = {"channels": x.shape[1], "splits": grid[1]}
+    constants = {"BLOCK": CHANNEL_BLOCK}
+    launching.launch(kernels.bn_sum_kernel, _blocks(x.shape[1]), {**sums, **sizes}, constants, WARPS)
+    return dweight, dbias
+
+
+def _backward_apply(
+    inputs: dict[str, Any], layout: torch.memory_format, eps: float, dweight: Tensor, dbias: Tensor, count: int,
+    batch: bool, need_dresidual: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x = inputs["x"]
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout)
+    dresidual = torch.empty_like(dx) if need_dresidual else x.new_empty(0)
+    if x.numel() == 0:
+        return dx, dresidual
+    grid, arguments, constants = Shape.of(x, layout).elementwise()
+    sums = {
+        "dweight": dweight.to(inputs["mean"].dtype).contiguous(),
+        "dbias": dbias.to(inputs["mean"].dtype).contiguous(),
+    }
+    outputs = {"dx": dx, "dresidual": dresidual if need_dresidual else None}
+    constants = {**constants, "EPS": eps, "BATCH": batch}
+    arguments["count"] = count
+    launching.launch(
+        kernels.bn_backward_apply_kernel, grid, {**inputs, **sums, **outputs, **arguments}, constants, WARPS
+    )
+    return dx, dresidual
+
+
+def _check_residual(mask: Tensor | None, need_dresidual: bool) -> None:
+    if need_dresidual and mask is None:
+        raise ValueError("need_dresidual is True and mask is None; accepted: True only with the mask of bn_add_relu")
+
+
+def bn_relu_backward(
+    dy: Tensor, x: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None, mean: Tensor,
+    var: Tensor, eps: float, training: bool, need_dresidual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dx, dresidual (empty unless asked for), dweight and dbias."""
+    _check(x, dy=dy, mask=mask, weight=weight, bias=bias, mean=mean, var=var)
+    _check_residual(mask, need_dresidual)
+    layout = launching.layout_of(x)
+    inputs = _inputs(dy, x, mask, weight, bias, mean, var)
+    dweight, dbias = _per_channel(x), _per_channel(x)
+    if x.numel() == 0:
+        dweight.zero_(), dbias.zero_()
+    else:
+        _reduce(inputs, layout, eps, dweight, dbias)
+    count = x.numel() // max(x.shape[1], 1)
+    dx, dresidual = _backward_apply(inputs, layout, eps, dweight, dbias, count, training, need_dresidual)
+    return dx, dresidual, dweight, dbias
+
+
+def bn_relu_backward_apply(
+    dy: Tensor, x: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None, mean: Tensor,
+    var: Tensor, eps: float, dweight: Tensor, dbias: Tensor, count: int, need_dresidual: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dx and dresidual from sums over `count` values a channel, which may lie on other devices too."""
+    _check(x, dy=dy, mask=mask, weight=weight, bias=bias, mean=mean, var=var, dweight=dweight, dbias=dbias)
+    _check_residual(mask, need_dresidual)
+    inputs = _inputs(dy, x, mask, weight, bias, mean, var)
+    return _backward_apply(inputs, launching.layout_of(x), eps, dweight, dbias, count, True, need_dresidual)
+
+
+def bn_update_stats_(
+    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, count: int, momentum: float
+) -> None:
+    """running = (1 - momentum) * running + momentum * batch, with the unbiased variance; nothing of an empty batch."""
+    if not (running_mean.is_contiguous() and running_var.is_contiguous()):
+        raise ValueError("running_mean and running_var: accepted: contiguous tensors")
+    if count == 0 or mean.numel() == 0:
+        return
+
+    def double(name: str, value: float) -> dict[str, float]:
+        whole = float(torch.tensor(value, dtype=torch.float32, device="cpu"))
+        return {name: whole, f"{name}_rest": value - whole}
+
+    channels = mean.numel()
+    tensors = {
+        "running_mean": running_mean,
+        "running_var": running_var,
+        "mean": mean.contiguous(),
+        "var": var.contiguous(),
+    }
+    numbers = {**double("move", momentum), **double("bessel", count / max(count - 1, 1))}
+    launching.launch(
+        kernels.bn_update_stats_kernel,
+        _blocks(channels),
+        {**tensors, "channels": channels, **numbers},
+        {"BLOCK": CHANNEL_BLOCK},
+        WARPS,
+    )
+
+
+def _register() -> dict[str, Any]:
+    """Defines every op, gives them fakes and autograd; {name: implementation}."""
+    implementations = (
+        bn_stats, bn_relu_forward, bn_add_relu_forward, bn_relu_apply, bn_add_relu_apply, bn_relu_backward,
+        bn_relu_backward_reduce, bn_relu_backward_apply, bn_update_stats_,
+    )  # fmt: skip
+    for implementation in implementations:
+        mutates = ("running_mean", "running_var") if implementation is bn_update_stats_ else ()
+        launching.define(implementation.__name__, implementation, mutates)
+    register_fakes_and_autograd(launching.NAMESPACE)
+    return {implementation.__name__: implementation for implementation in implementations}
+
+
+OPS = _register()

@@ -1,0 +1,320 @@
+"""The kernels of bn_relu and bn_add_relu.
+
+    y = relu(weight * (x - mean) * rstd + bias [+ residual]),  rstd = 1 / sqrt(var + eps)
+    m = y > 0 or y is NaN (as torch's relu),  dz = dy * m,  xhat = (x - mean) * rstd
+    dbias = sum dz,  dweight = sum dz * xhat,  dresidual = dz
+    dx = weight * rstd * (dz - dbias / M - xhat * dweight / M)           M = values per channel
+
+Memory is (rows, channels, pixels) for NCHW and (rows, channels) for NHWC, where rows are samples and pixels. `inner` is
+the length that is contiguous in one channel's (NCHW) or one pixel's (NHWC) run; it arrives divided by VEC, so that the
+compiler knows its divisibility and emits 128-bit accesses without specialising on the shape.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# sizes say nothing about alignment (VEC does), so that no shape compiles a kernel again
+_SIZES = ["rows", "units", "channels", "tiles", "per_split", "numel", "splits", "count"]
+
+
+@triton.jit
+def _total(values, NHWC: tl.constexpr):
+    """Sum over a tile, per channel: a vector for NHWC, one number for NCHW."""
+    if NHWC:
+        return tl.sum(values, axis=0)
+    else:
+        return tl.sum(tl.sum(values, axis=1), axis=0)
+
+
+@triton.jit
+def _place(
+    tile, block, rows, units, channels,
+    NHWC: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Offsets, validity and number of valid values per channel of one tile."""
+    inner = units * VEC
+    if WIDE:
+        tile = tl.cast(tile, tl.int64)
+        inner = tl.cast(units, tl.int64) * VEC
+        block = block.to(tl.int64)
+    r = tl.arange(0, ROWS)[:, None]
+    c = tl.arange(0, COLS)[None, :]
+    if NHWC:
+        first = tile * ROWS
+        row = first + r
+        col = block * COLS + c
+        start = row * inner
+        inside = tl.minimum(rows - first, ROWS)
+    else:
+        blocks = (inner + COLS - 1) // COLS
+        first = (tile // blocks) * ROWS
+        row = first + r
+        first_col = (tile % blocks) * COLS
+        col = first_col + c
+        start = row * (inner * channels) + block * inner
+        inside = tl.minimum(rows - first, ROWS) * tl.minimum(inner - first_col, COLS)
+    return start + col, (row < rows) & (col < inner), inside
+
+
+@triton.jit
+def _mask_bits(
+    mask, offset, valid, VEC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+):  # fmt: skip
+    """The saved ReLU mask at `offset`: bit i of byte j is element 8j + i; one byte serves 8 aligned columns."""
+    if VEC == 8 and COLS >= 8:
+        eight = tl.arange(0, 8)[None, None, :]
+        at = tl.max(tl.reshape(tl.where(valid, offset, -1), (ROWS, COLS // 8, 8)), axis=2)
+        byte = tl.load(mask + at // 8, mask=at >= 0, other=0).to(tl.int32)
+        return tl.reshape((byte[:, :, None] >> eight) & 1, (ROWS, COLS)) != 0
+    else:
+        byte = tl.load(mask + offset // 8, mask=valid, other=0).to(tl.int32)
+        return ((byte >> (offset % 8).to(tl.int32)) & 1) != 0
+
+
+@triton.jit
+def _parameters(weight, bias, mean, var, channel, valid, EPS: tl.constexpr):
+    """mean, rstd, weight and bias of the channels, in the type of the statistics."""
+    m = tl.load(mean + channel, mask=valid, other=0.0)
+    rstd = tl.rsqrt(tl.load(var + channel, mask=valid, other=1.0) + EPS)
+    w = tl.full(m.shape, 1.0, m.dtype)
+    b = tl.full(m.shape, 0.0, m.dtype)
+    if weight is not None:
+        w = tl.load(weight + channel, mask=valid, other=0.0).to(m.dtype)
+    if bias is not None:
+        b = tl.load(bias + channel, mask=valid, other=0.0).to(m.dtype)
+    return m, rstd, w, b
+
+
+@triton.jit
+def _affine(v, m, scale, b):
+    """(v - m) * scale + b with one rounding of product and sum: forward and backward must round alike."""
+    d = v - m
+    d, scale = tl.broadcast(d, scale)
+    d, b = tl.broadcast(d, b)
+    return tl.fma(d, scale, b)
+
+
+@triton.jit
+def _passes(z):
+    return (z > 0) | (z != z)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def bn_stats_kernel(
+    x, mean, m2, counts, rows, units, channels, tiles, per_split,
+    NHWC: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Mean, sum of squared distances to it and count of one split's values; tiles merge by Chan's formula."""
+    block, split = tl.program_id(0), tl.program_id(1)
+    width: tl.constexpr = COLS if NHWC else 1
+    channel = block * width + tl.arange(0, width)
+    average = tl.zeros((width,), mean.dtype.element_ty)
+    squares = tl.zeros((width,), mean.dtype.element_ty)
+    n = tl.zeros((width,), mean.dtype.element_ty)
+    for tile in range(split * per_split, tl.minimum(tiles, (split + 1) * per_split)):
+        offset, valid, inside = _place(tile, block, rows, units, channels, NHWC, VEC, ROWS, COLS, WIDE)
+        v = tl.load(x + offset, mask=valid, other=0.0).to(mean.dtype.element_ty)
+        k = inside.to(mean.dtype.element_ty)
+        here = _total(v, NHWC) / k
+        away = tl.where(valid, v - here, 0.0)
+        # the sum of large values rounds; that of their distances gives what it lost
+        correction = _total(away, NHWC) / k
+        here += correction
+        m2_here = tl.maximum(_total(away * away, NHWC) - correction * correction * k, 0.0, tl.PropagateNan.ALL)
+        total = n + k
+        delta = here - average
+        squares += m2_here + delta * delta * (n * k / total)
+        average += delta * (k / total)
+        n = total
+    inside_c = channel < channels
+    at = split * channels + channel
+    tl.store(mean + at, average, mask=inside_c)
+    tl.store(m2 + at, squares, mask=inside_c)
+    tl.store(counts + at, n, mask=inside_c)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def bn_merge_kernel(means, m2s, counts, mean, var, channels, splits, BLOCK: tl.constexpr):
+    """mean and biased var from the splits, merged in order by Chan's formula."""
+    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    valid = channel < channels
+    average = tl.zeros((BLOCK,), mean.dtype.element_ty)
+    squares = tl.zeros((BLOCK,), mean.dtype.element_ty)
+    n = tl.zeros((BLOCK,), mean.dtype.element_ty)
+    for split in range(0, splits):
+        at = split * channels + channel
+        k = tl.load(counts + at, mask=valid, other=1.0)
+        delta = tl.load(means + at, mask=valid, other=0.0) - average
+        total = n + k
+        squares += tl.load(m2s + at, mask=valid, other=0.0) + delta * delta * (n * k / total)
+        average += delta * (k / total)
+        n = total
+    tl.store(mean + channel, average, mask=valid)
+    tl.store(var + channel, squares / n, mask=valid)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def bn_apply_kernel(
+    x, residual, weight, bias, mean, var, y, mask, numel, units, channels,
+    EPS: tl.constexpr, NHWC: tl.constexpr, VEC: tl.constexpr, FULL: tl.constexpr, SKIP: tl.constexpr,
+    WIDE: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """y, and with a residual the bit mask; flat over memory, 8 elements (one mask byte) a group.
+
+    SKIP: where weight is 0 and the statistics are finite, so that all x are, x is not read: its term is exactly 0.
+    """
+    group, index, valid, channel = _groups(numel, units, channels, NHWC, VEC, FULL, WIDE, GROUPS)
+    m, rstd, w, b = _parameters(weight, bias, mean, var, channel, valid, EPS)
+    live = valid
+    if SKIP:
+        live = valid & _any_of_group((w != 0) | (m * 0 != 0) | (rstd * 0 != 0))
+    v = tl.load(x + index, mask=live, other=0.0).to(m.dtype)
+    z = _affine(v, m, w * rstd, b)
+    if residual is not None:
+        z += tl.load(residual + index, mask=valid, other=0.0).to(m.dtype)
+    z = z.to(y.dtype.element_ty)
+    through = _passes(z.to(m.dtype))
+    tl.store(y + index, tl.where(through, z, 0.0), mask=valid)
+    if mask is not None:
+        bits = tl.sum((through & valid).to(tl.int32) << tl.arange(0, 8)[None, :], axis=1)
+        tl.store(mask + group, bits[:, None].to(tl.uint8), mask=group * 8 < numel)
+
+
+@triton.jit
+def _any_of_group(flags):
+    """Whether any of a group's 8 flags is set, for all of them: one mask a group keeps its load 16 bytes wide."""
+    return tl.max(flags.to(tl.int32), axis=1)[:, None] != 0
+
+
+@triton.jit
+def _groups(
+    numel, units, channels,
+    NHWC: tl.constexpr, VEC: tl.constexpr, FULL: tl.constexpr, WIDE: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """Group, element index, validity and channel of a program's elements, 8 in a group."""
+    pid = tl.program_id(0)
+    if WIDE:
+        pid = pid.to(tl.int64)
+    group = pid * GROUPS + tl.arange(0, GROUPS)[:, None]
+    lane = tl.arange(0, 8)[None, :]
+    index = group * 8 + lane
+    valid = index < numel
+    if FULL:
+        valid = group * 8 < numel
+    if VEC == 8:
+        if NHWC:
+            channel = (group % units) * 8 + lane
+        else:
+            channel = (group // units) % channels
+    else:
+        if NHWC:
+            channel = index % channels
+        else:
+            channel = (index // (units * VEC)) % channels
+    return group, index, valid, channel
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def bn_backward_reduce_kernel(
+    dy, x, mask, weight, bias, mean, var, dweight, dbias, rows, units, channels, tiles, per_split,
+    EPS: tl.constexpr, NHWC: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """One split's sum dz and sum dz * xhat."""
+    block, split = tl.program_id(0), tl.program_id(1)
+    width: tl.constexpr = COLS if NHWC else 1
+    channel = block * width + tl.arange(0, width)
+    m, rstd, w, b = _parameters(weight, bias, mean, var, channel, channel < channels, EPS)
+    # one sum a place of the tile: threads meet once, after the last tile
+    sum_dz = tl.zeros((ROWS, COLS), m.dtype)
+    sum_dz_xhat = tl.zeros((ROWS, COLS), m.dtype)
+    for tile in range(split * per_split, tl.minimum(tiles, (split + 1) * per_split)):
+        offset, valid, _ = _place(tile, block, rows, units, channels, NHWC, VEC, ROWS, COLS, WIDE)
+        v = tl.load(x + offset, mask=valid, other=0.0).to(m.dtype)
+        g = tl.load(dy + offset, mask=valid, other=0.0).to(m.dtype)
+        if mask is not None:
+            through = _mask_bits(mask, offset, valid, VEC, ROWS, COLS)
+        else:
+            z = _affine(v, m[None, :], (w * rstd)[None, :], b[None, :])
+            through = _passes(z.to(x.dtype.element_ty).to(m.dtype))
+        dz = tl.where(through & valid, g, 0.0)
+        sum_dz += dz
+        # the distance is masked too: 0 * (NaN or Inf of a padded element) must not enter
+        sum_dz_xhat += dz * tl.where(valid, v - m[None, :], 0.0)
+    at = split * channels + channel
+    tl.store(dbias + at, _total(sum_dz, NHWC), mask=channel < channels)
+    tl.store(dweight + at, _total(sum_dz_xhat, NHWC) * rstd, mask=channel < channels)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def bn_sum_kernel(dweights, dbiases, dweight, dbias, channels, splits, BLOCK: tl.constexpr):
+    """The splits' sums, added in order."""
+    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    valid = channel < channels
+    first = tl.zeros((BLOCK,), dweight.dtype.element_ty)
+    second = tl.zeros((BLOCK,), dweight.dtype.element_ty)
+    for split in range(0, splits):
+        at = split * channels + channel
+        first += tl.load(dweights + at, mask=valid, other=0.0)
+        second += tl.load(dbiases + at, mask=valid, other=0.0)
+    tl.store(dweight + channel, first, mask=valid)
+    tl.store(dbias + channel, second, mask=valid)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def bn_backward_apply_kernel(
+    dy, x, mask, weight, bias, mean, var, dweight, dbias, dx, dresidual, numel, units, channels, count,
+    EPS: tl.constexpr, NHWC: tl.constexpr, VEC: tl.constexpr, FULL: tl.constexpr, BATCH: tl.constexpr,
+    WIDE: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """dx and, where asked for, dresidual. BATCH: the statistics depend on x.
+
+    Where weight is 0 and sums and statistics are finite, dx is exactly 0 and neither x nor (for dx) dy is read.
+    """
+    group, index, valid, channel = _groups(numel, units, channels, NHWC, VEC, FULL, WIDE, GROUPS)
+    m, rstd, w, b = _parameters(weight, bias, mean, var, channel, valid, EPS)
+    dw = tl.load(dweight + channel, mask=valid, other=0.0)
+    db = tl.load(dbias + channel, mask=valid, other=0.0)
+    live = valid & _any_of_group((w != 0) | (dw * 0 != 0) | (db * 0 != 0) | (m * 0 != 0) | (rstd * 0 != 0))
+    v = tl.load(x + index, mask=live, other=0.0).to(m.dtype)
+    if dresidual is not None:
+        g = tl.load(dy + index, mask=valid, other=0.0).to(m.dtype)
+        byte = tl.load(mask + group, mask=group * 8 < numel, other=0).to(tl.int32)
+        through = ((byte >> tl.arange(0, 8)[None, :]) & 1) != 0
+    else:
+        g = tl.load(dy + index, mask=live, other=0.0).to(m.dtype)
+        if mask is not None:
+            byte = tl.load(mask + group, mask=group * 8 < numel, other=0).to(tl.int32)
+            through = ((byte >> tl.arange(0, 8)[None, :]) & 1) != 0
+        else:
+            through = _passes(_affine(v, m, w * rstd, b).to(x.dtype.element_ty).to(m.dtype))
+    dz = tl.where(through, g, 0.0)
+    if dresidual is not None:
+        tl.store(dresidual + index, dz.to(dresidual.dtype.element_ty), mask=valid)
+    if BATCH:
+        k = count.to(m.dtype)
+        d = w * rstd * (dz - db / k - (v - m) * rstd * (dw / k))
+    else:
+        d = w * rstd * dz
+    tl.store(dx + index, d.to(dx.dtype.element_ty), mask=valid)
+
+
+@triton.jit(do_not_specialize=["channels", "move", "move_rest", "bessel", "bessel_rest"])
+def bn_update_stats_kernel(
+    running_mean, running_var, mean, var, channels, move, move_rest, bessel, bessel_rest, BLOCK: tl.constexpr
+):  # fmt: skip
+    """running = (1 - move) * running + move * batch, var times bessel. A number and its rest make up a double."""
+    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    valid = channel < channels
+    m = tl.load(mean + channel, mask=valid, other=0.0)
+    v = tl.load(var + channel, mask=valid, other=0.0)
+    step = tl.cast(move, m.dtype) + tl.cast(move_rest, m.dtype)
+    v *= tl.cast(bessel, m.dtype) + tl.cast(bessel_rest, m.dtype)
+    old_mean = tl.load(running_mean + channel, mask=valid, other=0.0).to(m.dtype)
+    old_var = tl.load(running_var + channel, mask=valid, other=0.0).to(m.dtype)
+    new_mean = (1 - step) * old_mean + step * m
+    new_var = (1 - step) * old_var + step * v
+    tl.store(running_mean + channel, new_mean.to(running_mean.dtype.element_ty), mask=valid)
+    tl.store(running_var + channel, new_var.to(running_var.dtype.element_ty), mask=valid)

@@ -1,0 +1,56 @@
+"""One launcher for every kernel, and the registration of ops; the ahead-of-time tests read the same launches."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+NAMESPACE = "fasttricks_triton"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# offsets of this many elements and more are computed in 64 bits; below it no tile can reach 2**31
+WIDE_FROM = 2**31 - 2**16
+
+library = torch.library.Library(NAMESPACE, "DEF")
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], constants: dict[str, Any], warps: int
+) -> None:
+    """Runs `kernel` on `grid`. arguments: tensors, None and integers; constants: its tl.constexpr parameters."""
+    device = next(a.device for a in arguments.values() if isinstance(a, torch.Tensor))
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[grid](**arguments, **constants, num_warps=warps)
+    else:
+        kernel[grid](**arguments, **constants, num_warps=warps)
+
+
+@functools.lru_cache
+def _processors(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 1 if INTERPRETED else 132
+
+
+def programs(device: torch.device) -> int:
+    """How many programs fill the device: four resident ones a multiprocessor."""
+    return 4 * _processors(device)
+
+
+def layout_of(x: torch.Tensor) -> torch.memory_format:
+    """The layout that kernels use and outputs have: that of x, or for other strides the one it resembles."""
+    if x.numel() == 0 or x.is_contiguous() or x.shape[1] == 1 or x.stride(1) != 1:
+        return torch.contiguous_format
+    return {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim(), torch.contiguous_format)
+
+
+def define(name: str, implementation: Callable[..., Any], mutates: Sequence[str] = ()) -> None:
+    """Defines op `name` from the annotations of `implementation`, for CUDA and under the interpreter for the CPU."""
+    library.define(name + torch.library.infer_schema(implementation, mutates_args=mutates))
+    library.impl(name, implementation, "CUDA")
+    if INTERPRETED:
+        library.impl(name, implementation, "CPU")

@@ -1,0 +1,327 @@
+"""bn_relu and bn_add_relu in Triton: against torch in float64, bytes moved, determinism, schemas, fakes and offsets.
+
+On a machine without a GPU the kernels run under TRITON_INTERPRET=1, which must be set before the process starts.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import LAYOUTS, allowed, poisoned_memory, relative_error
+from triton_meter import metered
+
+from fasttricks.backend import not_loaded, why_not
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+if reason := why_not("triton", DEVICE):
+    pytest.skip(f"triton: {reason}", allow_module_level=True)
+
+from fasttricks.kernels import bn_relu as implementation  # noqa: E402
+from fasttricks.kernels import launch as launching  # noqa: E402
+
+ops = torch.ops.fasttricks_triton
+EPS = 1e-5
+# planes and channels that are and are not multiples of 8, several tiles; test_bn_relu.py has the other shapes
+SHAPES = ((2, 3, 5, 7), (4, 8, 4, 4), (9, 16, 24, 24))
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def tensors(shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format) -> dict[str, torch.Tensor]:
+    def activation() -> torch.Tensor:
+        return (torch.randn(shape) * 1.5 + 0.7).to(dtype).to(DEVICE).contiguous(memory_format=layout)
+
+    parameter = torch.float64 if dtype == torch.float64 else torch.float32
+    weight, bias = (torch.randn(shape[1], dtype=parameter, device=DEVICE) for _ in range(2))
+    return {"x": activation(), "residual": activation(), "dy": activation(), "weight": weight, "bias": bias}
+
+
+def composition(
+    t: dict[str, torch.Tensor], dtype: torch.dtype, residual: bool, training: bool, mask: torch.Tensor | None
+) -> list[torch.Tensor]:
+    """y and the gradients of x, residual, weight and bias by torch's ops in `dtype`, with the given mask or its own."""
+    x, r = (t[k].to(dtype).requires_grad_() for k in ("x", "residual"))
+    parameter = torch.promote_types(dtype, torch.float32)
+    w, b = (t[k].to(parameter).requires_grad_() for k in ("weight", "bias"))
+    mean, var = t["running_mean"].to(parameter), t["running_var"].to(parameter)
+    z = F.batch_norm(x, None if training else mean, None if training else var, w, b, training, 0.0, EPS)
+    if residual:
+        z = z + r
+    y = F.relu(z) if mask is None else z * mask
+    grads = torch.autograd.grad(y, [x, w, b, *([r] if residual else [])], t["dy"].to(dtype))
+    return [y.detach(), *grads]
+
+
+def bits(mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The bit mask as booleans of like's shape; like is in the mask's memory order."""
+    flat = ((mask[:, None].cpu() >> torch.arange(8)) & 1).flatten()[: like.numel()].bool()
+    if like.is_contiguous():
+        return flat.reshape(like.shape)
+    n, c, h, w = like.shape
+    return flat.reshape(n, h, w, c).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("residual", [False, True], ids=["bn_relu", "bn_add_relu"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_equals_torch(
+    shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format, residual: bool, training: bool
+) -> None:
+    t = tensors(shape, dtype, layout)
+    t["running_mean"], t["running_var"] = torch.randn_like(t["weight"]), torch.rand_like(t["weight"]) + 0.5
+    parameters = t["weight"], t["bias"]
+    extra = (t["residual"],) if residual else ()
+    mask = None
+    with poisoned_memory():
+        if training:
+            forward = ops.bn_add_relu_forward if residual else ops.bn_relu_forward
+            y, mean, var, *rest = forward(t["x"], *extra, *parameters, EPS)
+        else:
+            mean, var = t["running_mean"], t["running_var"]
+            apply = ops.bn_add_relu_apply if residual else ops.bn_relu_apply
+            out = apply(t["x"], *extra, *parameters, mean, var, EPS)
+            y, *rest = out if residual else (out,)
+        mask = rest[0] if residual else None
+        dx, dresidual, dw, db = ops.bn_relu_backward(
+            t["dy"], t["x"], mask, *parameters, mean, var, EPS, training, residual
+        )
+    through = ~(y <= 0)
+    if mask is not None:
+        assert torch.equal(bits(mask, y).to(DEVICE), through), "the saved mask is y's"
+    assert y.stride() == t["x"].stride()
+    assert dx.stride() == t["x"].stride()
+    exact = composition(t, torch.float64, residual, training, through)
+    theirs = composition(t, dtype, residual, training, through)
+    mine = [y, dx, dw, db, *([dresidual] if residual else [])]
+    for name, got, want, other in zip(("y", "dx", "dw", "db", "dr"), mine, exact, theirs, strict=False):
+        limit = allowed(relative_error(other.cpu(), want.cpu()), dtype if name in ("y", "dx", "dr") else other.dtype)
+        if name in ("dw", "db"):
+            limit = max(limit, 2e-6)  # float32 sums of values that cancel
+        if dtype == torch.float64:  # the oracle has this precision itself: both err by some roundings
+            limit = 64 * torch.finfo(dtype).eps
+        assert relative_error(got.cpu(), want.cpu()) <= limit, name
+    if training:
+        assert relative_error(mean.cpu(), t["x"].double().mean((0, 2, 3)).cpu()) < 1e-6
+        want_var = t["x"].double().var((0, 2, 3), unbiased=False).cpu()
+        assert relative_error(var.cpu(), want_var) < 1e-6
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
+def test_statistics_far_from_zero(layout: torch.memory_format) -> None:
+    x = (torch.randn(8, 4, 16, 16, device=DEVICE) + 1e4).contiguous(memory_format=layout)
+    y, _, var = ops.bn_relu_forward(x, None, None, EPS)
+    assert relative_error(var.cpu(), x.double().var((0, 2, 3), unbiased=False).cpu()) < 1e-4
+    exact = F.relu(F.batch_norm(x.double(), None, None, training=True, eps=EPS))
+    assert (y - exact).abs().max() < 1e-2
+    constant = torch.full((1, 1, 3, 3), 100.0, device=DEVICE)
+    assert ops.bn_relu_forward(constant, None, None, EPS)[0].abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
+def test_nan_passes_and_stays_in_its_channel(layout: torch.memory_format) -> None:
+    x = torch.randn(2, 3, 4, 4, device=DEVICE).contiguous(memory_format=layout)
+    x[1, 1, 2, 2] = math.nan
+    for weight in (torch.ones(3, device=DEVICE), torch.zeros(3, device=DEVICE)):
+        y, mean, var, mask = ops.bn_add_relu_forward(x, torch.ones_like(x), weight, None, EPS)
+        assert y[:, 1].isnan().all()
+        assert y[:, ::2].isfinite().all()
+        assert bits(mask, y)[:, 1].all()
+        dx, *_ = ops.bn_relu_backward(torch.ones_like(x), x, mask, weight, None, mean, var, EPS, True, True)
+        assert dx[:, 1].isnan().all()
+    eval_y = ops.bn_relu_apply(
+        x, torch.zeros(3, device=DEVICE), None, torch.zeros(3, device=DEVICE), torch.ones(3, device=DEVICE), EPS
+    )
+    assert eval_y.isnan().sum() == 1, "with given statistics 0 * NaN is NaN in its element only"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
+def test_zero_weight(layout: torch.memory_format) -> None:
+    t = tensors((3, 8, 4, 4), torch.float32, layout)
+    zero = torch.zeros(8, device=DEVICE)
+    y, mean, var, mask = ops.bn_add_relu_forward(t["x"], t["residual"], zero, None, EPS)
+    assert torch.equal(y, t["residual"].relu())
+    dx, dr, dw, _ = ops.bn_relu_backward(t["dy"], t["x"], mask, zero, None, mean, var, EPS, True, True)
+    assert (dx == 0).all()
+    assert torch.equal(dr, t["dy"] * (t["residual"] > 0))
+    xhat = F.batch_norm(t["x"].double(), None, None, training=True, eps=EPS)
+    assert relative_error(dw.cpu(), (dr * xhat).sum((0, 2, 3)).cpu()) < 1e-5
+    y, mean, var = ops.bn_relu_forward(t["x"], zero, None, EPS)
+    dx, _, dw, db = ops.bn_relu_backward(t["dy"], t["x"], None, zero, None, mean, var, EPS, True, False)
+    assert all((o == 0).all() for o in (y, dx, dw, db))
+
+
+def test_gradients_of_any_strides() -> None:
+    x = torch.randn(2, 8, 4, 4, device=DEVICE)
+    mean, var = ops.bn_stats(x)
+    dy = torch.randn_like(x)
+    want = ops.bn_relu_backward(dy, x, None, None, None, mean, var, EPS, True, False)
+    wide = torch.cat([dy, dy], 1)[:, :8]
+    for strided in (wide, dy.contiguous(memory_format=torch.channels_last), dy.mT.contiguous().mT):
+        got = ops.bn_relu_backward(strided, x, None, None, None, mean, var, EPS, True, False)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    ones = torch.ones((), device=DEVICE).expand(x.shape)
+    got = ops.bn_relu_backward(ones, x, None, None, None, mean, var, EPS, True, False)
+    want = ops.bn_relu_backward(torch.ones_like(x), x, None, None, None, mean, var, EPS, True, False)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_empty() -> None:
+    for shape in ((0, 4, 3, 3), (2, 4, 0, 3)):
+        x = torch.ones(shape, device=DEVICE)
+        y, mean, var, mask = ops.bn_add_relu_forward(x, x, None, None, EPS)
+        assert y.shape == x.shape
+        assert mask.numel() == 0
+        dx, dr, dw, db = ops.bn_relu_backward(x, x, mask, None, None, mean, var, EPS, True, True)
+        assert dx.shape == dr.shape == x.shape
+        assert torch.equal(dw, torch.zeros_like(dw))
+        assert torch.equal(db, torch.zeros_like(db))
+        running = torch.rand(4, device=DEVICE), torch.rand(4, device=DEVICE)
+        before = [r.clone() for r in running]
+        ops.bn_update_stats_(*running, mean, var, 0, 0.1)
+        assert all(torch.equal(a, b) for a, b in zip(running, before, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_running_statistics(dtype: torch.dtype) -> None:
+    x = torch.randn(3, 5, 2, 2, dtype=dtype, device=DEVICE)
+    running_mean, running_var = torch.rand(5, dtype=dtype, device=DEVICE), torch.rand(5, dtype=dtype, device=DEVICE)
+    want_mean, want_var = running_mean.clone(), running_var.clone()
+    F.batch_norm(x, want_mean, want_var, training=True, momentum=0.3)
+    ops.bn_update_stats_(running_mean, running_var, *ops.bn_stats(x), 12, 0.3)
+    torch.testing.assert_close(running_mean, want_mean)
+    torch.testing.assert_close(running_var, want_var)
+
+
+def test_halves_of_a_synchronised_backward_are_the_whole() -> None:
+    t = tensors((4, 6, 3, 3), torch.float32, torch.contiguous_format)
+    _, mean, var, mask = ops.bn_add_relu_forward(t["x"], t["residual"], t["weight"], t["bias"], EPS)
+    arguments = t["dy"], t["x"], mask, t["weight"], t["bias"], mean, var, EPS
+    dx, dr, dw, db = ops.bn_relu_backward(*arguments, True, True)
+    sums = ops.bn_relu_backward_reduce(*arguments)
+    assert torch.equal(sums[0], dw)
+    assert torch.equal(sums[1], db)
+    half = ops.bn_relu_backward_apply(*arguments, *sums, 36, True)
+    assert torch.equal(half[0], dx)
+    assert torch.equal(half[1], dr)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
+def test_same_bits_and_64_bit_offsets(layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch) -> None:
+    t = tensors((5, 10, 4, 9), torch.float16, layout)
+
+    def everything() -> list[torch.Tensor]:
+        y, mean, var, mask = ops.bn_add_relu_forward(t["x"], t["residual"], t["weight"], t["bias"], EPS)
+        arguments = t["dy"], t["x"], mask, t["weight"], t["bias"], mean, var, EPS
+        return [y, mean, var, mask, *ops.bn_relu_backward(*arguments, True, True)]
+
+    first, second = everything(), everything()
+    monkeypatch.setattr(launching, "WIDE_FROM", 0)
+    for other in (second, everything()):
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_many_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launching, "programs", lambda device: 40)
+    monkeypatch.setattr(implementation, "STATS_TILE", 64)
+    monkeypatch.setattr(implementation, "BACKWARD_TILE", 64)
+    for layout in LAYOUTS:
+        t = tensors((7, 3, 11, 5), torch.float32, layout)
+        mean, var = ops.bn_stats(t["x"])
+        assert relative_error(var.cpu(), t["x"].double().var((0, 2, 3), unbiased=False).cpu()) < 1e-6
+        grads = ops.bn_relu_backward(t["dy"], t["x"], None, t["weight"], t["bias"], mean, var, EPS, True, False)
+        y = ops.bn_relu_apply(t["x"], t["weight"], t["bias"], mean, var, EPS)
+        exact = composition({**t, "running_mean": mean, "running_var": var}, torch.float64, False, True, y > 0)
+        for got, want in zip((grads[0], grads[2], grads[3]), exact[1:], strict=True):
+            assert relative_error(got.cpu(), want.cpu()) < 1e-5
+
+
+@pytest.mark.skipif("cpu" in not_loaded, reason="the CPU library is not loaded")
+def test_schemas_are_those_of_the_library() -> None:
+    for name in implementation.OPS:
+        mine = getattr(ops, name).default._schema
+        theirs = getattr(torch.ops.fasttricks, name).default._schema
+        assert [(a.name, str(a.type)) for a in mine.arguments] == [(a.name, str(a.type)) for a in theirs.arguments]
+        assert [a.is_write for a in mine.arguments] == [a.is_write for a in theirs.arguments]
+        assert [str(r.type) for r in mine.returns] == [str(r.type) for r in theirs.returns]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
+def test_opcheck(layout: torch.memory_format) -> None:
+    checks = ("test_schema", "test_faketensor")
+    t = tensors((2, 3, 3, 4), torch.float32, layout)
+    x, dy, r, w, b = (t[k] for k in ("x", "dy", "residual", "weight", "bias"))
+    mean, var = torch.zeros(3, device=DEVICE), torch.ones(3, device=DEVICE)
+    _, mask = ops.bn_add_relu_apply(x, r, w, b, mean, var, EPS)
+    samples: dict[str, tuple] = {
+        "bn_stats": (x,),
+        "bn_relu_forward": (x, w, b, EPS),
+        "bn_add_relu_forward": (x, r, w, b, EPS),
+        "bn_relu_apply": (x, w, b, mean, var, EPS),
+        "bn_add_relu_apply": (x, r, w, b, mean, var, EPS),
+        "bn_relu_backward": (dy, x, mask, w, b, mean, var, EPS, True, True),
+        "bn_relu_backward_reduce": (dy, x, None, w, b, mean, var, EPS),
+        "bn_relu_backward_apply": (dy, x, mask, w, b, mean, var, EPS, mean, var, 24, True),
+        "bn_update_stats_": (mean.clone(), var.clone(), mean, var, 24, 0.1),
+    }
+    assert samples.keys() == implementation.OPS.keys()
+    for name, arguments in samples.items():
+        torch.library.opcheck(getattr(ops, name), arguments, test_utils=checks)
+    for odd in (x.mT, torch.cat([x, x], 1)[:, ::2], x[:0], x[:, :1]):
+        torch.library.opcheck(ops.bn_relu_forward, (odd, None, None, EPS), test_utils=checks)
+
+
+def test_wrong_arguments_name_themselves() -> None:
+    x = torch.ones(2, 3, 4, 4, device=DEVICE)
+    with pytest.raises(ValueError, match=r"weight has shape \(4,\); accepted: \(3,\)"):
+        ops.bn_relu_forward(x, torch.ones(4, device=DEVICE), None, EPS)
+    with pytest.raises(ValueError, match=r"residual has shape .* accepted: those of x"):
+        ops.bn_add_relu_forward(x, x.half(), None, None, EPS)
+    with pytest.raises(ValueError, match=r"x has shape .*int64; accepted"):
+        ops.bn_stats(x.long())
+
+
+@pytest.mark.skipif(not launching.INTERPRETED, reason="bytes are counted by the interpreter only")
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
+@pytest.mark.parametrize(
+    ("residual", "zero", "forward_n", "backward_n"),
+    [
+        (False, False, 3, 5),
+        (True, False, 4 + 1 / 16, 6 + 1 / 8),
+        (True, True, 3 + 1 / 16, 5 + 1 / 8),
+        (False, True, 2, 3),
+    ],
+    ids=["bn_relu", "bn_add_relu", "bn_add_relu-zero", "bn_relu-zero"],
+)
+def test_bytes(
+    monkeypatch: pytest.MonkeyPatch, layout: torch.memory_format, residual: bool, zero: bool,
+    forward_n: float, backward_n: float,
+) -> None:  # fmt: skip
+    """Bytes of activations and masks, in units of x's; zero: all weights are 0, and the last pass skips what it can."""
+    t = tensors((4, 16, 8, 8), torch.float16, layout)
+    weight = torch.zeros_like(t["weight"]) if zero else t["weight"]
+    unit = t["x"].numel() * 2
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def watch(made: torch.Tensor) -> torch.Tensor:
+        if made.shape == t["x"].shape or made.dtype == torch.uint8:
+            meter.watched.append(made)
+        return made
+
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: watch(empty(*a, **k)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: watch(empty_like(*a, **k)))
+    arguments = t["x"], t["residual"], weight, t["bias"], EPS
+    with metered() as meter:
+        meter.watched += [t["x"], t["residual"], t["dy"]]
+        if residual:
+            _, mean, var, mask = implementation.bn_add_relu_forward(*arguments)
+        else:
+            _, mean, var = implementation.bn_relu_forward(t["x"], *arguments[2:])
+            mask = None
+        assert meter.take() == pytest.approx(forward_n * unit)
+        arguments = t["dy"], t["x"], mask, weight, t["bias"], mean, var, EPS
+        implementation.bn_relu_backward(*arguments, True, residual)
+        assert meter.take() == pytest.approx(backward_n * unit)
