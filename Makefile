@@ -27,7 +27,7 @@ train: libraries
 # Triton's interpreter replaces its compiler for a whole process: what it runs has one of its own.
 test: libraries lint
 	$(PY) -m pytest tests
-	TRITON_INTERPRET=1 $(PY) -m pytest tests/test_triton_bn_relu.py tests/test_bn_relu.py tests/test_nn_batchnorm.py
+	TRITON_INTERPRET=1 $(PY) -m pytest tests -k triton
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .

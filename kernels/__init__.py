@@ -20,9 +20,9 @@ def version() -> tuple[int, int]:
 if version() < OLDEST:
     raise ImportError(f"Triton {triton.__version__} is installed; the kernels need {OLDEST[0]}.{OLDEST[1]} or newer")
 
-from . import bn_relu  # noqa: E402
+from . import bn_relu, sgd  # noqa: E402
 
 # the ops with kernels here, by the names that they pass to fasttricks.backend.select
-SERVED = frozenset({"bn_relu", "bn_add_relu"})
+SERVED = frozenset({"bn_relu", "bn_add_relu", "sgd"})
 
-__all__ = ["OLDEST", "SERVED", "bn_relu", "version"]
+__all__ = ["OLDEST", "SERVED", "bn_relu", "sgd", "version"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent / "emulator"))
 # Triton's interpreter replaces its compiler for a whole process: there the suite runs on it alone
 if os.environ.get("TRITON_INTERPRET") == "1":
     BACKENDS = ["triton"]
+    importlib.import_module("triton_interpreter").correct()
 else:
     BACKENDS = ["cpu", "cuda-emulated", "reference"]
     if torch.cuda.is_available():

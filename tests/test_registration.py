@@ -1,7 +1,11 @@
-"""Every op of the library through torch.library.opcheck and a full-graph compile; an op without a sample fails."""
+"""Every op through torch.library.opcheck and a full-graph compile; an op without a sample fails.
+
+The ops are the library's, or, in a process with TRITON_INTERPRET=1, those in Triton.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import pytest
@@ -9,19 +13,20 @@ import torch
 from test_sgd import samples as sgd_samples
 
 import fasttricks
-from fasttricks.backend import not_loaded
+from fasttricks.backend import namespaces, not_loaded
 
-if "cpu" in not_loaded:
-    pytest.skip(f"the CPU library is {not_loaded['cpu']}", allow_module_level=True)
+BACKEND = "triton" if os.environ.get("TRITON_INTERPRET") == "1" else "cpu"
+if BACKEND in not_loaded:
+    pytest.skip(f"{BACKEND}: {not_loaded[BACKEND]}", allow_module_level=True)
+OPS = getattr(torch.ops, namespaces[BACKEND])
 
 # without tensors there is nothing to trace, fake or differentiate
 NO_TENSORS = {"cpu_isa", "cuda_why_not"}
 
 
-def names() -> list[str]:
-    found = [
-        n.removeprefix("fasttricks::") for n in torch._C._dispatch_get_all_op_names() if n.startswith("fasttricks::")
-    ]
+def names(namespace: str) -> list[str]:
+    prefix = f"{namespace}::"
+    found = [n.removeprefix(prefix) for n in torch._C._dispatch_get_all_op_names() if n.startswith(prefix)]
     return sorted(set(found) - NO_TENSORS)
 
 
@@ -114,7 +119,7 @@ def avgpool_conv1x1_forward() -> list[tuple]:
 def avgpool_conv1x1_backward() -> list[tuple]:
     made = []
     for a, weight, _, stride, ceil_mode in avgpool_conv1x1_forward():
-        dy = torch.randn_like(torch.ops.fasttricks.avgpool_conv1x1_forward(a, weight, None, stride, ceil_mode))
+        dy = torch.randn_like(OPS.avgpool_conv1x1_forward(a, weight, None, stride, ceil_mode))
         made.append((dy, a.detach(), weight.detach(), stride, ceil_mode, True, True, ceil_mode))
     return made
 
@@ -137,19 +142,33 @@ SAMPLES: dict[str, Callable[[], list[tuple]]] = {
 
 
 def test_every_op_has_samples() -> None:
-    assert sorted(SAMPLES) == names()
+    assert sorted(SAMPLES) == names(namespaces[BACKEND])
+
+
+@pytest.mark.skipif("cpu" in not_loaded or "triton" in not_loaded, reason="there is nothing to compare")
+def test_schemas_are_those_of_the_library() -> None:
+    for name in names("fasttricks_triton"):
+        mine, theirs = (
+            getattr(getattr(torch.ops, namespace), name).default._schema
+            for namespace in ("fasttricks_triton", "fasttricks")
+        )
+        for schema in (lambda s: s.arguments, lambda s: s.returns):
+            assert [(str(a.type), a.is_write) for a in schema(mine)] == [
+                (str(a.type), a.is_write) for a in schema(theirs)
+            ], name
+        assert [a.name for a in mine.arguments] == [a.name for a in theirs.arguments], name
 
 
 @pytest.mark.parametrize("name", sorted(SAMPLES))
 def test_opcheck(name: str) -> None:
     for arguments in SAMPLES[name]():
-        torch.library.opcheck(getattr(torch.ops.fasttricks, name).default, arguments)
+        torch.library.opcheck(getattr(OPS, name).default, arguments)
 
 
 @pytest.mark.parametrize("name", sorted(SAMPLES))
 def test_full_graph_compile(name: str) -> None:
     """One compiled graph gives what the op gives, for the first sample of each op."""
-    op = getattr(torch.ops.fasttricks, name).default
+    op = getattr(OPS, name).default
     arguments = SAMPLES[name]()[0]
 
     def copy(value: object) -> object:

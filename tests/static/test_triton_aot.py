@@ -23,7 +23,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from fasttricks.kernels import bn_relu, launch  # noqa: E402
+from fasttricks.kernels import bn_relu, launch, sgd  # noqa: E402
 
 TARGETS = (80, 90, 100)
 TYPES = {
@@ -32,6 +32,7 @@ TYPES = {
     torch.float32: "*fp32",
     torch.float64: "*fp64",
     torch.uint8: "*u8",
+    torch.int64: "*i64",
 }
 EPS = 1e-5
 # registers a thread at most, by kernel: at 64 a multiprocessor holds 1024 threads, half of what it can, at 96 a third
@@ -43,9 +44,20 @@ REGISTERS = {
     "bn_sum_kernel": 40,
     "bn_backward_apply_kernel": 80,
     "bn_update_stats_kernel": 40,
+    "sgd_table_kernel": 40,
+    "sgd_check_kernel": 64,
+    "sgd_norms_kernel": 40,
+    "sgd_step_kernel": 80,
+    "sgd_count_kernel": 40,
 }
-# accesses of activations must be 128 bits wide in these
-STREAMING = ("bn_stats_kernel", "bn_apply_kernel", "bn_backward_reduce_kernel", "bn_backward_apply_kernel")
+# activations and parameters are read, or written, 128 bits at a time in these
+WIDE_LOADS = (
+    "bn_stats_kernel", "bn_apply_kernel", "bn_backward_reduce_kernel", "bn_backward_apply_kernel", "sgd_check_kernel",
+    "sgd_step_kernel",
+)  # fmt: skip
+WIDE_STORES = ("bn_apply_kernel", "bn_backward_apply_kernel", "sgd_step_kernel")
+
+WIDE = re.compile(r"(ld|st)\.global\S*\.(v4\.b32|v2\.b64|v8\.b32|v4\.b64)")
 
 Launch = tuple[Any, dict[str, Any], dict[str, Any], int]
 
@@ -68,6 +80,7 @@ def bn_launches(dtype: torch.dtype, layout: torch.memory_format, shape: tuple[in
 
 def taken_down(run: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
     launches: list[Launch] = []
+    sgd._kept_table.cache_clear()
     monkeypatch.setattr(launch, "launch", lambda kernel, grid, a, c, warps: launches.append((kernel, a, c, warps)))
     run()
     return launches
@@ -85,7 +98,8 @@ def compiled(kernel: Any, arguments: dict[str, Any], constants: dict[str, Any], 
             signature[name] = "constexpr"
             values.setdefault(name, None)
         else:
-            signature[name] = "fp32" if isinstance(value, float) else "i32" if value < 2**31 else "i64"
+            by_value = "fp32" if isinstance(value, float) else "i32" if value < 2**31 else "i64"
+            signature[name] = kernel.params[position].annotation_type or by_value
     source = ASTSource(
         kernel, signature, constexprs={(kernel.arg_names.index(k),): v for k, v in values.items()}, attrs=attributes
     )
@@ -119,8 +133,46 @@ def test_bn_relu(
     dtype: torch.dtype, shape: tuple[int, ...], layout: torch.memory_format, target: int, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    launches = taken_down(lambda: bn_launches(dtype, layout, shape), monkeypatch)
-    assert {kernel.__name__ for kernel, *_ in launches} == REGISTERS.keys()
+    check(lambda: bn_launches(dtype, layout, shape), "bn_", target, tmp_path, monkeypatch)
+
+
+def sgd_launches(dtype: torch.dtype, grad_dtype: torch.dtype) -> None:
+    """With norms, clipping and LARS, and without."""
+    statistics = torch.float64 if dtype == torch.float64 else torch.float32
+    one, lr = torch.empty((), device="meta"), torch.empty((), dtype=torch.float64, device="meta")
+    squares = torch.empty(1, dtype=torch.float64, device="meta")
+    param, grad = (torch.empty(9216, dtype=d, device="meta") for d in (dtype, grad_dtype))
+    buffer = torch.empty(9216, dtype=statistics, device="meta")
+    masters = [buffer] if dtype in (torch.float16, torch.bfloat16) else []
+    sgd.sgd_check([grad], [], [], one, None, None)
+    sgd.sgd_check([grad], [param], masters, one, squares, squares)
+    for momentum, eta, norm in ((0.9, 0.0, 0.0), (0.9, 1e-3, 1.0), (0.0, 0.0, 0.0)):
+        lists = ([param], [grad], [buffer], [one]) if momentum else ([param], [grad], [], [])
+        options = [1], [lr], [momentum], [0.0], [1e-4], [True], [False], [eta], 0.0, eta > 0, norm
+        sgd.sgd_step(*lists, masters, *options, one, one, squares, squares)
+
+
+@pytest.mark.parametrize("target", TARGETS, ids="sm_{}".format)
+@pytest.mark.parametrize(
+    ("dtype", "grad_dtype"),
+    [
+        (torch.float16, torch.float16),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float32, torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_sgd(
+    dtype: torch.dtype, grad_dtype: torch.dtype, target: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check(lambda: sgd_launches(dtype, grad_dtype), "sgd_", target, tmp_path, monkeypatch)
+
+
+def check(run: Callable[[], None], prefix: str, target: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiles the launches of `run`, in which every kernel with this prefix must be, and checks each."""
+    launches = taken_down(run, monkeypatch)
+    assert {kernel.__name__ for kernel, *_ in launches} == {name for name in REGISTERS if name.startswith(prefix)}
     seen = set()
     for kernel, arguments, constants, warps in launches:
         name = kernel.__name__
@@ -134,9 +186,8 @@ def test_bn_relu(
         assert registers <= REGISTERS[name], f"{name} has {registers} registers"
         # planes of 7x7 pixels start at odd offsets: no wide access exists in the reductions' two-dimensional tiles
         odd = constants.get("VEC") == 1 and "ROWS" in constants
-        if name in STREAMING and not odd:
-            assert re.search(
-                r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64|ld\.global\S*\.v8\.b32", binary.asm["ptx"]
-            ), name
-            if name.endswith("apply_kernel"):
-                assert re.search(r"st\.global\S*\.v4\.b32|st\.global\S*\.v2\.b64", binary.asm["ptx"]), name
+        ptx = binary.asm["ptx"]
+        if name in WIDE_LOADS and not odd:
+            assert any(WIDE.fullmatch(access) for access in re.findall(r"ld\.global\S*", ptx)), name
+        if name in WIDE_STORES:  # the bit mask of the ReLU is one byte a thread
+            assert {a for a in re.findall(r"st\.global\S*", ptx) if not WIDE.fullmatch(a)} <= {"st.global.b8"}, name
