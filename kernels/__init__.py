@@ -1,7 +1,7 @@
 """The ops in Triton, as `torch.ops.fasttricks_triton.*` with the schemas of `torch.ops.fasttricks.*`.
 
-Importing this package imports Triton and registers the ops; fasttricks.backend does so where a CUDA device or the
-interpreter (TRITON_INTERPRET=1) can run them.
+Importing this package imports Triton and defines the ops; fasttricks.backend does so where a CUDA device or the
+interpreter (TRITON_INTERPRET=1) can run them, and fasttricks.ops gives them fakes and autograd.
 """
 
 from __future__ import annotations
@@ -20,9 +20,6 @@ def version() -> tuple[int, int]:
 if version() < OLDEST:
     raise ImportError(f"Triton {triton.__version__} is installed; the kernels need {OLDEST[0]}.{OLDEST[1]} or newer")
 
-from . import bn_relu, sgd  # noqa: E402
+from . import avgpool_conv1x1, bn_relu, sgd  # noqa: E402
 
-# the ops with kernels here, by the names that they pass to fasttricks.backend.select
-SERVED = frozenset({"bn_relu", "bn_add_relu", "sgd"})
-
-__all__ = ["OLDEST", "SERVED", "bn_relu", "sgd", "version"]
+__all__ = ["OLDEST", "avgpool_conv1x1", "bn_relu", "sgd", "version"]

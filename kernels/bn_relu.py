@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.bn_relu import register as register_fakes_and_autograd
 from . import bn_relu_kernels as kernels
 from . import launch as launching
 
@@ -336,17 +335,9 @@ def bn_update_stats_(
     )
 
 
-def _register() -> dict[str, Any]:
-    """Defines every op, gives them fakes and autograd; {name: implementation}."""
-    implementations = (
-        bn_stats, bn_relu_forward, bn_add_relu_forward, bn_relu_apply, bn_add_relu_apply, bn_relu_backward,
-        bn_relu_backward_reduce, bn_relu_backward_apply, bn_update_stats_,
-    )  # fmt: skip
-    for implementation in implementations:
-        mutates = ("running_mean", "running_var") if implementation is bn_update_stats_ else ()
-        launching.define(implementation.__name__, implementation, mutates)
-    register_fakes_and_autograd(launching.NAMESPACE)
-    return {implementation.__name__: implementation for implementation in implementations}
-
-
-OPS = _register()
+for implementation in (
+    bn_stats, bn_relu_forward, bn_add_relu_forward, bn_relu_apply, bn_add_relu_apply, bn_relu_backward,
+    bn_relu_backward_reduce, bn_relu_backward_apply,
+):  # fmt: skip
+    launching.define(implementation)
+launching.define(bn_update_stats_, ("running_mean", "running_var"))

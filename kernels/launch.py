@@ -8,25 +8,33 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import triton.language as tl
 
 NAMESPACE = "fasttricks_triton"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # offsets of this many elements and more are computed in 64 bits; below it no tile can reach 2**31
 WIDE_FROM = 2**31 - 2**16
+TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
+DTYPES = tuple(TYPES)
 
 library = torch.library.Library(NAMESPACE, "DEF")
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], constants: dict[str, Any], warps: int
-) -> None:
-    """Runs `kernel` on `grid`. arguments: tensors, None and integers; constants: its tl.constexpr parameters."""
+    kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], constants: dict[str, Any], warps: int,
+    stages: int = 1,
+) -> None:  # fmt: skip
+    """Runs `kernel` on `grid`.
+
+    arguments: tensors, None and integers; constants: its tl.constexpr parameters; stages: how many tiles of its loop's
+    operands are loaded at a time.
+    """
     device = next(a.device for a in arguments.values() if isinstance(a, torch.Tensor))
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            kernel[grid](**arguments, **constants, num_warps=warps)
+            kernel[grid](**arguments, **constants, num_warps=warps, num_stages=stages)
     else:
-        kernel[grid](**arguments, **constants, num_warps=warps)
+        kernel[grid](**arguments, **constants, num_warps=warps, num_stages=stages)
 
 
 @functools.lru_cache
@@ -48,8 +56,9 @@ def layout_of(x: torch.Tensor) -> torch.memory_format:
     return {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim(), torch.contiguous_format)
 
 
-def define(name: str, implementation: Callable[..., Any], mutates: Sequence[str] = ()) -> None:
-    """Defines op `name` from the annotations of `implementation`, for CUDA and under the interpreter for the CPU."""
+def define(implementation: Callable[..., Any], mutates: Sequence[str] = ()) -> None:
+    """Defines the op of this name, with the schema of its annotations, for CUDA and, interpreted, for the CPU."""
+    name = implementation.__name__
     library.define(name + torch.library.infer_schema(implementation, mutates_args=mutates))
     library.impl(name, implementation, "CUDA")
     if INTERPRETED:

@@ -11,11 +11,8 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
-from ..ops.sgd import DTYPES
-from ..ops.sgd import register as register_fakes
 from ..reference.sgd import is_half
 from . import launch as launching
 from . import sgd_kernels as kernels
@@ -24,7 +21,6 @@ from . import sgd_kernels as kernels
 BLOCK, TILE, WARPS = 8192, 2048, 8
 # partial sums, and step counts, that a program takes at a time
 SUMS, COUNTS = 256, 1024
-TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 # ---- what belongs together: one tensor of a call ----
@@ -117,7 +113,7 @@ def _check_shape(op: str, name: str, t: Tensor, param: Tensor) -> None:
 
 
 def _check_tensor(op: str, name: str, t: Tensor, device: torch.device) -> None:
-    _check_dtype(op, name, t, *DTYPES)
+    _check_dtype(op, name, t, *launching.DTYPES)
     _check_device(op, name, t, device)
 
 
@@ -214,6 +210,10 @@ def plan(items: tuple[tuple[tuple[bool, int, int, bool], bool, int], ...]) -> Pl
     return Plan(tuple(order), tuple(firsts), tuple(launches))
 
 
+def _type(index: int) -> Any:
+    return launching.TYPES[launching.DTYPES[index]]
+
+
 def _bits(*numbers: float) -> tuple[int, ...]:
     return struct.unpack(f"{len(numbers)}q", struct.pack(f"{len(numbers)}d", *numbers))
 
@@ -271,7 +271,12 @@ class Call:
         """(launch, grid, arguments, constants) of each."""
         for run in self.plan.launches:
             arguments = {**self.arguments, "begin": run.begin, "end": run.end, "first_block": run.first_block}
-            constants = {"TYPE": TYPES[DTYPES[run.key[1]]], "VEC": run.vec, "BLOCK": BLOCK, "TILE": TILE}
+            constants = {
+                "TYPE": launching.TYPES[launching.DTYPES[run.key[1]]],
+                "VEC": run.vec,
+                "BLOCK": BLOCK,
+                "TILE": TILE,
+            }
             yield run, (run.blocks,), arguments, constants
 
 
@@ -294,14 +299,14 @@ def sgd_check(
     packed, items = Packed(), []
     for i, grad in enumerate(grads):
         _check_tensor(op, f"grads[{i}]", grad, device)
-        dtype = DTYPES.index(grad.dtype)
+        dtype = launching.DTYPES.index(grad.dtype)
         items.append(Item((False, dtype, dtype, False), grad.numel(), 0, i, (*packed.read([grad]), *[None] * 4)))
     if weight_sq is not None:
         copies = Beside(op, "masters", masters)
         for i, param in enumerate(params):
             _check_tensor(op, f"params[{i}]", param, device)
             master = copies.next(param, torch.float32, False) if is_half(param) else None
-            dtype = DTYPES.index(param.dtype)
+            dtype = launching.DTYPES.index(param.dtype)
             tensors = (None, *packed.read([param, master]), None, None)
             items.append(Item((True, dtype, dtype, False), param.numel(), 0, i, tensors))
         copies.end()
@@ -393,7 +398,12 @@ def sgd_step(
         items = [Item(t.key, t.numel, t.group, t.index, (*packed.write(t.tensors[:4]), t.tensors[4])) for t in part]
         call = Call(items, groups, (max_norm, eps))
         for run, grid, arguments, constants in call.launches():
-            constants = {**constants, "GRAD_TYPE": TYPES[DTYPES[run.key[2]]], "HAS_MOMENTUM": run.key[3], **modes}
+            constants = {
+                **constants,
+                "GRAD_TYPE": launching.TYPES[launching.DTYPES[run.key[2]]],
+                "HAS_MOMENTUM": run.key[3],
+                **modes,
+            }
             launching.launch(kernels.sgd_step_kernel, grid, {**scalars, **arguments}, constants, WARPS)
         packed.copy_back()
         calls.append((call, len(items)))
@@ -426,7 +436,7 @@ def _stepped(
         master = copies.next(param, computed, True) if is_half(param) else None
         buffer = buffers.next(param, computed, True) if moves else None
         count = steps[buffers.taken - 1] if moves else None
-        key = (False, DTYPES.index(param.dtype), DTYPES.index(grad.dtype), moves)
+        key = (False, launching.DTYPES.index(param.dtype), launching.DTYPES.index(grad.dtype), moves)
         yield Item(key, param.numel(), g, i, (grad, param, master, buffer, count))
     copies.end()
     buffers.end()
@@ -447,12 +457,5 @@ def _repeated(tensors: Sequence[Tensor]) -> bool:
     return max(Counter(t.data_ptr() for t in tensors).values(), default=0) > 1
 
 
-def _register() -> dict[str, Any]:
-    """Defines both ops and gives them fakes; {name: implementation}."""
-    launching.define("sgd_check", sgd_check, ("found_inf", "grad_sq", "weight_sq"))
-    launching.define("sgd_step", sgd_step, ("params", "momentum_buffers", "steps", "masters"))
-    register_fakes(launching.NAMESPACE)
-    return {"sgd_check": sgd_check, "sgd_step": sgd_step}
-
-
-OPS = _register()
+launching.define(sgd_check, ("found_inf", "grad_sq", "weight_sq"))
+launching.define(sgd_step, ("params", "momentum_buffers", "steps", "masters"))

@@ -72,12 +72,17 @@ def test_values(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> Non
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_one_channel_one_pixel(backend: str, dtype: torch.dtype) -> None:
-    """Sizes of one, on small integers, so that every sum is exact."""
+    """Sizes of one, on integers so small that every sum is exact in bfloat16: means of multiples of 4 are integers."""
+
+    def integers(t: torch.Tensor) -> torch.Tensor:
+        return t.round().clamp(-3, 3)
+
     for shape in ((1, 1, 2, 2, 1), (1, 1, 1, 1, 1), (2, 1, 1, 1, 3), (1, 3, 1, 2, 1), (1, 1, 3, 3, 1)):
         for (stride, ceil_mode), layout in itertools.product(POOL_CONV_MODES, LAYOUTS):
             if pool_conv_fits(shape, stride, ceil_mode):
-                tensors = [(4 * t).round() * 4 for t in draw(shape, dtype, layout)]
-                dy = (4 * output_like(tensors, stride, ceil_mode)).round() * 4
+                x, *parameters = (integers(t) for t in draw(shape, dtype, layout))
+                tensors = [4 * x, *parameters]
+                dy = 4 * integers(output_like(tensors, stride, ceil_mode))
                 exact = pool_conv_exact(*tensors, dy, stride, ceil_mode)
                 with poisoned_memory():
                     ours = run(avgpool_conv1x1, tensors, dy, stride, ceil_mode)
@@ -85,19 +90,19 @@ def test_one_channel_one_pixel(backend: str, dtype: torch.dtype) -> None:
                     assert got.double().numpy().tolist() == want.astype("float64").tolist(), (name, shape, layout)
 
 
-@pytest.mark.parametrize("threads", [1, 3, 7, 16])
-def test_any_number_of_threads(backend: str, threads: int) -> None:
+def test_any_number_of_threads(backend: str) -> None:
     """Few pixels are divided along the channels, few channels along the pixels: all the ways to divide the work."""
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
     try:
-        for shape in ((1, 130, 4, 4, 260), (1, 40, 30, 30, 20), (3, 33, 7, 9, 65), (2, 300, 6, 6, 500)):
-            for layout in LAYOUTS:
-                tensors = draw(shape, torch.float32, layout)
-                dy = output_like(tensors, 2, True)
-                first = check(tensors, dy, 2, True, (shape, layout))
-                again = run(avgpool_conv1x1, tensors, dy, 2, True)
-                assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+        for threads in (1, 3, 7, 16) if backend == "cpu" else (1,):
+            torch.set_num_threads(threads)
+            for shape in ((1, 130, 4, 4, 260), (1, 40, 30, 30, 20), (3, 33, 7, 9, 65), (2, 300, 6, 6, 500)):
+                for layout in LAYOUTS:
+                    tensors = draw(shape, torch.float32, layout)
+                    dy = output_like(tensors, 2, True)
+                    first = check(tensors, dy, 2, True, (threads, shape, layout))
+                    again = run(avgpool_conv1x1, tensors, dy, 2, True)
+                    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     finally:
         torch.set_num_threads(before)
 

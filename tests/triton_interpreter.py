@@ -1,4 +1,4 @@
-"""A correction of Triton's interpreter: up to 3.8 it cuts float32 to bfloat16 off, where cards round to the nearest."""
+"""What Triton's interpreter does otherwise than cards, up to 3.8: bfloat16 is cut off, and multiplied as integers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def correct() -> None:
-    """From here on the interpreter rounds to bfloat16 as torch and cards do, ties to even."""
+    """From here on it rounds to bfloat16 as torch and cards do, ties to even, and multiplies its values."""
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -21,3 +21,15 @@ def correct() -> None:
         return torch.from_numpy(np.array(values)).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
 
     interpreter._convert_float = converted
+
+    theirs_dot = interpreter.InterpreterBuilder.create_dot
+
+    def dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        def wide(operand: Any) -> Any:
+            if operand.dtype.scalar.primitive_bitwidth != 16:
+                return operand
+            return self.cast_impl(operand, tl.block_type(tl.float32, list(operand.data.shape)))
+
+        return theirs_dot(self, wide(a), wide(b), *rest)
+
+    interpreter.InterpreterBuilder.create_dot = dot

@@ -22,8 +22,6 @@ not_loaded: dict[str, str] = {}
 # real ones take: the fakes are registered for every library.
 devices: dict[str, tuple[str, ...]] = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu", "meta")}
 namespaces: dict[str, str] = {"cuda": "fasttricks", "triton": "fasttricks_triton", "cpu": "fasttricks"}
-# the ops of a backend that has not all, by the names that they pass to select(); a missing key means that it has
-serves: dict[str, frozenset[str]] = {}
 # what `auto` tries, by type of device, before the reference; emulated kernels, made for tests, are never among them
 _preferred: dict[str, tuple[str, ...]] = {"cuda": ("cuda", "triton"), "cpu": ("cpu",), "meta": ("cpu",)}
 
@@ -65,7 +63,7 @@ def _load_triton() -> None:
         not_loaded["triton"] = "no CUDA device is available, and TRITON_INTERPRET=1 is not set"
         return
     try:
-        serves["triton"] = importlib.import_module(".kernels", __package__).SERVED
+        importlib.import_module(".kernels", __package__)
     except ImportError as error:
         not_loaded["triton"] = str(error)
 
@@ -130,18 +128,12 @@ def why_not(name: str, device: torch.device) -> str | None:
 
 def select(op: str, device: torch.device) -> str:
     """The backend for `op` on `device`: the forced one, else the first of cuda, triton, cpu, reference that fits."""
-
-    def reason_against(name: str) -> str | None:
-        if op not in serves.get(name, (op,)):
-            return f"there is no {name} kernel of {op}"
-        return why_not(name, device)
-
     if _wish != "auto":
-        if reason := reason_against(_wish):
+        if reason := why_not(_wish, device):
             raise RuntimeError(f"fasttricks.{op}: backend {_wish!r} was asked for, but {reason}")
         return _wish
     for name in _preferred.get(device.type, ()):
-        if reason_against(name) is None:
+        if why_not(name, device) is None:
             return name
     return "reference"
 
@@ -150,6 +142,11 @@ def ops_for(op: str, device: torch.device) -> Any:
     """The `torch.ops` namespace whose raw ops serve `op` on `device`; None: the reference does."""
     chosen = select(op, device)
     return None if chosen == "reference" else getattr(torch.ops, namespaces[chosen])
+
+
+def loaded_namespaces() -> list[str]:
+    """Where ops are defined; each op gives those of its name their fakes and autograd."""
+    return [namespaces[name] for name in ("cpu", "triton") if name not in not_loaded]
 
 
 load_libraries()

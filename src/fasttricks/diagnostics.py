@@ -35,7 +35,7 @@ def info() -> dict[str, object]:
         "cpu_isa": torch.ops.fasttricks.cpu_isa() if "cpu" in loaded else None,
         "loaded": loaded,
         "not_loaded": dict(not_loaded),
-        "backend": {d: select("bn_relu", torch.device(d)) for d in devices},
+        "backend": {d: select("info", torch.device(d)) for d in devices},
     }
 
 

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
-from ..backend import not_loaded, ops_for
+from ..backend import loaded_namespaces, ops_for
 from ..reference.avgpool_conv1x1 import avgpool_conv1x1 as reference
 from ..reference.avgpool_conv1x1 import avgpool_conv1x1_backward as differentiable_backward
+from ..reference.avgpool_conv1x1 import output_size
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -100,16 +101,11 @@ def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, str
         raise ValueError(f"avgpool_conv1x1: stride is {stride!r}; accepted: 1, 2")
     if not isinstance(ceil_mode, bool):
         raise TypeError(f"avgpool_conv1x1: ceil_mode is {ceil_mode!r}; accepted: True, False")
-    if 0 in (size := _output_size(x, stride, ceil_mode)):
+    if 0 in (size := output_size(x, stride, ceil_mode)):
         raise ValueError(
             f"avgpool_conv1x1: x has shape {tuple(x.shape)}, so that the output would be {size[0]} x {size[1]}: Output "
             f"size is too small; accepted: H and W of at least {1 if ceil_mode else stride}"
         )
-
-
-def _output_size(x: torch.Tensor, stride: int, ceil_mode: bool) -> tuple[int, int]:
-    up = stride - 1 if ceil_mode else 0
-    return (x.shape[2] + up) // stride, (x.shape[3] + up) // stride
 
 
 def _layout(x: torch.Tensor) -> torch.memory_format:
@@ -122,7 +118,7 @@ def _layout(x: torch.Tensor) -> torch.memory_format:
 def _fake_forward(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: int, ceil_mode: bool
 ) -> torch.Tensor:
-    size = (x.shape[0], weight.shape[0], *_output_size(x, stride, ceil_mode))
+    size = (x.shape[0], weight.shape[0], *output_size(x, stride, ceil_mode))
     return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=_layout(x))
 
 
@@ -163,5 +159,5 @@ def register(namespace: str) -> None:
     torch.library.register_autograd(f"{namespace}::avgpool_conv1x1_forward", backward, setup_context=_setup_context)
 
 
-if "cpu" not in not_loaded:
-    register("fasttricks")
+for loaded in loaded_namespaces():
+    register(loaded)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from ..backend import not_loaded, ops_for
+from ..backend import loaded_namespaces, ops_for
 from ..reference import bn_relu as plain
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -320,5 +320,5 @@ def register(namespace: str) -> None:
     autograd("bn_add_relu_apply", residual=True, training=False)
 
 
-if "cpu" not in not_loaded:
-    register("fasttricks")
+for loaded in loaded_namespaces():
+    register(loaded)

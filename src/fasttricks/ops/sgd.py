@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backend import not_loaded, ops_for
+from ..backend import loaded_namespaces, ops_for
 from ..reference import sgd as _reference
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -218,5 +218,5 @@ def register(namespace: str) -> None:
         torch.library.register_fake(f"{namespace}::{name}", _fake)
 
 
-if "cpu" not in not_loaded:
-    register("fasttricks")
+for loaded in loaded_namespaces():
+    register(loaded)

@@ -6,6 +6,12 @@ import torch
 import torch.nn.functional as F
 
 
+def output_size(x: torch.Tensor, stride: int, ceil_mode: bool) -> tuple[int, int]:
+    """(H', W') of x's pooled image: windows that overhang the edge count with ceil_mode."""
+    up = stride - 1 if ceil_mode else 0
+    return (x.shape[2] + up) // stride, (x.shape[3] + up) // stride
+
+
 def avgpool_conv1x1(
     x: torch.Tensor,
     weight: torch.Tensor,

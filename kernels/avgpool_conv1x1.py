@@ -1,0 +1,263 @@
+"""avgpool_conv1x1 in Triton: checks, tiles and registration. The formulas stand in avgpool_conv1x1_kernels.py.
+
+No tensor descriptors (TMA): a window's rows and columns lie apart by strides of 2, and its values must be summed in
+registers before the product, so that a box copied to shared memory could not be an operand; and the weight, which
+could, stays in the L2 cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from ..reference.avgpool_conv1x1 import output_size
+from . import avgpool_conv1x1_kernels as kernels
+from . import launch as launching
+
+SUM_BLOCK = 512
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows, columns and depth of a program's product, its warps, and the stages of its loop's loads."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int = 2
+
+
+@dataclass(frozen=True)
+class Shape:
+    """x and y as kernels are told of them."""
+
+    n: int
+    c: int
+    h: int
+    w: int
+    o: int
+    ho: int
+    wo: int
+    stride: int
+    nhwc: bool
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(op: str, x: Tensor, weight: Tensor, stride: int, ceil_mode: bool) -> Shape:
+        def fail(name: str, given: str, accepted: str) -> None:
+            raise ValueError(f"{op}: {name} {given}; accepted: {accepted}")
+
+        if x.dim() != 4 or x.dtype not in launching.DTYPES:
+            fail(
+                "x", f"has shape {tuple(x.shape)} and dtype {x.dtype}",
+                "4 dimensions (N, C, H, W), float16, bfloat16, float32, float64",
+            )  # fmt: skip
+        if weight.dtype != x.dtype or weight.device != x.device:
+            fail("weight", f"has dtype {weight.dtype} and is on {weight.device}", f"{x.dtype} on {x.device}, as x")
+        if weight.dim() != 4 or tuple(weight.shape[1:]) != (x.shape[1], 1, 1) or 0 in weight.shape:
+            fail("weight", f"has shape {tuple(weight.shape)}", f"(Cout, {x.shape[1]}, 1, 1), no size of zero")
+        if stride not in (1, 2):
+            fail("stride", f"is {stride}", "1, 2")
+        n, c, h, w = x.shape
+        ho, wo = output_size(x, stride, ceil_mode)
+        if ho == 0 or wo == 0:
+            fail("x", f"has shape {tuple(x.shape)} and the output would be {ho} x {wo}", "an output that is not empty")
+        nhwc = launching.layout_of(x) == torch.channels_last
+        if stride == 1:  # no windows: all pixels of an image are one row
+            h, w, ho, wo = 1, h * w, 1, h * w
+        return Shape(n, c, h, w, weight.shape[0], ho, wo, stride, nhwc, x.dtype)
+
+    @property
+    def pixels(self) -> int:
+        return self.n * self.ho * self.wo
+
+    @property
+    def full(self) -> bool:
+        """Whether all windows lie inside the image and cover it."""
+        return (self.ho * self.stride, self.wo * self.stride) == (self.h, self.w)
+
+    @property
+    def covered(self) -> bool:
+        """Whether every pixel of x is in a window: floor drops an odd last row or column."""
+        return self.ho * self.stride >= self.h and self.wo * self.stride >= self.w
+
+    @property
+    def narrow(self) -> bool:
+        """Whether rows or planes of NCHW allow no accesses of 16 bytes: each value then has its address in registers."""
+        return not self.nhwc and (self.w % 8 != 0 or self.ho * self.wo % 8 != 0)
+
+    @property
+    def layout(self) -> torch.memory_format:
+        return torch.channels_last if self.nhwc else torch.contiguous_format
+
+    def sizes(self) -> dict[str, int]:
+        v = self._multiples()
+        return {
+            "images": self.n, "c_units": self.c // v["CV"], "o_units": self.o // v["OV"], "h": self.h,
+            "w_units": self.w // v["XV"], "ho": self.ho, "wo": self.wo,
+            "plane_units": self.ho * self.wo // v["YV"],
+        }  # fmt: skip
+
+    def constants(self) -> dict[str, Any]:
+        numel = max(self.n * self.c * self.h * self.w, self.pixels * self.o, self.c * self.o)
+        modes = {"NHWC": self.nhwc, "STRIDE": self.stride, "FULL": self.full}
+        accumulated = tl.float64 if self.dtype == torch.float64 else tl.float32
+        return {**modes, **self._multiples(), "WIDE": numel >= launching.WIDE_FROM, "ACC": accumulated}
+
+    def _multiples(self) -> dict[str, int]:
+        """What the sizes are known to be multiples of, up to the elements of 16 bytes."""
+        most = 16 // self.dtype.itemsize
+
+        def known(size: int) -> int:
+            return next(v for v in (8, 4, 2, 1) if v <= most and size % v == 0)
+
+        sizes = {"CV": self.c, "OV": self.o, "XV": self.w, "YV": self.ho * self.wo}
+        return {name: known(size) for name, size in sizes.items()}
+
+
+def _pow2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+# of float32 and float64, by bytes: pixels (or output channels) x channels x depth
+PLAIN_TILES = {4: Tile(64, 64, 16, 8), 8: Tile(64, 32, 16, 8)}
+
+
+def output_tile(shape: Shape, columns: int, spread: bool) -> Tile:
+    """The tile, pixels x channels x depth, of y, or (spread) of dx, with so many channels."""
+    if shape.dtype.itemsize > 2:
+        return PLAIN_TILES[shape.dtype.itemsize]
+    if columns <= 128:
+        return Tile(64, max(16, _pow2(columns)), 32, 4)
+    # x (or dy) is read once for each tile of columns; those spread over the columns of NCHW take more registers
+    return Tile(64, 128 if shape.narrow or (spread and not shape.nhwc) else 256, 32, 8)
+
+
+def weight_tile(shape: Shape) -> Tile:
+    """The tile, output channels x input channels x pixels, of dW."""
+    return PLAIN_TILES.get(shape.dtype.itemsize, Tile(128, 64, 32, 8 if shape.narrow else 4))
+
+
+def _up(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def avgpool_conv1x1_forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, ceil_mode: bool) -> Tensor:
+    """y; see fasttricks.avgpool_conv1x1."""
+    op = "avgpool_conv1x1_forward"
+    shape = Shape.of(op, x, weight, stride, ceil_mode)
+    if bias is not None and (bias.shape != (shape.o,) or bias.dtype != x.dtype or bias.device != x.device):
+        raise ValueError(
+            f"{op}: bias has shape {tuple(bias.shape)} and dtype {bias.dtype} on {bias.device}; "
+            f"accepted: ({shape.o},), {x.dtype} on {x.device}"
+        )
+    size = (shape.n, shape.o, *output_size(x, stride, ceil_mode))
+    y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=shape.layout)
+    if y.numel() == 0:
+        return y
+    tensors = {
+        "x": x.contiguous(memory_format=shape.layout),
+        "weight": weight.contiguous(),
+        "bias": None if bias is None else bias.contiguous(),
+        "y": y,
+    }
+    _pixels_by_channels(kernels.pool_conv_forward_kernel, shape, tensors, output_tile(shape, shape.o, spread=False))
+    return y
+
+
+def _pixels_by_channels(kernel: Any, shape: Shape, tensors: Mapping[str, Tensor | None], tile: Tile) -> None:
+    columns = shape.o if "y" in tensors else shape.c
+    grid = (_up(shape.pixels, tile.m) * _up(columns, tile.n),)
+    constants = {**shape.constants(), "Q": tile.m, "N": tile.n, "K": tile.k}
+    launching.launch(kernel, grid, {**tensors, **shape.sizes()}, constants, tile.warps, tile.stages)
+
+
+def avgpool_conv1x1_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, stride: int, ceil_mode: bool, need_dx: bool, need_dweight: bool,
+    need_dbias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dx, dweight, dbias), empty where not needed; dweight has the strides of weight."""
+    op = "avgpool_conv1x1_backward"
+    shape = Shape.of(op, x, weight, stride, ceil_mode)
+    size = (shape.n, shape.o, *output_size(x, stride, ceil_mode))
+    if tuple(dy.shape) != size or dy.dtype != x.dtype or dy.device != x.device:
+        raise ValueError(
+            f"{op}: dy has shape {tuple(dy.shape)} and dtype {dy.dtype} on {dy.device}; "
+            f"accepted: {size}, {x.dtype} on {x.device}"
+        )
+    dx = x.new_empty(0)
+    if need_dx:
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=shape.layout)
+    dweight = torch.empty_like(weight) if need_dweight else weight.new_empty(0)
+    dbias = weight.new_empty(shape.o if need_dbias else 0)
+    if shape.n == 0:
+        return dx, dweight.zero_(), dbias.zero_()
+    dy = dy.contiguous(memory_format=shape.layout)
+    if need_dx:
+        if not shape.covered:
+            dx.zero_()
+        tensors = {"dy": dy, "weight": weight.contiguous(), "dx": dx}
+        _pixels_by_channels(kernels.pool_conv_input_kernel, shape, tensors, output_tile(shape, shape.c, spread=True))
+    if need_dweight:
+        _dweight(dy, x.contiguous(memory_format=shape.layout), shape, dweight)
+    if need_dbias:
+        _dbias(dy, shape, dbias)
+    return dx, dweight, dbias
+
+
+def _splits(shape: Shape, tiles: int, depth: int, device: torch.device) -> tuple[int, int]:
+    """(splits, steps of each): the device is full, and no split is shorter than eight steps."""
+    steps = _up(shape.pixels, depth)
+    wish = max(1, min(launching.programs(device) // (2 * tiles), _up(steps, 8)))
+    per_split = _up(steps, wish)
+    return _up(steps, per_split), per_split
+
+
+def _partial(like: Tensor, splits: int) -> Tensor:
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return torch.empty((splits, like.numel()), dtype=dtype, device=like.device)
+
+
+def _sum_to(out: Tensor, partial: Tensor) -> None:
+    dense = out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype, device=out.device)
+    arguments = {"partial": partial, "out": dense, "numel": out.numel(), "splits": partial.shape[0]}
+    grid = (_up(out.numel(), SUM_BLOCK),)
+    launching.launch(kernels.pool_conv_sum_kernel, grid, arguments, {"BLOCK": SUM_BLOCK}, 4)
+    if dense is not out:
+        out.copy_(dense)
+
+
+def _dweight(dy: Tensor, x: Tensor, shape: Shape, dweight: Tensor) -> None:
+    tile = weight_tile(shape)
+    tiles = _up(shape.o, tile.m) * _up(shape.c, tile.n)
+    splits, steps = _splits(shape, tiles, tile.k, x.device)
+    partial = _partial(dweight, splits)
+    arguments = {"dy": dy, "x": x, "partial": partial, **shape.sizes(), "steps": steps}
+    constants = {**shape.constants(), "M": tile.m, "N": tile.n, "K": tile.k}
+    kernel = kernels.pool_conv_weight_kernel
+    launching.launch(kernel, (tiles, splits), arguments, constants, tile.warps, tile.stages)
+    _sum_to(dweight, partial)
+
+
+def _dbias(dy: Tensor, shape: Shape, dbias: Tensor) -> None:
+    m, k = (64, 64) if shape.nhwc else (4, 1024)
+    tiles = _up(shape.o, m)
+    splits, steps = _splits(shape, tiles, k, dy.device)
+    partial = _partial(dbias, splits)
+    sizes, modes = shape.sizes(), shape.constants()
+    arguments = {"dy": dy, "partial": partial, "steps": steps}
+    arguments |= {name: sizes[name] for name in ("images", "o_units", "plane_units")}
+    constants = {name: modes[name] for name in ("NHWC", "OV", "YV", "WIDE", "ACC")}
+    constants |= {"M": m, "K": k}
+    launching.launch(kernels.pool_conv_bias_kernel, (tiles, splits), arguments, constants, 4)
+    _sum_to(dbias, partial)
+
+
+launching.define(avgpool_conv1x1_forward)
+launching.define(avgpool_conv1x1_backward)
