@@ -89,7 +89,7 @@ class Shape:
 
     @property
     def narrow(self) -> bool:
-        """Whether rows or planes of NCHW allow no accesses of 16 bytes: each value then has its address in registers."""
+        """Whether NCHW's rows or planes allow no accesses of 16 bytes: each value then has its address in registers."""
         return not self.nhwc and (self.w % 8 != 0 or self.ho * self.wo % 8 != 0)
 
     @property
@@ -125,7 +125,7 @@ def _pow2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-# of float32 and float64, by bytes: pixels (or output channels) x channels x depth
+# of y and dx, by the bytes of float32 and float64
 PLAIN_TILES = {4: Tile(64, 64, 16, 8), 8: Tile(64, 32, 16, 8)}
 
 
@@ -134,14 +134,16 @@ def output_tile(shape: Shape, columns: int, spread: bool) -> Tile:
     if shape.dtype.itemsize > 2:
         return PLAIN_TILES[shape.dtype.itemsize]
     if columns <= 128:
-        return Tile(64, max(16, _pow2(columns)), 32, 4)
+        return Tile(64, max(16, _pow2(columns)), 32, 8 if shape.narrow else 4)
     # x (or dy) is read once for each tile of columns; those spread over the columns of NCHW take more registers
     return Tile(64, 128 if shape.narrow or (spread and not shape.nhwc) else 256, 32, 8)
 
 
 def weight_tile(shape: Shape) -> Tile:
     """The tile, output channels x input channels x pixels, of dW."""
-    return PLAIN_TILES.get(shape.dtype.itemsize, Tile(128, 64, 32, 8 if shape.narrow else 4))
+    if shape.dtype.itemsize > 2:
+        return Tile(64, 32, 16, 8, stages=1)
+    return Tile(128, 64, 32, 8 if shape.narrow and shape.stride == 2 else 4)
 
 
 def _up(a: int, b: int) -> int:

@@ -23,7 +23,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from fasttricks.kernels import bn_relu, launch, sgd  # noqa: E402
+from fasttricks.kernels import avgpool_conv1x1, bn_relu, launch, sgd  # noqa: E402
 
 TARGETS = (80, 90, 100)
 TYPES = {
@@ -49,17 +49,29 @@ REGISTERS = {
     "sgd_norms_kernel": 40,
     "sgd_step_kernel": 80,
     "sgd_count_kernel": 40,
+    "pool_conv_forward_kernel": 176,
+    "pool_conv_input_kernel": 176,
+    "pool_conv_weight_kernel": 208,
+    "pool_conv_bias_kernel": 80,
+    "pool_conv_sum_kernel": 40,
 }
 # activations and parameters are read, or written, 128 bits at a time in these
 WIDE_LOADS = (
     "bn_stats_kernel", "bn_apply_kernel", "bn_backward_reduce_kernel", "bn_backward_apply_kernel", "sgd_check_kernel",
-    "sgd_step_kernel",
+    "sgd_step_kernel", "pool_conv_forward_kernel", "pool_conv_input_kernel", "pool_conv_weight_kernel",
+    "pool_conv_bias_kernel",
 )  # fmt: skip
-WIDE_STORES = ("bn_apply_kernel", "bn_backward_apply_kernel", "sgd_step_kernel")
+WIDE_STORES = (
+    "bn_apply_kernel", "bn_backward_apply_kernel", "sgd_step_kernel", "pool_conv_forward_kernel",
+    "pool_conv_input_kernel", "pool_conv_weight_kernel",
+)  # fmt: skip
 
-WIDE = re.compile(r"(ld|st)\.global\S*\.(v4\.b32|v2\.b64|v8\.b32|v4\.b64)")
+WIDE = re.compile(r"(ld|st)\.global\S*\.(v4\.b32|v2\.b64|v8\.b32|v4\.b64)|cp\.async\.cg\S*")
+TENSOR_CORES = ("pool_conv_forward_kernel", "pool_conv_input_kernel", "pool_conv_weight_kernel")
+PRODUCTS = {80: r"mma\.sync", 90: r"wgmma\.mma_async", 100: r"tcgen05\.mma"}
 
-Launch = tuple[Any, dict[str, Any], dict[str, Any], int]
+# kernel, arguments, constants, warps, stages
+Launch = tuple[Any, dict[str, Any], dict[str, Any], int, int]
 
 
 def meta(shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format) -> torch.Tensor:
@@ -81,13 +93,16 @@ def bn_launches(dtype: torch.dtype, layout: torch.memory_format, shape: tuple[in
 def taken_down(run: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
     launches: list[Launch] = []
     sgd._kept_table.cache_clear()
-    monkeypatch.setattr(launch, "launch", lambda kernel, grid, a, c, warps: launches.append((kernel, a, c, warps)))
+    monkeypatch.setattr(
+        launch, "launch", lambda kernel, grid, a, c, warps, stages=1: launches.append((kernel, a, c, warps, stages))
+    )
     run()
     return launches
 
 
-def compiled(kernel: Any, arguments: dict[str, Any], constants: dict[str, Any], warps: int, target: int) -> Any:
+def compiled(launched: Launch, target: int) -> Any:
     """The launch compiled as the launcher compiles it: pointers aligned to 16 bytes, sizes of unknown divisibility."""
+    kernel, arguments, constants, warps, stages = launched
     signature, attributes, values = {}, {}, dict(constants)
     for position, name in enumerate(kernel.arg_names):
         value = arguments.get(name)
@@ -103,7 +118,9 @@ def compiled(kernel: Any, arguments: dict[str, Any], constants: dict[str, Any], 
     source = ASTSource(
         kernel, signature, constexprs={(kernel.arg_names.index(k),): v for k, v in values.items()}, attrs=attributes
     )
-    return triton.compile(source, target=GPUTarget("cuda", target, 32), options={"num_warps": warps})
+    return triton.compile(
+        source, target=GPUTarget("cuda", target, 32), options={"num_warps": warps, "num_stages": stages}
+    )
 
 
 def resources(cubin: bytes, tmp_path: Path) -> tuple[int, int]:
@@ -169,25 +186,66 @@ def test_sgd(
     check(lambda: sgd_launches(dtype, grad_dtype), "sgd_", target, tmp_path, monkeypatch)
 
 
+@pytest.mark.parametrize("target", TARGETS, ids="sm_{}".format)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize(
+    ("dtype", "shape"),
+    [
+        (torch.float16, (256, 256, 56, 56)),
+        (torch.bfloat16, (256, 1024, 14, 14)),
+        (torch.float32, (256, 256, 56, 56)),
+        (torch.float32, (256, 1024, 14, 14)),
+        (torch.float16, (1024, 256, 128, 128)),
+        (torch.float16, (64, 32, 57, 57)),
+    ],
+    ids=["fp16", "bf16-14x14", "fp32", "fp32-14x14", "fp16-2^31", "fp16-57x57"],
+)
+def test_avgpool_conv1x1(
+    dtype: torch.dtype, shape: tuple[int, ...], layout: torch.memory_format, target: int, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def run() -> None:
+        x = meta(shape, dtype, layout)
+        weight = torch.empty(2 * shape[1], shape[1], 1, 1, dtype=dtype, device="meta")
+        for stride in (1, 2):
+            y = avgpool_conv1x1.avgpool_conv1x1_forward(x, weight, weight[:, 0, 0, 0].contiguous(), stride, True)
+            avgpool_conv1x1.avgpool_conv1x1_backward(y, x, weight, stride, True, True, True, True)
+
+    check(run, "pool_conv_", target, tmp_path, monkeypatch)
+
+
 def check(run: Callable[[], None], prefix: str, target: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiles the launches of `run`, in which every kernel with this prefix must be, and checks each."""
     launches = taken_down(run, monkeypatch)
     assert {kernel.__name__ for kernel, *_ in launches} == {name for name in REGISTERS if name.startswith(prefix)}
     seen = set()
-    for kernel, arguments, constants, warps in launches:
+    for launched in launches:
+        kernel, arguments, constants, *_ = launched
         name = kernel.__name__
         key = (name, tuple(k for k, v in arguments.items() if v is None), tuple(constants.items()))
         if key in seen:
             continue
         seen.add(key)
-        binary = compiled(kernel, arguments, constants, warps, target)
+        binary = compiled(launched, target)
         registers, spilled = resources(binary.asm["cubin"], tmp_path)
         assert spilled == 0, f"{name} uses {spilled} bytes of local memory"
         assert registers <= REGISTERS[name], f"{name} has {registers} registers"
-        # planes of 7x7 pixels start at odd offsets: no wide access exists in the reductions' two-dimensional tiles
-        odd = constants.get("VEC") == 1 and "ROWS" in constants
         ptx = binary.asm["ptx"]
-        if name in WIDE_LOADS and not odd:
-            assert any(WIDE.fullmatch(access) for access in re.findall(r"ld\.global\S*", ptx)), name
-        if name in WIDE_STORES:  # the bit mask of the ReLU is one byte a thread
+        if name in WIDE_LOADS and not narrow(arguments, constants):
+            assert any(WIDE.fullmatch(access) for access in re.findall(r"ld\.global\S*|cp\.async\S*", ptx)), name
+        if name in WIDE_STORES and not narrow(arguments, constants):  # the bit mask of the ReLU is one byte a thread
             assert {a for a in re.findall(r"st\.global\S*", ptx) if not WIDE.fullmatch(a)} <= {"st.global.b8"}, name
+        if name in TENSOR_CORES and arguments["dy" if "dy" in arguments else "x"].dtype.itemsize == 2:
+            # tiles of few channels are too small for the instructions of whole groups of warps
+            few = min(constants[size] for size in "QMN" if size in constants) < 64
+            assert re.search("|".join(PRODUCTS.values()) if few else PRODUCTS[target], ptx), name
+
+
+def narrow(arguments: dict[str, Any], constants: dict[str, Any]) -> bool:
+    """Whether it is NCHW with planes or rows, of 7 or 14 pixels, that start between the places of wide accesses."""
+    if constants.get("NHWC", True):
+        return False
+    if "ROWS" in constants:  # the two-dimensional tiles of bn_relu's reductions
+        return constants["VEC"] == 1
+    size = next(t.dtype.itemsize for t in arguments.values() if isinstance(t, torch.Tensor))
+    return min(constants.get(v, 8) for v in ("XV", "YV")) * size < 16

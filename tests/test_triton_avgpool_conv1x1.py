@@ -1,0 +1,139 @@
+"""avgpool_conv1x1 in Triton: determinism, offsets, splits, bytes, errors. test_avgpool_conv1x1.py has the values."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import LAYOUTS, relative_error
+from triton_meter import metered
+
+from fasttricks.backend import why_not
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+if reason := why_not("triton", DEVICE):
+    pytest.skip(f"triton: {reason}", allow_module_level=True)
+
+from fasttricks.kernels import avgpool_conv1x1 as implementation  # noqa: E402
+from fasttricks.kernels import launch as launching  # noqa: E402
+
+ops = torch.ops.fasttricks_triton
+
+
+def tensors(n: int, c: int, h: int, w: int, o: int, layout: torch.memory_format) -> list[torch.Tensor]:
+    """x, weight, bias and a gradient of y, for windows that do not overhang."""
+    x, dy = (
+        torch.randn(shape, device=DEVICE).half().contiguous(memory_format=layout)
+        for shape in ((n, c, h, w), (n, o, h // 2, w // 2))
+    )
+    weight, bias = torch.randn(o, c, 1, 1, device=DEVICE).half(), torch.randn(o, device=DEVICE).half()
+    return [x, weight, bias, dy]
+
+
+def results(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, dy: torch.Tensor) -> list[torch.Tensor]:
+    y = ops.avgpool_conv1x1_forward(x, weight, bias, 2, False)
+    return [y, *ops.avgpool_conv1x1_backward(dy, x, weight, 2, False, True, True, True)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
+def test_same_bits_and_64_bit_offsets(layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch) -> None:
+    for shape in ((3, 40, 8, 16, 24), (2, 17, 7, 9, 33)):
+        given = tensors(*shape, layout)
+        first, second = results(*given), results(*given)
+        with monkeypatch.context() as patch:
+            patch.setattr(launching, "WIDE_FROM", 0)
+            wide = results(*given)
+        for other in (second, wide):
+            assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
+def test_many_splits(layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sums over the pixels in more parts than one, the last of them shorter."""
+    monkeypatch.setattr(launching, "programs", lambda device: 64)
+    x, weight, _, dy = tensors(6, 9, 34, 34, 20, layout)
+    shape = implementation.Shape.of("", x, weight, 2, False)
+    splits, steps = implementation._splits(shape, 1, 32, x.device)
+    assert splits > 2
+    assert splits * steps * 32 > shape.pixels + 32
+    _, dweight, dbias = ops.avgpool_conv1x1_backward(dy, x, weight, 2, False, False, True, True)
+    pooled = F.avg_pool2d(x.double(), 2)
+    exact = torch.einsum("nohw,nchw->oc", dy.double(), pooled)
+    assert relative_error(dweight[:, :, 0, 0].cpu(), exact.cpu()) < 1e-3
+    assert relative_error(dbias.cpu(), dy.double().sum((0, 2, 3)).cpu()) < 1e-3
+
+
+def test_only_what_is_needed_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, _, dy = tensors(1, 4, 4, 4, 4, torch.contiguous_format)
+    names: list[str] = []
+    monkeypatch.setattr(launching, "launch", lambda kernel, *rest: names.append(kernel.__name__))
+    for need in itertools.product((False, True), repeat=3):
+        del names[:]
+        out = implementation.avgpool_conv1x1_backward(dy, x, weight, 2, False, *need)
+        assert [t.numel() > 0 for t in out] == list(need)
+        want = ["pool_conv_input_kernel"] * need[0]
+        want += ["pool_conv_weight_kernel", "pool_conv_sum_kernel"] * need[1]
+        assert names == want + ["pool_conv_bias_kernel", "pool_conv_sum_kernel"] * need[2]
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"x": torch.ones(2, 4, 6)}, r"x has shape \(2, 4, 6\)"),
+    ({"x": torch.ones(2, 4, 6, 6, dtype=torch.int64)}, "x has shape .*int64"),
+    ({"weight": torch.ones(3, 5, 1, 1)}, r"weight has shape \(3, 5, 1, 1\); accepted: \(Cout, 4, 1, 1\)"),
+    ({"weight": torch.ones(3, 4, 1, 1).half()}, "weight has dtype torch.float16"),
+    ({"bias": torch.ones(4)}, r"bias has shape \(4,\)"),
+    ({"stride": 3}, "stride is 3; accepted: 1, 2"),
+    ({"x": torch.ones(2, 4, 1, 6)}, "the output would be 0 x 3"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG)
+def test_wrong_arguments_name_themselves(change: dict[str, Any], message: str) -> None:
+    given = {
+        "x": torch.ones(2, 4, 6, 6),
+        "weight": torch.ones(3, 4, 1, 1),
+        "bias": torch.ones(3),
+        "stride": 2,
+        **change,
+    }
+    moved = [v.to(DEVICE) if isinstance(v, torch.Tensor) else v for v in given.values()]
+    with pytest.raises(ValueError, match=message):
+        ops.avgpool_conv1x1_forward(*moved, False)
+
+
+def test_a_gradient_of_another_shape() -> None:
+    x, weight, _, dy = tensors(1, 4, 4, 4, 4, torch.contiguous_format)
+    with pytest.raises(ValueError, match=r"dy has shape \(1, 4, 2, 1\)"):
+        ops.avgpool_conv1x1_backward(dy[..., :1], x, weight, 2, False, True, True, True)
+
+
+@pytest.mark.skipif(not launching.INTERPRETED, reason="bytes are counted by the interpreter only")
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
+def test_bytes(layout: torch.memory_format) -> None:
+    """Every operand once for each tile of the other's side, every result once."""
+    n, c, h, w, o = 2, 192, 16, 16, 320
+    x, weight, _, dy = tensors(n, c, h, w, o, layout)
+    shape = implementation.Shape.of("", x, weight, 2, False)
+
+    def tiles(size: int, tile: int) -> int:
+        return -(-size // tile)
+
+    def size(t: torch.Tensor) -> int:
+        return t.numel() * t.element_size()
+
+    with metered() as meter:
+        meter.watched += [x, weight, dy]
+        ops.avgpool_conv1x1_forward(x, weight, None, 2, False)
+        tile = implementation.output_tile(shape, o, spread=False)
+        assert meter.take() == tiles(o, tile.n) * size(x) + tiles(shape.pixels, tile.m) * size(weight)
+        ops.avgpool_conv1x1_backward(dy, x, weight, 2, False, True, False, False)
+        tile = implementation.output_tile(shape, c, spread=True)
+        assert meter.take() == tiles(c, tile.n) * size(dy) + tiles(shape.pixels, tile.m) * size(weight)
+        ops.avgpool_conv1x1_backward(dy, x, weight, 2, False, False, True, False)
+        tile = implementation.weight_tile(shape)
+        assert meter.take() == tiles(c, tile.n) * size(dy) + tiles(o, tile.m) * size(x)
+        ops.avgpool_conv1x1_backward(dy, x, weight, 2, False, False, False, True)
+        assert meter.take() == size(dy)
