@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 SOURCES := $(shell git ls-files '*.py')
 CXX_SOURCES := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.h')
 
-.PHONY: train test lint bench bench-traffic wheel wheel-matrix clean
+.PHONY: train test test-oldest-triton lint bench bench-traffic wheel wheel-matrix clean
 
 $(VENV)/ready: pyproject.toml setup.py build_libraries.py
 	$(PYTHON) -m venv $(VENV)
@@ -27,7 +27,15 @@ train: libraries
 # Triton's interpreter replaces its compiler for a whole process: what it runs has one of its own.
 test: libraries lint
 	$(PY) -m pytest tests
-	TRITON_INTERPRET=1 $(PY) -m pytest tests -k triton
+	TRITON_INTERPRET=1 $(PY) -m pytest tests -k "triton or registration"
+
+# The oldest Triton that is claimed, and a NumPy of its time, which its interpreter needs.
+OLDEST := build/triton-oldest
+test-oldest-triton: libraries
+	rm -rf $(OLDEST)
+	$(PY) -m pip install -q --no-deps --target $(OLDEST) triton==3.4.0 numpy==2.2.6
+	PYTHONPATH=$(OLDEST) TRITON_INTERPRET=1 $(PY) -m pytest $(wildcard tests/test_triton_*.py)
+	PYTHONPATH=$(OLDEST) $(PY) -m pytest tests/static/test_triton_aot.py -k sm_90
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .

@@ -125,15 +125,17 @@ def test_bytes(layout: torch.memory_format) -> None:
         return t.numel() * t.element_size()
 
     with metered() as meter:
-        meter.watched += [x, weight, dy]
-        ops.avgpool_conv1x1_forward(x, weight, None, 2, False)
+        y = ops.avgpool_conv1x1_forward(x, weight, None, 2, False)
         tile = implementation.output_tile(shape, o, spread=False)
-        assert meter.take() == tiles(o, tile.n) * size(x) + tiles(shape.pixels, tile.m) * size(weight)
-        ops.avgpool_conv1x1_backward(dy, x, weight, 2, False, True, False, False)
+        want = tiles(o, tile.n) * size(x) + tiles(shape.pixels, tile.m) * size(weight) + size(y)
+        assert meter.take(x, weight, y) == (want, 0, 1)
+        dx, *_ = ops.avgpool_conv1x1_backward(dy, x, weight, 2, False, True, False, False)
         tile = implementation.output_tile(shape, c, spread=True)
-        assert meter.take() == tiles(c, tile.n) * size(dy) + tiles(shape.pixels, tile.m) * size(weight)
-        ops.avgpool_conv1x1_backward(dy, x, weight, 2, False, False, True, False)
+        want = tiles(c, tile.n) * size(dy) + tiles(shape.pixels, tile.m) * size(weight) + size(dx)
+        assert meter.take(dy, weight, dx) == (want, 0, 1)
+        _, dweight, _ = ops.avgpool_conv1x1_backward(dy, x, weight, 2, False, False, True, False)
         tile = implementation.weight_tile(shape)
-        assert meter.take() == tiles(c, tile.n) * size(dy) + tiles(o, tile.m) * size(x)
-        ops.avgpool_conv1x1_backward(dy, x, weight, 2, False, False, False, True)
-        assert meter.take() == size(dy)
+        want = tiles(c, tile.n) * size(dy) + tiles(o, tile.m) * size(x) + size(dweight)
+        assert meter.take(dy, x, dweight) == (want, 2 * 2 * size(dweight), 2), "one partial sum, written and read"
+        *_, dbias = ops.avgpool_conv1x1_backward(dy, x, weight, 2, False, False, False, True)
+        assert meter.take(dy, dbias) == (size(dy) + size(dbias), 2 * 2 * size(dbias), 2)

@@ -1,9 +1,10 @@
-"""The traffic meter of the Triton kernels: bytes that loads and stores move under the interpreter."""
+"""The traffic meter of the Triton kernels: launches, and the bytes that loads and stores move under the interpreter."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,22 +12,32 @@ import torch
 
 
 class Meter:
-    """Counts the bytes of the tensors in `watched` that are loaded and stored."""
+    """Counts since the last take(). An address that several elements of one access read is read once."""
 
     def __init__(self) -> None:
-        self.watched: list[torch.Tensor] = []
-        self.moved = 0
+        self.launches = 0
+        self._accesses: list[tuple[np.ndarray, int]] = []
+        # no tensor of a launch may be freed before take(), and its memory become another's
+        self._alive: list[Any] = []
 
-    def count(self, addresses: np.ndarray, valid: np.ndarray, itemsize: int) -> None:
-        at = addresses[np.broadcast_to(valid, addresses.shape)].astype(np.int64)
-        for t in self.watched:
-            start = t.data_ptr()
-            self.moved += itemsize * int(((at >= start) & (at < start + t.numel() * t.element_size())).sum())
+    def launched(self, arguments: dict[str, Any]) -> None:
+        self.launches += 1
+        self._alive.append(arguments)
 
-    def take(self) -> int:
-        """The bytes since the last call."""
-        moved, self.moved = self.moved, 0
-        return moved
+    def accessed(self, addresses: np.ndarray, valid: np.ndarray, itemsize: int) -> None:
+        self._accesses.append((np.unique(addresses[np.broadcast_to(valid, addresses.shape)]), itemsize))
+
+    def take(self, *tensors: torch.Tensor) -> tuple[int, int, int]:
+        """(bytes of these tensors, bytes of all others, launches)."""
+        of_these = total = 0
+        spans = [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors]
+        for addresses, itemsize in self._accesses:
+            total += itemsize * addresses.size
+            for start, end in spans:
+                of_these += itemsize * int(np.diff(np.searchsorted(addresses, np.array([start, end], np.uint64)))[0])
+        launches = self.launches
+        self.launches, self._accesses, self._alive = 0, [], []
+        return of_these, total - of_these, launches
 
 
 @contextlib.contextmanager
@@ -34,21 +45,29 @@ def metered() -> Iterator[Meter]:
     """Within this context the interpreter's accesses are counted."""
     from triton.runtime.interpreter import InterpreterBuilder
 
-    made = Meter()
-    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+    from fasttricks.kernels import launch as launching
 
-    def size(pointer: object) -> int:
+    meter = Meter()
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+    launch = launching.launch
+
+    def size(pointer: Any) -> int:
         return pointer.get_element_ty().primitive_bitwidth // 8
 
-    def metered_load(self: object, pointer, mask, *rest, **named):  # type: ignore[no-untyped-def]
-        made.count(pointer.data, mask.data, size(pointer))
+    def metered_load(self: object, pointer: Any, mask: Any, *rest: Any, **named: Any) -> Any:
+        meter.accessed(pointer.data, mask.data, size(pointer))
         return load(self, pointer, mask, *rest, **named)
 
-    def metered_store(self: object, pointer, value, mask, *rest, **named):  # type: ignore[no-untyped-def]
-        made.count(pointer.data, mask.data, size(pointer))
+    def metered_store(self: object, pointer: Any, value: Any, mask: Any, *rest: Any, **named: Any) -> Any:
+        meter.accessed(pointer.data, mask.data, size(pointer))
         return store(self, pointer, value, mask, *rest, **named)
+
+    def metered_launch(kernel: Any, grid: Any, arguments: dict[str, Any], *rest: Any) -> None:
+        meter.launched(arguments)
+        launch(kernel, grid, arguments, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(InterpreterBuilder, "create_masked_load", metered_load)
         patch.setattr(InterpreterBuilder, "create_masked_store", metered_store)
-        yield made
+        patch.setattr(launching, "launch", metered_launch)
+        yield meter

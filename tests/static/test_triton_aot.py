@@ -23,7 +23,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from fasttricks.kernels import avgpool_conv1x1, bn_relu, launch, sgd  # noqa: E402
+from fasttricks.kernels import avgpool_conv1x1, bn_relu, launch, sgd, version  # noqa: E402
 
 TARGETS = (80, 90, 100)
 TYPES = {
@@ -35,7 +35,8 @@ TYPES = {
     torch.int64: "*i64",
 }
 EPS = 1e-5
-# registers a thread at most, by kernel: at 64 a multiprocessor holds 1024 threads, half of what it can, at 96 a third
+# registers a thread at most, by kernel: at 64 a multiprocessor holds 1024 threads, half of what it can, at 96 a third.
+# As Triton 3.8 allocates them; older ones take up to a quarter more.
 REGISTERS = {
     "bn_stats_kernel": 96,
     "bn_merge_kernel": 40,
@@ -229,7 +230,8 @@ def check(run: Callable[[], None], prefix: str, target: int, tmp_path: Path, mon
         binary = compiled(launched, target)
         registers, spilled = resources(binary.asm["cubin"], tmp_path)
         assert spilled == 0, f"{name} uses {spilled} bytes of local memory"
-        assert registers <= REGISTERS[name], f"{name} has {registers} registers"
+        most = REGISTERS[name] if version() >= (3, 8) else REGISTERS[name] * 5 // 4
+        assert registers <= most, f"{name} has {registers} registers"
         ptx = binary.asm["ptx"]
         if name in WIDE_LOADS and not narrow(arguments, constants):
             assert any(WIDE.fullmatch(access) for access in re.findall(r"ld\.global\S*|cp\.async\S*", ptx)), name
