@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ STATS_TILE = 4096
 BACKWARD_TILE = 2048
 # groups of 8 values in one program of an elementwise pass: one group, 8 values, a thread
 APPLY_GROUPS = 128
+APPLY_LOOPS = 4
 WARPS = 4
 CHANNEL_BLOCK = 128
 
@@ -35,6 +37,7 @@ class Shape:
     inner: int
     nhwc: bool
     numel: int
+    itemsize: int
 
     @staticmethod
     def of(x: Tensor, layout: torch.memory_format) -> Shape:
@@ -42,7 +45,7 @@ class Shape:
         nhwc = layout != torch.contiguous_format
         rows = x.numel() // channels if nhwc else x.shape[0]
         inner = channels if nhwc else x.numel() // (rows * channels)
-        return Shape(rows, channels, inner, nhwc, x.numel())
+        return Shape(rows, channels, inner, nhwc, x.numel(), x.element_size())
 
     @property
     def vec(self) -> int:
@@ -56,13 +59,19 @@ class Shape:
     def count(self) -> int:
         return self.numel // self.channels
 
-    def elementwise(self) -> tuple[tuple[int], dict[str, Any], dict[str, Any]]:
+    def elementwise(self, programs: int) -> tuple[tuple[int], dict[str, Any], dict[str, Any]]:
         """Grid, arguments and constants of a flat pass."""
         vec = 8 if self.vec == 8 else 1
-        groups = -(-self.numel // 8)
-        arguments = {"numel": self.numel, "units": self.inner // vec, "channels": self.channels}
+        tiles = -(-self.numel // (8 * APPLY_GROUPS))
+        units = self.inner // vec
+        # NHWC: tiles so many apart have the same channels, whose parameters, more bytes than 8 values of 16 bits, a
+        # program loads once
+        loops = APPLY_LOOPS if self.nhwc and vec == 8 and self.itemsize == 2 and tiles >= APPLY_LOOPS * programs else 1
+        period = units // math.gcd(units, APPLY_GROUPS) if loops > 1 else 1
+        arguments = {"numel": self.numel, "units": units, "channels": self.channels, "period": period}
         constants = {"NHWC": self.nhwc, "VEC": vec, "FULL": self.numel % 8 == 0, "WIDE": self.wide}
-        return (-(-groups // APPLY_GROUPS),), arguments, {**constants, "GROUPS": APPLY_GROUPS}
+        grid = (-(-tiles // (period * loops)) * period,)
+        return grid, arguments, {**constants, "GROUPS": APPLY_GROUPS, "LOOPS": loops}
 
     def reduction(self, programs: int, tile: int) -> tuple[tuple[int, int], dict[str, Any], dict[str, Any]]:
         """Grid (blocks of channels, splits), arguments and constants of a reduction over all but the channels."""
@@ -156,7 +165,7 @@ def _apply(
     mask = None if residual is None else torch.empty(-(-x.numel() // 8), dtype=torch.uint8, device=x.device)
     if x.numel() == 0:
         return y, mask
-    grid, arguments, constants = Shape.of(x, layout).elementwise()
+    grid, arguments, constants = Shape.of(x, layout).elementwise(launching.programs(x.device))
     tensors = {
         "x": _like_x(x, layout),
         "residual": None if residual is None else _like_x(residual, layout),
@@ -256,7 +265,7 @@ def _backward_apply(
     dresidual = torch.empty_like(dx) if need_dresidual else x.new_empty(0)
     if x.numel() == 0:
         return dx, dresidual
-    grid, arguments, constants = Shape.of(x, layout).elementwise()
+    grid, arguments, constants = Shape.of(x, layout).elementwise(launching.programs(x.device))
     sums = {
         "dweight": dweight.to(inputs["mean"].dtype).contiguous(),
         "dbias": dbias.to(inputs["mean"].dtype).contiguous(),

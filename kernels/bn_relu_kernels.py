@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 # sizes say nothing about alignment (VEC does), so that no shape compiles a kernel again
-_SIZES = ["rows", "units", "channels", "tiles", "per_split", "numel", "splits", "count"]
+_SIZES = ["rows", "units", "channels", "tiles", "per_split", "numel", "period", "splits", "count"]
 
 
 @triton.jit
@@ -157,29 +157,35 @@ def bn_merge_kernel(means, m2s, counts, mean, var, channels, splits, BLOCK: tl.c
 
 @triton.jit(do_not_specialize=_SIZES)
 def bn_apply_kernel(
-    x, residual, weight, bias, mean, var, y, mask, numel, units, channels,
+    x, residual, weight, bias, mean, var, y, mask, numel, units, channels, period,
     EPS: tl.constexpr, NHWC: tl.constexpr, VEC: tl.constexpr, FULL: tl.constexpr, SKIP: tl.constexpr,
-    WIDE: tl.constexpr, GROUPS: tl.constexpr,
+    WIDE: tl.constexpr, GROUPS: tl.constexpr, LOOPS: tl.constexpr,
 ):  # fmt: skip
     """y, and with a residual the bit mask; flat over memory, 8 elements (one mask byte) a group.
 
     SKIP: where weight is 0 and the statistics are finite, so that all x are, x is not read: its term is exactly 0.
     """
-    group, index, valid, channel = _groups(numel, units, channels, NHWC, VEC, FULL, WIDE, GROUPS)
-    m, rstd, w, b = _parameters(weight, bias, mean, var, channel, valid, EPS)
-    live = valid
+    first = _first_tile(period, LOOPS)
+    group, index, valid = _tile(first, numel, FULL, WIDE, GROUPS)
+    m, rstd, w, b = _parameters(
+        weight, bias, mean, var, _channel(group, index, units, channels, NHWC, VEC), valid, EPS
+    )  # fmt: skip
     if SKIP:
-        live = valid & _any_of_group((w != 0) | (m * 0 != 0) | (rstd * 0 != 0))
-    v = tl.load(x + index, mask=live, other=0.0).to(m.dtype)
-    z = _affine(v, m, w * rstd, b)
-    if residual is not None:
-        z += tl.load(residual + index, mask=valid, other=0.0).to(m.dtype)
-    z = z.to(y.dtype.element_ty)
-    through = _passes(z.to(m.dtype))
-    tl.store(y + index, tl.where(through, z, 0.0), mask=valid)
-    if mask is not None:
-        bits = tl.sum((through & valid).to(tl.int32) << tl.arange(0, 8)[None, :], axis=1)
-        tl.store(mask + group, bits[:, None].to(tl.uint8), mask=group * 8 < numel)
+        live = _any_of_group((w != 0) | (m * 0 != 0) | (rstd * 0 != 0))
+    scale = w * rstd
+    for loop in range(0, LOOPS):
+        group, index, valid = _tile(first + loop * period, numel, FULL, WIDE, GROUPS)
+        read = (valid & live) if SKIP else valid
+        v = tl.load(x + index, mask=read, other=0.0).to(m.dtype)
+        z = _affine(v, m, scale, b)
+        if residual is not None:
+            z += tl.load(residual + index, mask=valid, other=0.0).to(m.dtype)
+        z = z.to(y.dtype.element_ty)
+        through = _passes(z.to(m.dtype))
+        tl.store(y + index, tl.where(through, z, 0.0), mask=valid)
+        if mask is not None:
+            bits = tl.sum((through & valid).to(tl.int32) << tl.arange(0, 8)[None, :], axis=1)
+            tl.store(mask + group, bits[:, None].to(tl.uint8), mask=group * 8 < numel)
 
 
 @triton.jit
@@ -189,31 +195,33 @@ def _any_of_group(flags):
 
 
 @triton.jit
-def _groups(
-    numel, units, channels,
-    NHWC: tl.constexpr, VEC: tl.constexpr, FULL: tl.constexpr, WIDE: tl.constexpr, GROUPS: tl.constexpr,
-):  # fmt: skip
-    """Group, element index, validity and channel of a program's elements, 8 in a group."""
-    pid = tl.program_id(0)
+def _tile(tile, numel, FULL: tl.constexpr, WIDE: tl.constexpr, GROUPS: tl.constexpr):
+    """Group, element index and validity of a tile's elements, 8 in a group."""
     if WIDE:
-        pid = pid.to(tl.int64)
-    group = pid * GROUPS + tl.arange(0, GROUPS)[:, None]
-    lane = tl.arange(0, 8)[None, :]
-    index = group * 8 + lane
-    valid = index < numel
-    if FULL:
-        valid = group * 8 < numel
+        tile = tile.to(tl.int64)
+    group = tile * GROUPS + tl.arange(0, GROUPS)[:, None]
+    index = group * 8 + tl.arange(0, 8)[None, :]
+    return group, index, (group * 8 < numel) if FULL else (index < numel)
+
+
+@triton.jit
+def _channel(group, index, units, channels, NHWC: tl.constexpr, VEC: tl.constexpr):
     if VEC == 8:
         if NHWC:
-            channel = (group % units) * 8 + lane
+            return (group % units) * 8 + tl.arange(0, 8)[None, :]
         else:
-            channel = (group // units) % channels
+            return (group // units) % channels
     else:
         if NHWC:
-            channel = index % channels
+            return index % channels
         else:
-            channel = (index // (units * VEC)) % channels
-    return group, index, valid, channel
+            return (index // (units * VEC)) % channels
+
+
+@triton.jit
+def _first_tile(period, LOOPS: tl.constexpr):
+    """Of the LOOPS tiles of a program, which lie `period` tiles apart and so have the same channels."""
+    return tl.program_id(0) // period * (period * LOOPS) + tl.program_id(0) % period
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -265,40 +273,43 @@ def bn_sum_kernel(dweights, dbiases, dweight, dbias, channels, splits, BLOCK: tl
 
 @triton.jit(do_not_specialize=_SIZES)
 def bn_backward_apply_kernel(
-    dy, x, mask, weight, bias, mean, var, dweight, dbias, dx, dresidual, numel, units, channels, count,
+    dy, x, mask, weight, bias, mean, var, dweight, dbias, dx, dresidual, numel, units, channels, period, count,
     EPS: tl.constexpr, NHWC: tl.constexpr, VEC: tl.constexpr, FULL: tl.constexpr, BATCH: tl.constexpr,
-    WIDE: tl.constexpr, GROUPS: tl.constexpr,
+    WIDE: tl.constexpr, GROUPS: tl.constexpr, LOOPS: tl.constexpr,
 ):  # fmt: skip
     """dx and, where asked for, dresidual. BATCH: the statistics depend on x.
 
     Where weight is 0 and sums and statistics are finite, dx is exactly 0 and neither x nor (for dx) dy is read.
     """
-    group, index, valid, channel = _groups(numel, units, channels, NHWC, VEC, FULL, WIDE, GROUPS)
+    first = _first_tile(period, LOOPS)
+    group, index, valid = _tile(first, numel, FULL, WIDE, GROUPS)
+    channel = _channel(group, index, units, channels, NHWC, VEC)
     m, rstd, w, b = _parameters(weight, bias, mean, var, channel, valid, EPS)
     dw = tl.load(dweight + channel, mask=valid, other=0.0)
     db = tl.load(dbias + channel, mask=valid, other=0.0)
-    live = valid & _any_of_group((w != 0) | (dw * 0 != 0) | (db * 0 != 0) | (m * 0 != 0) | (rstd * 0 != 0))
-    v = tl.load(x + index, mask=live, other=0.0).to(m.dtype)
-    if dresidual is not None:
-        g = tl.load(dy + index, mask=valid, other=0.0).to(m.dtype)
-        byte = tl.load(mask + group, mask=group * 8 < numel, other=0).to(tl.int32)
-        through = ((byte >> tl.arange(0, 8)[None, :]) & 1) != 0
-    else:
-        g = tl.load(dy + index, mask=live, other=0.0).to(m.dtype)
+    live = _any_of_group((w != 0) | (dw * 0 != 0) | (db * 0 != 0) | (m * 0 != 0) | (rstd * 0 != 0))
+    if BATCH:
+        k = count.to(m.dtype)
+        db /= k
+        dw = rstd * (dw / k)
+    scale = w * rstd
+    for loop in range(0, LOOPS):
+        group, index, valid = _tile(first + loop * period, numel, FULL, WIDE, GROUPS)
+        read = valid & live
+        v = tl.load(x + index, mask=read, other=0.0).to(m.dtype)
+        g = tl.load(dy + index, mask=read if dresidual is None else valid, other=0.0).to(m.dtype)
         if mask is not None:
             byte = tl.load(mask + group, mask=group * 8 < numel, other=0).to(tl.int32)
             through = ((byte >> tl.arange(0, 8)[None, :]) & 1) != 0
         else:
-            through = _passes(_affine(v, m, w * rstd, b).to(x.dtype.element_ty).to(m.dtype))
-    dz = tl.where(through, g, 0.0)
-    if dresidual is not None:
-        tl.store(dresidual + index, dz.to(dresidual.dtype.element_ty), mask=valid)
-    if BATCH:
-        k = count.to(m.dtype)
-        d = w * rstd * (dz - db / k - (v - m) * rstd * (dw / k))
-    else:
-        d = w * rstd * dz
-    tl.store(dx + index, d.to(dx.dtype.element_ty), mask=valid)
+            through = _passes(_affine(v, m, scale, b).to(x.dtype.element_ty).to(m.dtype))
+        dz = tl.where(through, g, 0.0)
+        if dresidual is not None:
+            tl.store(dresidual + index, dz.to(dresidual.dtype.element_ty), mask=valid)
+        d = dz
+        if BATCH:
+            d = dz - db - (v - m) * dw
+        tl.store(dx + index, (scale * d).to(dx.dtype.element_ty), mask=valid)
 
 
 @triton.jit(do_not_specialize=["channels", "move", "move_rest", "bessel", "bessel_rest"])
