@@ -37,8 +37,10 @@ LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 # of ResNet-50, batch reduced: too large for the chip of the emulated card (4 multiprocessors), and not
 BN_SHAPES = {
     "cuda": ((4, 64, 56, 56), (8, 256, 28, 28), (16, 256, 14, 14), (32, 512, 7, 7), (64, 32, 7, 7)),
-    "triton": ((1, 64, 56, 56), (1, 256, 28, 28), (2, 256, 14, 14), (4, 512, 7, 7)),
+    "triton": ((1, 64, 28, 28), (1, 256, 14, 14), (2, 512, 7, 7)),
 }
+# channels, and height and width of two images
+POOL_SHAPES = {"cuda": ((256, 56), (512, 28)), "triton": ((256, 28), (512, 14))}
 # the tensors of one bottleneck of ResNet-50's third stage
 SGD_SHAPES = ((256, 1024, 1, 1), (256,), (256,), (256, 256, 3, 3), (256,), (256,), (1024, 256, 1, 1), (1024,), (1024,))
 
@@ -197,7 +199,7 @@ def pool_case(machine: Cuda | Triton, c: int, size: int, layout: str) -> Iterato
 
 
 def pool_rows(machine: Cuda | Triton) -> Iterator[Row]:
-    for c, size in ((256, 56), (512, 28)):
+    for c, size in POOL_SHAPES[machine.name]:
         for layout in LAYOUTS:
             yield from pool_case(machine, c, size, layout)
 
