@@ -18,6 +18,7 @@ from torch import Tensor
 from ..reference.avgpool_conv1x1 import output_size
 from . import avgpool_conv1x1_kernels as kernels
 from . import launch as launching
+from . import tune
 
 SUM_BLOCK = 512
 
@@ -96,6 +97,11 @@ class Shape:
     def layout(self) -> torch.memory_format:
         return torch.channels_last if self.nhwc else torch.contiguous_format
 
+    def family(self) -> str:
+        """What shapes one choice of tiles is for."""
+        sizes = tune.bucket(self.pixels, self.c, self.o)
+        return f"{self.dtype} {'NHWC' if self.nhwc else 'NCHW'} {self._multiples()} stride {self.stride} {sizes}"
+
     def sizes(self) -> dict[str, int]:
         v = self._multiples()
         return {
@@ -129,21 +135,24 @@ def _pow2(n: int) -> int:
 PLAIN_TILES = {4: Tile(64, 64, 16, 8), 8: Tile(64, 32, 16, 8)}
 
 
-def output_tile(shape: Shape, columns: int, spread: bool) -> Tile:
-    """The tile, pixels x channels x depth, of y, or (spread) of dx, with so many channels."""
+def output_tiles(shape: Shape, columns: int, spread: bool) -> tuple[Tile, ...]:
+    """Tiles, pixels x channels x depth, of y, or (spread) of dx, with so many channels; the first is the default."""
     if shape.dtype.itemsize > 2:
-        return PLAIN_TILES[shape.dtype.itemsize]
+        return (PLAIN_TILES[shape.dtype.itemsize],)
     if columns <= 128:
-        return Tile(64, max(16, _pow2(columns)), 32, 8 if shape.narrow else 4)
+        n = max(16, _pow2(columns))
+        return Tile(64, n, 32, 8 if shape.narrow else 4), Tile(32, n, 32, 4)
     # x (or dy) is read once for each tile of columns; those spread over the columns of NCHW take more registers
-    return Tile(64, 128 if shape.narrow or (spread and not shape.nhwc) else 256, 32, 8)
+    broad = Tile(64, 128 if shape.narrow or (spread and not shape.nhwc) else 256, 32, 8)
+    return (broad, Tile(64, 128, 32, 8)) if broad.n == 256 else (broad,)
 
 
-def weight_tile(shape: Shape) -> Tile:
-    """The tile, output channels x input channels x pixels, of dW."""
+def weight_tiles(shape: Shape) -> tuple[Tile, ...]:
+    """Tiles, output channels x input channels x pixels, of dW; the first is the default."""
     if shape.dtype.itemsize > 2:
-        return Tile(64, 32, 16, 8, stages=1)
-    return Tile(128, 64, 32, 8 if shape.narrow and shape.stride == 2 else 4)
+        return (Tile(64, 32, 16, 8, stages=1),)
+    default = Tile(128, 64, 32, 8 if shape.narrow and shape.stride == 2 else 4)
+    return (default,) if shape.narrow else (default, Tile(64, 64, 64, 8))
 
 
 def _up(a: int, b: int) -> int:
@@ -169,15 +178,20 @@ def avgpool_conv1x1_forward(x: Tensor, weight: Tensor, bias: Tensor | None, stri
         "bias": None if bias is None else bias.contiguous(),
         "y": y,
     }
-    _pixels_by_channels(kernels.pool_conv_forward_kernel, shape, tensors, output_tile(shape, shape.o, spread=False))
+    _pixels_by_channels(kernels.pool_conv_forward_kernel, shape, tensors, shape.o, spread=False)
     return y
 
 
-def _pixels_by_channels(kernel: Any, shape: Shape, tensors: Mapping[str, Tensor | None], tile: Tile) -> None:
-    columns = shape.o if "y" in tensors else shape.c
-    grid = (_up(shape.pixels, tile.m) * _up(columns, tile.n),)
-    constants = {**shape.constants(), "Q": tile.m, "N": tile.n, "K": tile.k}
-    launching.launch(kernel, grid, {**tensors, **shape.sizes()}, constants, tile.warps, tile.stages)
+def _pixels_by_channels(
+    kernel: Any, shape: Shape, tensors: Mapping[str, Tensor | None], columns: int, spread: bool
+) -> None:
+    def run(tile: Tile) -> None:
+        grid = (_up(shape.pixels, tile.m) * _up(columns, tile.n),)
+        constants = {**shape.constants(), "Q": tile.m, "N": tile.n, "K": tile.k}
+        launching.launch(kernel, grid, {**tensors, **shape.sizes()}, constants, tile.warps, tile.stages)
+
+    device = next(t.device for t in tensors.values() if t is not None)
+    run(tune.fastest(kernel.__name__, shape.family(), device, output_tiles(shape, columns, spread), run))
 
 
 def avgpool_conv1x1_backward(
@@ -205,7 +219,7 @@ def avgpool_conv1x1_backward(
         if not shape.covered:
             dx.zero_()
         tensors = {"dy": dy, "weight": weight.contiguous(), "dx": dx}
-        _pixels_by_channels(kernels.pool_conv_input_kernel, shape, tensors, output_tile(shape, shape.c, spread=True))
+        _pixels_by_channels(kernels.pool_conv_input_kernel, shape, tensors, shape.c, spread=True)
     if need_dweight:
         _dweight(dy, x.contiguous(memory_format=shape.layout), shape, dweight)
     if need_dbias:
@@ -236,15 +250,17 @@ def _sum_to(out: Tensor, partial: Tensor) -> None:
 
 
 def _dweight(dy: Tensor, x: Tensor, shape: Shape, dweight: Tensor) -> None:
-    tile = weight_tile(shape)
-    tiles = _up(shape.o, tile.m) * _up(shape.c, tile.n)
-    splits, steps = _splits(shape, tiles, tile.k, x.device)
-    partial = _partial(dweight, splits)
-    arguments = {"dy": dy, "x": x, "partial": partial, **shape.sizes(), "steps": steps}
-    constants = {**shape.constants(), "M": tile.m, "N": tile.n, "K": tile.k}
-    kernel = kernels.pool_conv_weight_kernel
-    launching.launch(kernel, (tiles, splits), arguments, constants, tile.warps, tile.stages)
-    _sum_to(dweight, partial)
+    def run(tile: Tile) -> Tensor:
+        tiles = _up(shape.o, tile.m) * _up(shape.c, tile.n)
+        splits, steps = _splits(shape, tiles, tile.k, x.device)
+        partial = _partial(dweight, splits)
+        arguments = {"dy": dy, "x": x, "partial": partial, **shape.sizes(), "steps": steps}
+        constants = {**shape.constants(), "M": tile.m, "N": tile.n, "K": tile.k}
+        kernel = kernels.pool_conv_weight_kernel
+        launching.launch(kernel, (tiles, splits), arguments, constants, tile.warps, tile.stages)
+        return partial
+
+    _sum_to(dweight, run(tune.fastest("pool_conv_weight_kernel", shape.family(), x.device, weight_tiles(shape), run)))
 
 
 def _dbias(dy: Tensor, shape: Shape, dbias: Tensor) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import bn_relu_kernels as kernels
 from . import launch as launching
+from . import tune
 
 # values in one tile of the statistics: 32 a thread, four 128-bit loads in flight at 16 bit; where planes allow no wide
 # loads half of it, as every value then has its own address in registers
@@ -26,6 +27,14 @@ CHANNEL_BLOCK = 128
 
 def _pow2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """Values in a tile of a reduction, and the warps of a program."""
+
+    tile: int
+    warps: int
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,11 @@ class Shape:
     @property
     def count(self) -> int:
         return self.numel // self.channels
+
+    def family(self, dtype: torch.dtype) -> str:
+        """What shapes one choice of tiles is for."""
+        sizes = tune.bucket(self.rows, self.channels, self.inner)
+        return f"{dtype} {'NHWC' if self.nhwc else 'NCHW'} {self.vec} {sizes}"
 
     def elementwise(self, programs: int) -> tuple[tuple[int], dict[str, Any], dict[str, Any]]:
         """Grid, arguments and constants of a flat pass."""
@@ -143,13 +157,19 @@ def bn_stats(x: Tensor) -> tuple[Tensor, Tensor]:
     layout = launching.layout_of(x)
     x = _like_x(x, layout)
     shape = Shape.of(x, layout)
+
+    def run(choice: Reduction) -> Tensor:
+        grid, arguments, constants = shape.reduction(launching.programs(x.device), choice.tile)
+        partial = torch.empty(3, grid[1], x.shape[1], dtype=mean.dtype, device=x.device)
+        outputs = {"mean": partial[0], "m2": partial[1], "counts": partial[2]}
+        launching.launch(kernels.bn_stats_kernel, grid, {"x": x, **outputs, **arguments}, constants, choice.warps)
+        return partial
+
     tile = STATS_TILE if shape.vec > 1 else STATS_TILE // 2
-    grid, arguments, constants = shape.reduction(launching.programs(x.device), tile)
-    means, m2s, counts = torch.empty(3, grid[1], x.shape[1], dtype=mean.dtype, device=x.device).unbind()
-    partial = {"mean": means, "m2": m2s, "counts": counts}
-    launching.launch(kernels.bn_stats_kernel, grid, {"x": x, **partial, **arguments}, constants, WARPS)
-    merged = {"means": means, "m2s": m2s, "counts": counts, "mean": mean, "var": var}
-    sizes = {"channels": x.shape[1], "splits": grid[1]}
+    choices = Reduction(tile, WARPS), Reduction(tile // 2, WARPS)
+    partial = run(tune.fastest("bn_stats", shape.family(x.dtype), x.device, choices, run))
+    merged = {"means": partial[0], "m2s": partial[1], "counts": partial[2], "mean": mean, "var": var}
+    sizes = {"channels": x.shape[1], "splits": partial.shape[1]}
     constants = {"BLOCK": CHANNEL_BLOCK}
     launching.launch(kernels.bn_merge_kernel, _blocks(x.shape[1]), {**merged, **sizes}, constants, WARPS)
     return mean, var
@@ -244,13 +264,20 @@ def _reduce(
     inputs: dict[str, Any], layout: torch.memory_format, eps: float, dweight: Tensor, dbias: Tensor
 ) -> tuple[Tensor, Tensor]:
     x = inputs["x"]
-    grid, arguments, constants = Shape.of(x, layout).reduction(launching.programs(x.device), BACKWARD_TILE)
-    dweights, dbiases = torch.empty(2, grid[1], x.shape[1], dtype=dweight.dtype, device=x.device).unbind()
-    outputs = {"dweight": dweights, "dbias": dbiases}
-    constants["EPS"] = eps
-    launching.launch(kernels.bn_backward_reduce_kernel, grid, {**inputs, **outputs, **arguments}, constants, 2 * WARPS)
-    sums = {"dweights": dweights, "dbiases": dbiases, "dweight": dweight, "dbias": dbias}
-    sizes = {"channels": x.shape[1], "splits": grid[1]}
+    shape = Shape.of(x, layout)
+
+    def run(choice: Reduction) -> Tensor:
+        grid, arguments, constants = shape.reduction(launching.programs(x.device), choice.tile)
+        partial = torch.empty(2, grid[1], x.shape[1], dtype=dweight.dtype, device=x.device)
+        arguments = {**inputs, "dweight": partial[0], "dbias": partial[1], **arguments}
+        kernel = kernels.bn_backward_reduce_kernel
+        launching.launch(kernel, grid, arguments, {**constants, "EPS": eps}, choice.warps)
+        return partial
+
+    choices = Reduction(BACKWARD_TILE, 2 * WARPS), Reduction(BACKWARD_TILE // 2, WARPS)
+    partial = run(tune.fastest("bn_backward_reduce", shape.family(x.dtype), x.device, choices, run))
+    sums = {"dweights": partial[0], "dbiases": partial[1], "dweight": dweight, "dbias": dbias}
+    sizes = {"channels": x.shape[1], "splits": partial.shape[1]}
     constants = {"BLOCK": CHANNEL_BLOCK}
     launching.launch(kernels.bn_sum_kernel, _blocks(x.shape[1]), {**sums, **sizes}, constants, WARPS)
     return dweight, dbias

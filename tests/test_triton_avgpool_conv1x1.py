@@ -126,15 +126,15 @@ def test_bytes(layout: torch.memory_format) -> None:
 
     with metered() as meter:
         y = ops.avgpool_conv1x1_forward(x, weight, None, 2, False)
-        tile = implementation.output_tile(shape, o, spread=False)
+        tile = implementation.output_tiles(shape, o, spread=False)[0]
         want = tiles(o, tile.n) * size(x) + tiles(shape.pixels, tile.m) * size(weight) + size(y)
         assert meter.take(x, weight, y) == (want, 0, 1)
         dx, *_ = ops.avgpool_conv1x1_backward(dy, x, weight, 2, False, True, False, False)
-        tile = implementation.output_tile(shape, c, spread=True)
+        tile = implementation.output_tiles(shape, c, spread=True)[0]
         want = tiles(c, tile.n) * size(dy) + tiles(shape.pixels, tile.m) * size(weight) + size(dx)
         assert meter.take(dy, weight, dx) == (want, 0, 1)
         _, dweight, _ = ops.avgpool_conv1x1_backward(dy, x, weight, 2, False, False, True, False)
-        tile = implementation.weight_tile(shape)
+        tile = implementation.weight_tiles(shape)[0]
         want = tiles(c, tile.n) * size(dy) + tiles(o, tile.m) * size(x) + size(dweight)
         assert meter.take(dy, x, dweight) == (want, 2 * 2 * size(dweight), 2), "one partial sum, written and read"
         *_, dbias = ops.avgpool_conv1x1_backward(dy, x, weight, 2, False, False, False, True)

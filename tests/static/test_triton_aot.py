@@ -23,7 +23,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from fasttricks.kernels import avgpool_conv1x1, bn_relu, launch, sgd, version  # noqa: E402
+from fasttricks.kernels import avgpool_conv1x1, bn_relu, launch, sgd, tune, version  # noqa: E402
 
 TARGETS = (80, 90, 100)
 TYPES = {
@@ -92,11 +92,19 @@ def bn_launches(dtype: torch.dtype, layout: torch.memory_format, shape: tuple[in
 
 
 def taken_down(run: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+    """What `run` launches, with every choice of tiles."""
     launches: list[Launch] = []
     sgd._kept_table.cache_clear()
     monkeypatch.setattr(
         launch, "launch", lambda kernel, grid, a, c, warps, stages=1: launches.append((kernel, a, c, warps, stages))
     )
+
+    def every_choice(name: str, shapes: str, device: torch.device, choices: Any, run: Callable[[Any], Any]) -> Any:
+        for choice in choices[1:]:
+            run(choice)
+        return choices[0]
+
+    monkeypatch.setattr(tune, "fastest", every_choice)
     run()
     return launches
 
@@ -221,9 +229,9 @@ def check(run: Callable[[], None], prefix: str, target: int, tmp_path: Path, mon
     assert {kernel.__name__ for kernel, *_ in launches} == {name for name in REGISTERS if name.startswith(prefix)}
     seen = set()
     for launched in launches:
-        kernel, arguments, constants, *_ = launched
+        kernel, arguments, constants, *options = launched
         name = kernel.__name__
-        key = (name, tuple(k for k, v in arguments.items() if v is None), tuple(constants.items()))
+        key = (name, tuple(k for k, v in arguments.items() if v is None), tuple(constants.items()), *options)
         if key in seen:
             continue
         seen.add(key)

@@ -1,0 +1,83 @@
+"""Which of a few tiles a kernel takes: the first, or with FASTTRICKS_AUTOTUNE=1 the fastest for a class of shapes.
+
+The fastest are kept in $FASTTRICKS_CACHE (default ~/.cache/fasttricks), a file for each card and version of Triton.
+Only kernels that give the same result when they run again are measured: those of sgd, which work in place, are not.
+Another tile adds in another order: results are the same bits from run to run only with the same choices.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import triton
+
+Choice = TypeVar("Choice")
+
+
+def enabled() -> bool:
+    return os.environ.get("FASTTRICKS_AUTOTUNE") == "1"
+
+
+def bucket(*sizes: int) -> str:
+    """A class of sizes: their powers of two."""
+    return "x".join(str(size.bit_length()) for size in sizes)
+
+
+def fastest(
+    name: str, shapes: str, device: torch.device, choices: Sequence[Choice], run: Callable[[Choice], Any]
+) -> Choice:
+    """The choice for kernel `name` and a class of shapes; run(choice) launches the kernel."""
+    if len(choices) == 1 or not enabled():
+        return choices[0]
+    kept = _kept(_path(device))
+    known = kept.get(f"{name} {shapes}")
+    if known is None and not _capturing(device):
+        times = [measured(functools.partial(run, choice)) for choice in choices]
+        known = str(choices[times.index(min(times))])
+        kept[f"{name} {shapes}"] = known
+        _write(_path(device), kept)
+    # nothing of a file that another version wrote is trusted
+    return next((choice for choice in choices if str(choice) == known), choices[0])
+
+
+def measured(run: Callable[[], Any]) -> float:
+    """Milliseconds of one run."""
+    return triton.testing.do_bench(run, warmup=5, rep=20, return_mode="median")
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+@functools.lru_cache
+def _path(device: torch.device) -> Path:
+    folder = Path(os.environ.get("FASTTRICKS_CACHE") or Path.home() / ".cache" / "fasttricks")
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return folder / f"{card.replace(' ', '_')}-triton-{triton.__version__}.json"
+
+
+@functools.lru_cache
+def _kept(path: Path) -> dict[str, str]:
+    """The choices in the file; of one that cannot be read, none."""
+    with contextlib.suppress(OSError, ValueError):
+        return dict(json.loads(path.read_text()))
+    return {}
+
+
+def _write(path: Path, kept: dict[str, str]) -> None:
+    """With what other processes have written since; where nothing can be written, the choices live in this process."""
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(OSError, ValueError):
+            kept.update({**json.loads(path.read_text()), **kept})
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            json.dump(kept, file, indent=1, sort_keys=True)
+        os.replace(file.name, path)
