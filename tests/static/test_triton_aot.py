@@ -91,8 +91,17 @@ def bn_launches(dtype: torch.dtype, layout: torch.memory_format, shape: tuple[in
     bn_relu.bn_update_stats_(mean, var, mean, var, 100, 0.1)
 
 
-def taken_down(run: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
-    """What `run` launches, with every choice of tiles."""
+def variant(launched: Launch) -> tuple[Any, ...]:
+    """What Triton compiles a kernel for: the same for launches that run the same code."""
+    kernel, arguments, constants, *options = launched
+    types = tuple(v.dtype if isinstance(v, torch.Tensor) else v is None for v in arguments.values())
+    return (kernel.__name__, types, tuple(constants.items()), *options)
+
+
+def taken_down(
+    run: Callable[[], None], monkeypatch: pytest.MonkeyPatch, every_choice_of_tiles: bool = True
+) -> list[Launch]:
+    """What `run` launches."""
     launches: list[Launch] = []
     sgd._kept_table.cache_clear()
     monkeypatch.setattr(
@@ -104,7 +113,8 @@ def taken_down(run: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> list
             run(choice)
         return choices[0]
 
-    monkeypatch.setattr(tune, "fastest", every_choice)
+    if every_choice_of_tiles:
+        monkeypatch.setattr(tune, "fastest", every_choice)
     run()
     return launches
 
@@ -227,14 +237,9 @@ def check(run: Callable[[], None], prefix: str, target: int, tmp_path: Path, mon
     """Compiles the launches of `run`, in which every kernel with this prefix must be, and checks each."""
     launches = taken_down(run, monkeypatch)
     assert {kernel.__name__ for kernel, *_ in launches} == {name for name in REGISTERS if name.startswith(prefix)}
-    seen = set()
-    for launched in launches:
-        kernel, arguments, constants, *options = launched
+    for launched in {variant(launched): launched for launched in launches}.values():
+        kernel, arguments, constants, *_ = launched
         name = kernel.__name__
-        key = (name, tuple(k for k, v in arguments.items() if v is None), tuple(constants.items()), *options)
-        if key in seen:
-            continue
-        seen.add(key)
         binary = compiled(launched, target)
         registers, spilled = resources(binary.asm["cubin"], tmp_path)
         assert spilled == 0, f"{name} uses {spilled} bytes of local memory"
