@@ -36,6 +36,7 @@ fi
 # the same tests as on the CPU, on the card's tensors, with each of its backends
 ops="tests/test_bn_relu.py tests/test_avgpool_conv1x1.py tests/test_sgd.py tests/test_sgd_check.py tests/test_nn_batchnorm.py"
 part tests 150 "$python" -m pytest -q -x --maxfail=20 -k "on_card" -p no:cacheprovider $ops tests/test_optim_devices.py
+part triton 120 "$python" -m pytest -q --maxfail=20 -p no:cacheprovider tests/test_triton_*.py
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
 if [ -n "$sanitizer" ]; then
   for check in memcheck racecheck synccheck; do # of our kernels: their mangled names hold the namespace

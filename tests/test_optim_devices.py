@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import fasttricks
 from fasttricks.optim import FusedLARS, FusedSGD, LossScaler
 
 CARD, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -153,8 +154,14 @@ def reference(start: list[Tensor], rates: list[float], skipped: list[bool]) -> l
 
 
 @on_a_card
-def test_captured_step() -> None:
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_captured_step(name: str) -> None:
     """A captured step sees lr, the scale and found_inf as they are at each replay."""
+    with fasttricks.backend(name):
+        captured_steps()
+
+
+def captured_steps() -> None:
     params = parameters(CARD)
     start = [p.detach().clone() for p in params]
     lr = torch.full((), 0.1, device=CARD)
@@ -179,16 +186,18 @@ def test_captured_step() -> None:
 
 
 @on_a_card
+@pytest.mark.parametrize("name", ["cuda", "triton"])
 @pytest.mark.parametrize("kind", [FusedSGD, FusedLARS])
-def test_no_synchronisation_on_a_card(kind: type) -> None:
+def test_no_synchronisation_on_a_card(kind: type, name: str) -> None:
     params = parameters(CARD)
     optimizer, scaler = kind(params, lr=0.1, **OPTIONS), LossScaler(8.0)
-    step(optimizer, params, scaler)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with fasttricks.backend(name):
         step(optimizer, params, scaler)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step(optimizer, params, scaler)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 @on_a_card
