@@ -14,8 +14,8 @@ namespace fasttricks {
 using torch::headeronly::MemoryFormat;
 using MaybeTensor = std::optional<Tensor>;
 
-// y and dx take the layout of x; an x that is dense in neither is copied into the one it resembles. The fake in
-// ops/avgpool_conv1x1.py makes the same choice.
+// y and dx take the layout of x; an x that is dense in neither is copied into the one it resembles.
+// src/fasttricks/layout.py makes the same choice.
 inline MemoryFormat pool_conv_layout(const Tensor& x) {
   int64_t dense = 1;
   bool nchw = true;

@@ -14,7 +14,7 @@ using torch::headeronly::MemoryFormat;
 using MaybeTensor = std::optional<Tensor>;
 
 // y, dx and dresidual take the layout of x; an x that is dense in neither layout is copied into the one it resembles.
-// The fake in ops/bn_relu.py makes the same choice.
+// src/fasttricks/layout.py makes the same choice.
 inline MemoryFormat bn_layout(const Tensor& x) {
   int64_t dense = 1;
   bool contiguous = true;

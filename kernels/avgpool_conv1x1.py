@@ -15,6 +15,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from ..layout import layout_of
 from ..reference.avgpool_conv1x1 import output_size
 from . import avgpool_conv1x1_kernels as kernels
 from . import launch as launching
@@ -69,7 +70,7 @@ class Shape:
         ho, wo = output_size(x, stride, ceil_mode)
         if ho == 0 or wo == 0:
             fail("x", f"has shape {tuple(x.shape)} and the output would be {ho} x {wo}", "an output that is not empty")
-        nhwc = launching.layout_of(x) == torch.channels_last
+        nhwc = layout_of(x) == torch.channels_last
         if stride == 1:  # no windows: all pixels of an image are one row
             h, w, ho, wo = 1, h * w, 1, h * w
         return Shape(n, c, h, w, weight.shape[0], ho, wo, stride, nhwc, x.dtype)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..layout import layout_of
 from . import bn_relu_kernels as kernels
 from . import launch as launching
 from . import tune
@@ -154,7 +155,7 @@ def bn_stats(x: Tensor) -> tuple[Tensor, Tensor]:
     mean, var = _per_channel(x), _per_channel(x)
     if x.numel() == 0:
         return mean.zero_(), var.zero_()
-    layout = launching.layout_of(x)
+    layout = layout_of(x)
     x = _like_x(x, layout)
     shape = Shape.of(x, layout)
 
@@ -180,7 +181,7 @@ def _apply(
     eps: float, skip: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     _check(x, residual=residual, weight=weight, bias=bias, mean=mean, var=var)
-    layout = launching.layout_of(x)
+    layout = layout_of(x)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout)
     mask = None if residual is None else torch.empty(-(-x.numel() // 8), dtype=torch.uint8, device=x.device)
     if x.numel() == 0:
@@ -236,7 +237,7 @@ def bn_add_relu_apply(
 def _inputs(
     dy: Tensor, x: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor
 ) -> dict[str, Any]:
-    layout = launching.layout_of(x)
+    layout = layout_of(x)
     return {
         "dy": _like_x(dy, layout),
         "x": _like_x(x, layout),
@@ -257,7 +258,7 @@ def bn_relu_backward_reduce(
     dweight, dbias = _per_channel(x), _per_channel(x)
     if x.numel() == 0:
         return dweight.zero_(), dbias.zero_()
-    return _reduce(_inputs(dy, x, mask, weight, bias, mean, var), launching.layout_of(x), eps, dweight, dbias)
+    return _reduce(_inputs(dy, x, mask, weight, bias, mean, var), layout_of(x), eps, dweight, dbias)
 
 
 def _reduce(
@@ -318,7 +319,7 @@ def bn_relu_backward(
     """dx, dresidual (empty unless asked for), dweight and dbias."""
     _check(x, dy=dy, mask=mask, weight=weight, bias=bias, mean=mean, var=var)
     _check_residual(mask, need_dresidual)
-    layout = launching.layout_of(x)
+    layout = layout_of(x)
     inputs = _inputs(dy, x, mask, weight, bias, mean, var)
     dweight, dbias = _per_channel(x), _per_channel(x)
     if x.numel() == 0:
@@ -338,7 +339,7 @@ def bn_relu_backward_apply(
     _check(x, dy=dy, mask=mask, weight=weight, bias=bias, mean=mean, var=var, dweight=dweight, dbias=dbias)
     _check_residual(mask, need_dresidual)
     inputs = _inputs(dy, x, mask, weight, bias, mean, var)
-    return _backward_apply(inputs, launching.layout_of(x), eps, dweight, dbias, count, True, need_dresidual)
+    return _backward_apply(inputs, layout_of(x), eps, dweight, dbias, count, True, need_dresidual)
 
 
 def bn_update_stats_(

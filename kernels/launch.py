@@ -49,13 +49,6 @@ def programs(device: torch.device) -> int:
     return 4 * _processors(device)
 
 
-def layout_of(x: torch.Tensor) -> torch.memory_format:
-    """The layout that kernels use and outputs have: that of x, or for other strides the one it resembles."""
-    if x.numel() == 0 or x.is_contiguous() or x.shape[1] == 1 or x.stride(1) != 1:
-        return torch.contiguous_format
-    return {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim(), torch.contiguous_format)
-
-
 def define(implementation: Callable[..., Any], mutates: Sequence[str] = ()) -> None:
     """Defines the op of this name, with the schema of its annotations, for CUDA and, interpreted, for the CPU."""
     name = implementation.__name__

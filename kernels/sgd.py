@@ -271,12 +271,7 @@ class Call:
         """(launch, grid, arguments, constants) of each."""
         for run in self.plan.launches:
             arguments = {**self.arguments, "begin": run.begin, "end": run.end, "first_block": run.first_block}
-            constants = {
-                "TYPE": launching.TYPES[launching.DTYPES[run.key[1]]],
-                "VEC": run.vec,
-                "BLOCK": BLOCK,
-                "TILE": TILE,
-            }
+            constants = {"TYPE": _type(run.key[1]), "VEC": run.vec, "BLOCK": BLOCK, "TILE": TILE}
             yield run, (run.blocks,), arguments, constants
 
 
@@ -398,12 +393,7 @@ def sgd_step(
         items = [Item(t.key, t.numel, t.group, t.index, (*packed.write(t.tensors[:4]), t.tensors[4])) for t in part]
         call = Call(items, groups, (max_norm, eps))
         for run, grid, arguments, constants in call.launches():
-            constants = {
-                **constants,
-                "GRAD_TYPE": launching.TYPES[launching.DTYPES[run.key[2]]],
-                "HAS_MOMENTUM": run.key[3],
-                **modes,
-            }
+            constants = {**constants, "GRAD_TYPE": _type(run.key[2]), "HAS_MOMENTUM": run.key[3], **modes}
             launching.launch(kernels.sgd_step_kernel, grid, {**scalars, **arguments}, constants, WARPS)
         packed.copy_back()
         calls.append((call, len(items)))

@@ -30,7 +30,7 @@ NESTEROV, MAXIMIZE, LR_IS_DOUBLE = tl.constexpr(1), tl.constexpr(2), tl.constexp
 # of the table, that one launch writes
 PIECE = tl.constexpr(128)
 
-_SIZES = ["length", "begin", "end", "first_block", "norms"]
+_SIZES = ["length", "begin", "end", "first_block", "grads", "norms"]
 # entries that a block looks at together when it looks for its own
 SEARCH = tl.constexpr(256)
 

@@ -143,6 +143,20 @@ def test_any_layout_of_a_momentum_buffer_is_kept() -> None:
     assert buffer.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_beyond_2_to_the_31_values() -> None:
+    """The last block alone, of a gradient whose values 32 bits cannot count; its other pages are never written."""
+    grad = torch.zeros(2**31 + 9000, dtype=HALF, device=DEVICE)
+    grad[-1] = math.inf
+    found_inf = torch.zeros((), device=DEVICE)
+    call = sgd.Call([sgd.Item((False, 0, 0, False), grad.numel(), 0, 0, (grad, *[None] * 4))], (), (0.0, 0.0))
+    ((_, (blocks,), arguments, constants),) = call.launches()
+    outputs = {"found_inf": found_inf, "partial": None}
+    for block, want in ((blocks - 2, 0), (blocks - 1, 1)):
+        given = {**outputs, **arguments, "first_block": block}
+        launching.launch(kernels.sgd_check_kernel, (1,), given, {**constants, "WEIGHT": False}, sgd.WARPS)
+        assert found_inf == want
+
+
 @pytest.mark.skipif(not launching.INTERPRETED, reason="bytes are counted by the interpreter only")
 def test_bytes() -> None:
     """22 a half parameter with master and momentum, 20 an fp32 one, 4 less each on a first step; checks read once."""

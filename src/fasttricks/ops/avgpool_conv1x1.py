@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..backend import loaded_namespaces, ops_for
+from ..layout import layout_of
 from ..reference.avgpool_conv1x1 import avgpool_conv1x1 as reference
 from ..reference.avgpool_conv1x1 import avgpool_conv1x1_backward as differentiable_backward
 from ..reference.avgpool_conv1x1 import output_size
@@ -108,18 +109,11 @@ def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, str
         )
 
 
-def _layout(x: torch.Tensor) -> torch.memory_format:
-    """The layout of y and dx, as the kernels choose it: that of x, or for other strides the one it resembles."""
-    if x.numel() == 0 or x.is_contiguous() or x.shape[1] == 1 or x.stride(1) != 1:
-        return torch.contiguous_format
-    return torch.channels_last
-
-
 def _fake_forward(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: int, ceil_mode: bool
 ) -> torch.Tensor:
     size = (x.shape[0], weight.shape[0], *output_size(x, stride, ceil_mode))
-    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=_layout(x))
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=layout_of(x))
 
 
 def _fake_backward(
@@ -132,7 +126,7 @@ def _fake_backward(
     need_dweight: bool,
     need_dbias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=_layout(x)) if need_dx else x.new_empty(0)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout_of(x)) if need_dx else x.new_empty(0)
     dweight = torch.empty_like(weight) if need_dweight else weight.new_empty(0)
     return dx, dweight, weight.new_empty(weight.shape[0] if need_dbias else 0)
 

@@ -9,6 +9,7 @@ import torch
 from torch import distributed
 
 from ..backend import loaded_namespaces, ops_for
+from ..layout import layout_of
 from ..reference import bn_relu as plain
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -182,15 +183,8 @@ def _check(
         raise ValueError(f"{op}: momentum is {momentum}; accepted: a finite number")
 
 
-def _layout(x: torch.Tensor) -> torch.memory_format:
-    """The layout of y and dx, as the kernels choose it: that of x, or for other strides the one it resembles."""
-    if x.numel() == 0 or x.is_contiguous() or x.shape[1] == 1 or x.stride(1) != 1:
-        return torch.contiguous_format
-    return {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim(), torch.contiguous_format)
-
-
 def _like(x: torch.Tensor) -> torch.Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=_layout(x))
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout_of(x))
 
 
 def _per_channel(x: torch.Tensor) -> torch.Tensor:
@@ -205,7 +199,7 @@ def unpack_mask(mask: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """The bit mask of bn_add_relu as booleans of the shape of x (the layout of bits is the memory order of y)."""
     bits = (mask.unsqueeze(1) >> torch.arange(8, device=mask.device, dtype=torch.uint8)) & 1
     flat = bits.flatten()[: x.numel()].bool()
-    if _layout(x) == torch.contiguous_format:
+    if layout_of(x) == torch.contiguous_format:
         return flat.view(x.shape)
     return flat.view(x.shape[0], *x.shape[2:], x.shape[1]).movedim(-1, 1)
 
