@@ -34,7 +34,8 @@ OLDEST := build/triton-oldest
 test-oldest-triton: libraries
 	rm -rf $(OLDEST)
 	$(PY) -m pip install -q --no-deps --target $(OLDEST) triton==3.4.0 numpy==2.2.6
-	PYTHONPATH=$(OLDEST) TRITON_INTERPRET=1 $(PY) -m pytest $(wildcard tests/test_triton_*.py)
+	PYTHONPATH=$(OLDEST) TRITON_INTERPRET=1 $(PY) -m pytest $(wildcard tests/test_triton_*.py) \
+	  tests/test_avgpool_conv1x1.py -k "test_triton or one_channel or nan_and_infinity"
 	PYTHONPATH=$(OLDEST) $(PY) -m pytest tests/static/test_triton_aot.py -k sm_90
 
 lint: $(VENV)/ready

@@ -133,7 +133,7 @@ def _pow2(n: int) -> int:
 
 
 # of y and dx, by the bytes of float32 and float64
-PLAIN_TILES = {4: Tile(64, 64, 16, 8), 8: Tile(64, 32, 16, 8)}
+PLAIN_TILES = {4: Tile(64, 64, 16, 8), 8: Tile(64, 32, 16, 8) if kernels.DOUBLE_DOT.value else Tile(16, 16, 16, 4)}
 
 
 def output_tiles(shape: Shape, columns: int, spread: bool) -> tuple[Tile, ...]:
@@ -150,7 +150,9 @@ def output_tiles(shape: Shape, columns: int, spread: bool) -> tuple[Tile, ...]:
 
 def weight_tiles(shape: Shape) -> tuple[Tile, ...]:
     """Tiles, output channels x input channels x pixels, of dW; the first is the default."""
-    if shape.dtype.itemsize > 2:
+    if shape.dtype.itemsize == 8:
+        return (PLAIN_TILES[8],)
+    if shape.dtype.itemsize == 4:
         return (Tile(64, 32, 16, 8, stages=1),)
     default = Tile(128, 64, 32, 8 if shape.narrow and shape.stride == 2 else 4)
     return (default,) if shape.narrow else (default, Tile(64, 64, 64, 8))

@@ -18,6 +18,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from . import version
+
+# Triton 3.4 multiplies no tiles of float64
+DOUBLE_DOT = tl.constexpr(version() >= (3, 5))
+
 _SIZES = ["images", "c_units", "o_units", "h", "w_units", "ho", "wo", "plane_units", "steps", "splits", "numel"]
 
 
@@ -107,7 +112,11 @@ def _weights(w, first_o, first_c, outputs, channels, N: tl.constexpr, C: tl.cons
 
 @triton.jit
 def _product(a, b, sums, ACC: tl.constexpr):
-    return tl.dot(a, b, sums, input_precision="ieee", out_dtype=ACC)
+    """sums + a b, without TF32."""
+    if ACC.primitive_bitwidth == 64 and not DOUBLE_DOT:
+        return sums + tl.sum(a[:, :, None] * b[None, :, :], axis=1)
+    else:
+        return tl.dot(a, b, sums, input_precision="ieee", out_dtype=ACC)
 
 
 @triton.jit(do_not_specialize=_SIZES)

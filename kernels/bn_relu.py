@@ -275,7 +275,9 @@ def _reduce(
         launching.launch(kernel, grid, arguments, {**constants, "EPS": eps}, choice.warps)
         return partial
 
-    choices = Reduction(BACKWARD_TILE, 2 * WARPS), Reduction(BACKWARD_TILE // 2, WARPS)
+    choices = [Reduction(BACKWARD_TILE, 2 * WARPS)]
+    if shape.vec > 1:  # else every value has its own address in registers
+        choices.append(Reduction(BACKWARD_TILE // 2, WARPS))
     partial = run(tune.fastest("bn_backward_reduce", shape.family(x.dtype), x.device, choices, run))
     sums = {"dweights": partial[0], "dbiases": partial[1], "dweight": dweight, "dbias": dbias}
     sizes = {"channels": x.shape[1], "splits": partial.shape[1]}
