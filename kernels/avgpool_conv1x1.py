@@ -19,7 +19,7 @@ from ..layout import layout_of
 from ..reference.avgpool_conv1x1 import output_size
 from . import avgpool_conv1x1_kernels as kernels
 from . import launch as launching
-from . import tune
+from . import tune, version
 
 SUM_BLOCK = 512
 
@@ -133,7 +133,7 @@ def _pow2(n: int) -> int:
 
 
 # of y and dx, by the bytes of float32 and float64
-PLAIN_TILES = {4: Tile(64, 64, 16, 8), 8: Tile(64, 32, 16, 8) if kernels.DOUBLE_DOT.value else Tile(16, 16, 16, 4)}
+PLAIN_TILES = {4: Tile(64, 64, 16, 8), 8: Tile(64, 32, 16, 8) if version() >= (3, 5) else Tile(16, 16, 16, 4)}
 
 
 def output_tiles(shape: Shape, columns: int, spread: bool) -> tuple[Tile, ...]:

@@ -144,8 +144,9 @@ def test_any_layout_of_a_momentum_buffer_is_kept() -> None:
 
 
 def test_beyond_2_to_the_31_values() -> None:
-    """The last block alone, of a gradient whose values 32 bits cannot count; its other pages are never written."""
-    grad = torch.zeros(2**31 + 9000, dtype=HALF, device=DEVICE)
+    """The last block alone, of a gradient whose values 32 bits cannot count; its other pages are never touched."""
+    grad = torch.empty(2**31 + 9000, dtype=HALF, device=DEVICE)
+    grad[-3 * sgd.BLOCK :] = 0
     grad[-1] = math.inf
     found_inf = torch.zeros((), device=DEVICE)
     call = sgd.Call([sgd.Item((False, 0, 0, False), grad.numel(), 0, 0, (grad, *[None] * 4))], (), (0.0, 0.0))
