@@ -1,4 +1,8 @@
-"""What Triton's interpreter does otherwise than cards, up to 3.8: bfloat16 is cut off, and multiplied as integers."""
+"""What Triton's interpreter does otherwise than cards, up to 3.8.
+
+float32 is cut off where it becomes bfloat16; bfloat16 is multiplied as integers; of an argument from 2**31 to 2**32 only
+four of its eight bytes are stored.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ import torch
 
 
 def correct() -> None:
-    """From here on it rounds to bfloat16 as torch and cards do, ties to even, and multiplies its values."""
+    """From here on it does as cards do."""
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -33,3 +37,13 @@ def correct() -> None:
         return theirs_dot(self, wide(a), wide(b), *rest)
 
     interpreter.InterpreterBuilder.create_dot = dot
+
+    theirs_argument = interpreter._implicit_cvt
+
+    def argument(value: Any) -> Any:
+        made = theirs_argument(value)
+        if isinstance(value, int) and made.dtype == tl.int64:
+            made.handle.data = made.handle.data.astype(np.int64)
+        return made
+
+    interpreter._implicit_cvt = argument
