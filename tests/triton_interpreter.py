@@ -1,6 +1,6 @@
 """What Triton's interpreter does otherwise than cards, up to 3.8.
 
-float32 is cut off where it becomes bfloat16; bfloat16 is multiplied as integers; of an argument from 2**31 to 2**32 only
+float32 is cut off where it becomes bfloat16; bfloat16 is multiplied as integers; of an argument from 2**31 to 2**32
 four of its eight bytes are stored.
 """
 
