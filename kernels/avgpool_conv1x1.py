@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton.language as tl
 from torch import Tensor
+from triton import cdiv, next_power_of_2
 
 from ..layout import layout_of
 from ..reference.avgpool_conv1x1 import output_size
+from ..reference.bn_relu import accumulate_dtype
 from . import avgpool_conv1x1_kernels as kernels
 from . import launch as launching
 from . import tune, version
@@ -52,24 +53,30 @@ class Shape:
 
     @staticmethod
     def of(op: str, x: Tensor, weight: Tensor, stride: int, ceil_mode: bool) -> Shape:
-        def fail(name: str, given: str, accepted: str) -> None:
-            raise ValueError(f"{op}: {name} {given}; accepted: {accepted}")
-
         if x.dim() != 4 or x.dtype not in launching.DTYPES:
-            fail(
-                "x", f"has shape {tuple(x.shape)} and dtype {x.dtype}",
+            launching.fail(
+                op, "x", f"has shape {tuple(x.shape)} and dtype {x.dtype}",
                 "4 dimensions (N, C, H, W), float16, bfloat16, float32, float64",
             )  # fmt: skip
         if weight.dtype != x.dtype or weight.device != x.device:
-            fail("weight", f"has dtype {weight.dtype} and is on {weight.device}", f"{x.dtype} on {x.device}, as x")
+            launching.fail(
+                op, "weight", f"has dtype {weight.dtype} and is on {weight.device}", f"{x.dtype} on {x.device}, as x"
+            )
         if weight.dim() != 4 or tuple(weight.shape[1:]) != (x.shape[1], 1, 1) or 0 in weight.shape:
-            fail("weight", f"has shape {tuple(weight.shape)}", f"(Cout, {x.shape[1]}, 1, 1), no size of zero")
+            launching.fail(
+                op, "weight", f"has shape {tuple(weight.shape)}", f"(Cout, {x.shape[1]}, 1, 1), no size of zero"
+            )
         if stride not in (1, 2):
-            fail("stride", f"is {stride}", "1, 2")
+            launching.fail(op, "stride", f"is {stride}", "1, 2")
         n, c, h, w = x.shape
         ho, wo = output_size(x, stride, ceil_mode)
         if ho == 0 or wo == 0:
-            fail("x", f"has shape {tuple(x.shape)} and the output would be {ho} x {wo}", "an output that is not empty")
+            launching.fail(
+                op,
+                "x",
+                f"has shape {tuple(x.shape)} and the output would be {ho} x {wo}",
+                "an output that is not empty",
+            )
         nhwc = layout_of(x) == torch.channels_last
         if stride == 1:  # no windows: all pixels of an image are one row
             h, w, ho, wo = 1, h * w, 1, h * w
@@ -114,22 +121,13 @@ class Shape:
     def constants(self) -> dict[str, Any]:
         numel = max(self.n * self.c * self.h * self.w, self.pixels * self.o, self.c * self.o)
         modes = {"NHWC": self.nhwc, "STRIDE": self.stride, "FULL": self.full}
-        accumulated = tl.float64 if self.dtype == torch.float64 else tl.float32
+        accumulated = launching.TYPES[accumulate_dtype(self.dtype)]
         return {**modes, **self._multiples(), "WIDE": numel >= launching.WIDE_FROM, "ACC": accumulated}
 
     def _multiples(self) -> dict[str, int]:
         """What the sizes are known to be multiples of, up to the elements of 16 bytes."""
-        most = 16 // self.dtype.itemsize
-
-        def known(size: int) -> int:
-            return next(v for v in (8, 4, 2, 1) if v <= most and size % v == 0)
-
         sizes = {"CV": self.c, "OV": self.o, "XV": self.w, "YV": self.ho * self.wo}
-        return {name: known(size) for name, size in sizes.items()}
-
-
-def _pow2(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
+        return {name: launching.multiple_of(size, 16 // self.dtype.itemsize) for name, size in sizes.items()}
 
 
 # of y and dx, by the bytes of float32 and float64
@@ -141,7 +139,7 @@ def output_tiles(shape: Shape, columns: int, spread: bool) -> tuple[Tile, ...]:
     if shape.dtype.itemsize > 2:
         return (PLAIN_TILES[shape.dtype.itemsize],)
     if columns <= 128:
-        n = max(16, _pow2(columns))
+        n = max(16, next_power_of_2(columns))
         return Tile(64, n, 32, 8 if shape.narrow else 4), Tile(32, n, 32, 4)
     # x (or dy) is read once for each tile of columns; those spread over the columns of NCHW take more registers
     broad = Tile(64, 128 if shape.narrow or (spread and not shape.nhwc) else 256, 32, 8)
@@ -158,19 +156,13 @@ def weight_tiles(shape: Shape) -> tuple[Tile, ...]:
     return (default,) if shape.narrow else (default, Tile(64, 64, 64, 8))
 
 
-def _up(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 def avgpool_conv1x1_forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, ceil_mode: bool) -> Tensor:
     """y; see fasttricks.avgpool_conv1x1."""
     op = "avgpool_conv1x1_forward"
     shape = Shape.of(op, x, weight, stride, ceil_mode)
     if bias is not None and (bias.shape != (shape.o,) or bias.dtype != x.dtype or bias.device != x.device):
-        raise ValueError(
-            f"{op}: bias has shape {tuple(bias.shape)} and dtype {bias.dtype} on {bias.device}; "
-            f"accepted: ({shape.o},), {x.dtype} on {x.device}"
-        )
+        given = f"has shape {tuple(bias.shape)} and dtype {bias.dtype} on {bias.device}"
+        launching.fail(op, "bias", given, f"({shape.o},), {x.dtype} on {x.device}")
     size = (shape.n, shape.o, *output_size(x, stride, ceil_mode))
     y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=shape.layout)
     if y.numel() == 0:
@@ -189,12 +181,12 @@ def _pixels_by_channels(
     kernel: Any, shape: Shape, tensors: Mapping[str, Tensor | None], columns: int, spread: bool
 ) -> None:
     def run(tile: Tile) -> None:
-        grid = (_up(shape.pixels, tile.m) * _up(columns, tile.n),)
+        grid = (cdiv(shape.pixels, tile.m) * cdiv(columns, tile.n),)
         constants = {**shape.constants(), "Q": tile.m, "N": tile.n, "K": tile.k}
         launching.launch(kernel, grid, {**tensors, **shape.sizes()}, constants, tile.warps, tile.stages)
 
     device = next(t.device for t in tensors.values() if t is not None)
-    run(tune.fastest(kernel.__name__, shape.family(), device, output_tiles(shape, columns, spread), run))
+    run(tune.fastest(kernel.__name__, shape.family, device, output_tiles(shape, columns, spread), run))
 
 
 def avgpool_conv1x1_backward(
@@ -206,10 +198,8 @@ def avgpool_conv1x1_backward(
     shape = Shape.of(op, x, weight, stride, ceil_mode)
     size = (shape.n, shape.o, *output_size(x, stride, ceil_mode))
     if tuple(dy.shape) != size or dy.dtype != x.dtype or dy.device != x.device:
-        raise ValueError(
-            f"{op}: dy has shape {tuple(dy.shape)} and dtype {dy.dtype} on {dy.device}; "
-            f"accepted: {size}, {x.dtype} on {x.device}"
-        )
+        given = f"has shape {tuple(dy.shape)} and dtype {dy.dtype} on {dy.device}"
+        launching.fail(op, "dy", given, f"{size}, {x.dtype} on {x.device}")
     dx = x.new_empty(0)
     if need_dx:
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=shape.layout)
@@ -232,21 +222,20 @@ def avgpool_conv1x1_backward(
 
 def _splits(shape: Shape, tiles: int, depth: int, device: torch.device) -> tuple[int, int]:
     """(splits, steps of each): the device is full, and no split is shorter than eight steps."""
-    steps = _up(shape.pixels, depth)
-    wish = max(1, min(launching.programs(device) // (2 * tiles), _up(steps, 8)))
-    per_split = _up(steps, wish)
-    return _up(steps, per_split), per_split
+    steps = cdiv(shape.pixels, depth)
+    wish = max(1, min(launching.programs(device) // (2 * tiles), cdiv(steps, 8)))
+    per_split = cdiv(steps, wish)
+    return cdiv(steps, per_split), per_split
 
 
 def _partial(like: Tensor, splits: int) -> Tensor:
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    return torch.empty((splits, like.numel()), dtype=dtype, device=like.device)
+    return torch.empty((splits, like.numel()), dtype=accumulate_dtype(like.dtype), device=like.device)
 
 
 def _sum_to(out: Tensor, partial: Tensor) -> None:
     dense = out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype, device=out.device)
     arguments = {"partial": partial, "out": dense, "numel": out.numel(), "splits": partial.shape[0]}
-    grid = (_up(out.numel(), SUM_BLOCK),)
+    grid = (cdiv(out.numel(), SUM_BLOCK),)
     launching.launch(kernels.pool_conv_sum_kernel, grid, arguments, {"BLOCK": SUM_BLOCK}, 4)
     if dense is not out:
         out.copy_(dense)
@@ -254,7 +243,7 @@ def _sum_to(out: Tensor, partial: Tensor) -> None:
 
 def _dweight(dy: Tensor, x: Tensor, shape: Shape, dweight: Tensor) -> None:
     def run(tile: Tile) -> Tensor:
-        tiles = _up(shape.o, tile.m) * _up(shape.c, tile.n)
+        tiles = cdiv(shape.o, tile.m) * cdiv(shape.c, tile.n)
         splits, steps = _splits(shape, tiles, tile.k, x.device)
         partial = _partial(dweight, splits)
         arguments = {"dy": dy, "x": x, "partial": partial, **shape.sizes(), "steps": steps}
@@ -263,12 +252,12 @@ def _dweight(dy: Tensor, x: Tensor, shape: Shape, dweight: Tensor) -> None:
         launching.launch(kernel, (tiles, splits), arguments, constants, tile.warps, tile.stages)
         return partial
 
-    _sum_to(dweight, run(tune.fastest("pool_conv_weight_kernel", shape.family(), x.device, weight_tiles(shape), run)))
+    _sum_to(dweight, run(tune.fastest("pool_conv_weight_kernel", shape.family, x.device, weight_tiles(shape), run)))
 
 
 def _dbias(dy: Tensor, shape: Shape, dbias: Tensor) -> None:
     m, k = (64, 64) if shape.nhwc else (4, 1024)
-    tiles = _up(shape.o, m)
+    tiles = cdiv(shape.o, m)
     splits, steps = _splits(shape, tiles, k, dy.device)
     partial = _partial(dbias, splits)
     sizes, modes = shape.sizes(), shape.constants()

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton import cdiv, next_power_of_2
 
 from ..layout import layout_of
+from ..reference.bn_relu import accumulate_dtype
 from . import bn_relu_kernels as kernels
 from . import launch as launching
 from . import tune
@@ -24,10 +26,6 @@ APPLY_GROUPS = 128
 APPLY_LOOPS = 4
 WARPS = 4
 CHANNEL_BLOCK = 128
-
-
-def _pow2(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class Shape:
     inner: int
     nhwc: bool
     numel: int
-    itemsize: int
+    dtype: torch.dtype
 
     @staticmethod
     def of(x: Tensor, layout: torch.memory_format) -> Shape:
@@ -55,48 +53,48 @@ class Shape:
         nhwc = layout != torch.contiguous_format
         rows = x.numel() // channels if nhwc else x.shape[0]
         inner = channels if nhwc else x.numel() // (rows * channels)
-        return Shape(rows, channels, inner, nhwc, x.numel(), x.element_size())
+        return Shape(rows, channels, inner, nhwc, x.numel(), x.dtype)
 
     @property
     def vec(self) -> int:
-        return next(v for v in (8, 4, 2, 1) if self.inner % v == 0)
+        return launching.multiple_of(self.inner)
 
     @property
     def wide(self) -> bool:
         return self.numel >= launching.WIDE_FROM
 
-    @property
-    def count(self) -> int:
-        return self.numel // self.channels
-
-    def family(self, dtype: torch.dtype) -> str:
+    def family(self) -> str:
         """What shapes one choice of tiles is for."""
         sizes = tune.bucket(self.rows, self.channels, self.inner)
-        return f"{dtype} {'NHWC' if self.nhwc else 'NCHW'} {self.vec} {sizes}"
+        return f"{self.dtype} {'NHWC' if self.nhwc else 'NCHW'} {self.vec} {sizes}"
 
     def elementwise(self, programs: int) -> tuple[tuple[int], dict[str, Any], dict[str, Any]]:
         """Grid, arguments and constants of a flat pass."""
         vec = 8 if self.vec == 8 else 1
-        tiles = -(-self.numel // (8 * APPLY_GROUPS))
+        tiles = cdiv(self.numel, 8 * APPLY_GROUPS)
         units = self.inner // vec
         # NHWC: tiles so many apart have the same channels, whose parameters, more bytes than 8 values of 16 bits, a
         # program loads once
-        loops = APPLY_LOOPS if self.nhwc and vec == 8 and self.itemsize == 2 and tiles >= APPLY_LOOPS * programs else 1
+        loops = (
+            APPLY_LOOPS
+            if self.nhwc and vec == 8 and self.dtype.itemsize == 2 and tiles >= APPLY_LOOPS * programs
+            else 1
+        )
         period = units // math.gcd(units, APPLY_GROUPS) if loops > 1 else 1
         arguments = {"numel": self.numel, "units": units, "channels": self.channels, "period": period}
         constants = {"NHWC": self.nhwc, "VEC": vec, "FULL": self.numel % 8 == 0, "WIDE": self.wide}
-        grid = (-(-tiles // (period * loops)) * period,)
+        grid = (cdiv(tiles, period * loops) * period,)
         return grid, arguments, {**constants, "GROUPS": APPLY_GROUPS, "LOOPS": loops}
 
     def reduction(self, programs: int, tile: int) -> tuple[tuple[int, int], dict[str, Any], dict[str, Any]]:
         """Grid (blocks of channels, splits), arguments and constants of a reduction over all but the channels."""
-        cols = min(_pow2(self.inner), 64 if self.nhwc else 1024)
-        rows = max(1, min(tile // cols, _pow2(self.rows)))
-        blocks = -(-self.channels // cols) if self.nhwc else self.channels
-        tiles = -(-self.rows // rows) * (1 if self.nhwc else -(-self.inner // cols))
+        cols = min(next_power_of_2(self.inner), 64 if self.nhwc else 1024)
+        rows = max(1, min(tile // cols, next_power_of_2(self.rows)))
+        blocks = cdiv(self.channels, cols) if self.nhwc else self.channels
+        tiles = cdiv(self.rows, rows) * (1 if self.nhwc else cdiv(self.inner, cols))
         splits = max(1, min(tiles, programs // blocks))
-        per_split = -(-tiles // splits)
-        splits = -(-tiles // per_split)  # none is empty
+        per_split = cdiv(tiles, splits)
+        splits = cdiv(tiles, per_split)  # none is empty
         arguments = {"rows": self.rows, "units": self.inner // self.vec, "channels": self.channels}
         arguments |= {"tiles": tiles, "per_split": per_split}
         constants = {"NHWC": self.nhwc, "VEC": self.vec, "ROWS": rows, "COLS": cols, "WIDE": self.wide}
@@ -104,7 +102,7 @@ class Shape:
 
 
 def _check(x: Tensor, **others: Tensor | None) -> None:
-    if x.dim() < 2 or x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+    if x.dim() < 2 or x.dtype not in launching.DTYPES:
         raise ValueError(
             f"x has shape {tuple(x.shape)} and dtype {x.dtype}; accepted: (N, C, ...), "
             "float16, bfloat16, float32, float64"
@@ -121,16 +119,12 @@ def _check(x: Tensor, **others: Tensor | None) -> None:
                     f"{tuple(x.shape)}, {x.dtype}"
                 )
         elif name == "mask":
-            if t.dtype != torch.uint8 or t.shape != (-(-x.numel() // 8),) or not t.is_contiguous():
+            if t.dtype != torch.uint8 or t.shape != (cdiv(x.numel(), 8),) or not t.is_contiguous():
                 raise ValueError(
                     f"mask has shape {tuple(t.shape)} and dtype {t.dtype}; accepted: uint8, a bit an element"
                 )
         elif t.shape != (x.shape[1],):
             raise ValueError(f"{name} has shape {tuple(t.shape)}; accepted: ({x.shape[1]},), the channels of x")
-
-
-def _statistics_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _channels(t: Tensor | None) -> Tensor | None:
@@ -142,11 +136,11 @@ def _like_x(t: Tensor, layout: torch.memory_format) -> Tensor:
 
 
 def _per_channel(x: Tensor) -> Tensor:
-    return torch.empty(x.shape[1], dtype=_statistics_dtype(x), device=x.device)
+    return torch.empty(x.shape[1], dtype=accumulate_dtype(x.dtype), device=x.device)
 
 
 def _blocks(channels: int) -> tuple[int]:
-    return (-(-channels // CHANNEL_BLOCK),)
+    return (cdiv(channels, CHANNEL_BLOCK),)
 
 
 def bn_stats(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,7 +162,7 @@ def bn_stats(x: Tensor) -> tuple[Tensor, Tensor]:
 
     tile = STATS_TILE if shape.vec > 1 else STATS_TILE // 2
     choices = Reduction(tile, WARPS), Reduction(tile // 2, WARPS)
-    partial = run(tune.fastest("bn_stats", shape.family(x.dtype), x.device, choices, run))
+    partial = run(tune.fastest("bn_stats", shape.family, x.device, choices, run))
     merged = {"means": partial[0], "m2s": partial[1], "counts": partial[2], "mean": mean, "var": var}
     sizes = {"channels": x.shape[1], "splits": partial.shape[1]}
     constants = {"BLOCK": CHANNEL_BLOCK}
@@ -183,7 +177,7 @@ def _apply(
     _check(x, residual=residual, weight=weight, bias=bias, mean=mean, var=var)
     layout = layout_of(x)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout)
-    mask = None if residual is None else torch.empty(-(-x.numel() // 8), dtype=torch.uint8, device=x.device)
+    mask = None if residual is None else torch.empty(cdiv(x.numel(), 8), dtype=torch.uint8, device=x.device)
     if x.numel() == 0:
         return y, mask
     grid, arguments, constants = Shape.of(x, layout).elementwise(launching.programs(x.device))
@@ -192,8 +186,8 @@ def _apply(
         "residual": None if residual is None else _like_x(residual, layout),
         "weight": _channels(weight),
         "bias": _channels(bias),
-        "mean": mean.to(_statistics_dtype(x)).contiguous(),
-        "var": var.to(_statistics_dtype(x)).contiguous(),
+        "mean": mean.to(accumulate_dtype(x.dtype)).contiguous(),
+        "var": var.to(accumulate_dtype(x.dtype)).contiguous(),
         "y": y,
         "mask": mask,
     }
@@ -244,8 +238,8 @@ def _inputs(
         "mask": mask,
         "weight": _channels(weight),
         "bias": _channels(bias),
-        "mean": mean.to(_statistics_dtype(x)).contiguous(),
-        "var": var.to(_statistics_dtype(x)).contiguous(),
+        "mean": mean.to(accumulate_dtype(x.dtype)).contiguous(),
+        "var": var.to(accumulate_dtype(x.dtype)).contiguous(),
     }
 
 
@@ -278,7 +272,7 @@ def _reduce(
     choices = [Reduction(BACKWARD_TILE, 2 * WARPS)]
     if shape.vec > 1:  # else every value has its own address in registers
         choices.append(Reduction(BACKWARD_TILE // 2, WARPS))
-    partial = run(tune.fastest("bn_backward_reduce", shape.family(x.dtype), x.device, choices, run))
+    partial = run(tune.fastest("bn_backward_reduce", shape.family, x.device, choices, run))
     sums = {"dweights": partial[0], "dbiases": partial[1], "dweight": dweight, "dbias": dbias}
     sizes = {"channels": x.shape[1], "splits": partial.shape[1]}
     constants = {"BLOCK": CHANNEL_BLOCK}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import triton.language as tl
@@ -30,10 +31,8 @@ def launch(
     operands are loaded at a time.
     """
     device = next(a.device for a in arguments.values() if isinstance(a, torch.Tensor))
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            kernel[grid](**arguments, **constants, num_warps=warps, num_stages=stages)
-    else:
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
         kernel[grid](**arguments, **constants, num_warps=warps, num_stages=stages)
 
 
@@ -47,6 +46,16 @@ def _processors(device: torch.device) -> int:
 def programs(device: torch.device) -> int:
     """How many programs fill the device: four resident ones a multiprocessor."""
     return 4 * _processors(device)
+
+
+def multiple_of(size: int, most: int = 8) -> int:
+    """The largest of 8, 4, 2 and 1, up to `most`, that `size` is a multiple of: what a kernel is told of it."""
+    return next(v for v in (8, 4, 2, 1) if v <= most and size % v == 0)
+
+
+def fail(op: str, name: str, given: str, accepted: str) -> NoReturn:
+    """Raises the ValueError of a wrong argument."""
+    raise ValueError(f"{op}: {name} {given}; accepted: {accepted}")
 
 
 def define(implementation: Callable[..., Any], mutates: Sequence[str] = ()) -> None:

@@ -8,11 +8,13 @@ import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
+from triton import cdiv
 
+from ..reference.bn_relu import accumulate_dtype
 from ..reference.sgd import is_half
 from . import launch as launching
 from . import sgd_kernels as kernels
@@ -92,24 +94,20 @@ class Packed:
 # ---- checks ----
 
 
-def _fail(op: str, name: str, given: str, accepted: str) -> NoReturn:
-    raise ValueError(f"{op}: {name} {given}; accepted: {accepted}")
-
-
 def _check_device(op: str, name: str, t: Tensor, device: torch.device) -> None:
     if t.device != device:
-        _fail(op, name, f"is on {t.device}", f"{device}, where the first tensor is")
+        launching.fail(op, name, f"is on {t.device}", f"{device}, where the first tensor is")
 
 
 def _check_dtype(op: str, name: str, t: Tensor, *accepted: torch.dtype) -> None:
     if t.dtype not in accepted:
         mine, *names = (str(d).removeprefix("torch.") for d in (t.dtype, *accepted))
-        _fail(op, name, f"has dtype {mine}", ", ".join(names))
+        launching.fail(op, name, f"has dtype {mine}", ", ".join(names))
 
 
 def _check_shape(op: str, name: str, t: Tensor, param: Tensor) -> None:
     if t.shape != param.shape:
-        _fail(op, name, f"has shape {tuple(t.shape)}", f"{tuple(param.shape)}, the parameter's")
+        launching.fail(op, name, f"has shape {tuple(t.shape)}", f"{tuple(param.shape)}, the parameter's")
 
 
 def _check_tensor(op: str, name: str, t: Tensor, device: torch.device) -> None:
@@ -121,7 +119,9 @@ def _check_written(op: str, name: str, t: Tensor) -> None:
     if t.is_contiguous() or t.numel() == 0:
         return
     if any(stride == 0 and size > 1 for stride, size in zip(t.stride(), t.shape, strict=True)):
-        _fail(op, name, "is expanded: several of its elements are one place in memory", "tensors that can be written")
+        launching.fail(
+            op, name, "is expanded: several of its elements are one place in memory", "tensors that can be written"
+        )
 
 
 def _check_scalar(
@@ -130,7 +130,7 @@ def _check_scalar(
     if t is None:
         return
     if t.numel() != 1:
-        _fail(op, name, f"has shape {tuple(t.shape)}", "one element")
+        launching.fail(op, name, f"has shape {tuple(t.shape)}", "one element")
     _check_dtype(op, name, t, *dtypes)
     _check_device(op, name, t, device)
 
@@ -142,12 +142,12 @@ def _check_squares(op: str, name: str, t: Tensor | None, count: int, exactly: bo
     _check_device(op, name, t, device)
     if t.dim() != 1 or t.numel() < count or (exactly and t.numel() != count) or not t.is_contiguous():
         more = "" if exactly else " or longer"
-        _fail(op, name, f"has shape {tuple(t.shape)}", f"({count},){more}, contiguous")
+        launching.fail(op, name, f"has shape {tuple(t.shape)}", f"({count},){more}, contiguous")
 
 
 def _check_count(op: str, name: str, values: Sequence[Any], want: int, of: str) -> None:
     if len(values) != want:
-        _fail(op, name, f"has {len(values)} {of}", f"{want}, one for each that needs one")
+        launching.fail(op, name, f"has {len(values)} {of}", f"{want}, one for each that needs one")
 
 
 class Beside:
@@ -160,7 +160,7 @@ class Beside:
         """The parameter's, checked: of its shape, and of this dtype."""
         i = self.taken
         if i == len(self.tensors):
-            _fail(self.op, self.name, f"has {i} tensors", "one for each parameter that needs one")
+            launching.fail(self.op, self.name, f"has {i} tensors", "one for each parameter that needs one")
         self.taken += 1
         t, name = self.tensors[i], f"{self.name}[{i}]"
         _check_dtype(self.op, name, t, dtype)
@@ -203,7 +203,7 @@ def plan(items: tuple[tuple[tuple[bool, int, int, bool], bool, int], ...]) -> Pl
     firsts, launches = [0], []
     for (key, vec), run in itertools.groupby(order, key=lambda i: items[i][:2]):
         begin = len(firsts) - 1
-        firsts += itertools.accumulate((-(-items[i][2] // BLOCK) for i in run), initial=firsts.pop())
+        firsts += itertools.accumulate((cdiv(items[i][2], BLOCK) for i in run), initial=firsts.pop())
         blocks = firsts[-1] - firsts[begin]
         if blocks:
             launches.append(Launch(key, vec, begin, len(firsts) - 1, firsts[begin], blocks))
@@ -264,8 +264,8 @@ class Call:
             *([where[k] for _, where in entries] for k in range(5)),
         ]
         words = (*_bits(*numbers), *self.plan.firsts, *(word for row in rows for word in (*row, 0)), *groups)
-        self.device = next(t.device for t in items[0].tensors if t is not None)
-        self.arguments = {"words": _table(words, self.device), "length": len(entries) + 1}
+        device = next(t.device for t in items[0].tensors if t is not None)
+        self.arguments = {"words": _table(words, device), "length": len(entries) + 1}
 
     def launches(self) -> Iterator[tuple[Launch, tuple[int], dict[str, Any], dict[str, Any]]]:
         """(launch, grid, arguments, constants) of each."""
@@ -352,9 +352,9 @@ def sgd_step(
     for name, values in options.items():
         _check_count(op, name, values, len(group_sizes), "values")
     if min(group_sizes, default=0) < 0:
-        _fail(op, "group_sizes", f"has {min(group_sizes)}", "at least 0")
+        launching.fail(op, "group_sizes", f"has {min(group_sizes)}", "at least 0")
     if sum(group_sizes) != len(params):
-        _fail(op, "group_sizes", f"add up to {sum(group_sizes)}", f"{len(params)}, the number of params")
+        launching.fail(op, "group_sizes", f"add up to {sum(group_sizes)}", f"{len(params)}, the number of params")
     if not params:
         return
     device, lars = params[0].device, any(eta > 0 for eta in trust_coefficient)
@@ -363,9 +363,9 @@ def sgd_step(
     _check_squares(op, "grad_sq", grad_sq, len(params), False, device)
     _check_squares(op, "weight_sq", weight_sq, len(params), False, device)
     if grad_sq is None and (max_norm > 0 or lars):
-        _fail(op, "grad_sq", "is None", "with max_norm or trust_coefficient: what sgd_check wrote")
+        launching.fail(op, "grad_sq", "is None", "with max_norm or trust_coefficient: what sgd_check wrote")
     if weight_sq is None and lars:
-        _fail(op, "weight_sq", "is None", "with trust_coefficient: what sgd_check wrote")
+        launching.fail(op, "weight_sq", "is None", "with trust_coefficient: what sgd_check wrote")
     given = list(_stepped(params, grads, momentum_buffers, steps, masters, group_sizes, lr, momentum))
     flags = [
         kernels.NESTEROV.value * nesterov[g]
@@ -399,7 +399,7 @@ def sgd_step(
         calls.append((call, len(items)))
     for call, count in calls if steps else ():
         arguments = {**call.arguments, "found_inf": found_inf, "end": count}
-        grid = (-(-count // COUNTS),)
+        grid = (cdiv(count, COUNTS),)
         launching.launch(kernels.sgd_count_kernel, grid, arguments, {"BLOCK": COUNTS}, 4)
 
 
@@ -421,7 +421,7 @@ def _stepped(
         _check_tensor(op, f"grads[{i}]", grad, device)
         _check_shape(op, f"grads[{i}]", grad, param)
         _check_written(op, f"params[{i}]", param)
-        computed = torch.float64 if param.dtype == torch.float64 else torch.float32
+        computed = accumulate_dtype(param.dtype)
         moves = momentum[g] != 0
         master = copies.next(param, computed, True) if is_half(param) else None
         buffer = buffers.next(param, computed, True) if moves else None

@@ -32,17 +32,21 @@ def bucket(*sizes: int) -> str:
 
 
 def fastest(
-    name: str, shapes: str, device: torch.device, choices: Sequence[Choice], run: Callable[[Choice], Any]
+    name: str,
+    family: Callable[[], str],
+    device: torch.device,
+    choices: Sequence[Choice],
+    run: Callable[[Choice], Any],
 ) -> Choice:
-    """The choice for kernel `name` and a class of shapes; run(choice) launches the kernel."""
+    """The choice for kernel `name` and the class of shapes that family() names; run(choice) launches the kernel."""
     if len(choices) == 1 or not enabled():
         return choices[0]
-    kept = _kept(_path(device))
-    known = kept.get(f"{name} {shapes}")
+    kept, key = _kept(_path(device)), f"{name} {family()}"
+    known = kept.get(key)
     if known is None and not _capturing(device):
         times = [measured(functools.partial(run, choice)) for choice in choices]
         known = str(choices[times.index(min(times))])
-        kept[f"{name} {shapes}"] = known
+        kept[key] = known
         _write(_path(device), kept)
     # nothing of a file that another version wrote is trusted
     return next((choice for choice in choices if str(choice) == known), choices[0])

@@ -21,6 +21,7 @@ if reason := why_not("triton", DEVICE):
 
 from fasttricks.kernels import bn_relu as implementation  # noqa: E402
 from fasttricks.kernels import launch as launching  # noqa: E402
+from fasttricks.ops.bn_relu import unpack_mask  # noqa: E402
 
 ops = torch.ops.fasttricks_triton
 EPS = 1e-5
@@ -54,15 +55,6 @@ def composition(
     return [y.detach(), *grads]
 
 
-def bits(mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The bit mask as booleans of like's shape; like is in the mask's memory order."""
-    flat = ((mask[:, None].cpu() >> torch.arange(8)) & 1).flatten()[: like.numel()].bool()
-    if like.is_contiguous():
-        return flat.reshape(like.shape)
-    n, c, h, w = like.shape
-    return flat.reshape(n, h, w, c).permute(0, 3, 1, 2)
-
-
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("residual", [False, True], ids=["bn_relu", "bn_add_relu"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
@@ -91,7 +83,7 @@ def test_equals_torch(
         )
     through = ~(y <= 0)
     if mask is not None:
-        assert torch.equal(bits(mask, y).to(DEVICE), through), "the saved mask is y's"
+        assert torch.equal(unpack_mask(mask, y), through), "the saved mask is y's"
     assert y.stride() == t["x"].stride()
     assert dx.stride() == t["x"].stride()
     exact = composition(t, torch.float64, residual, training, through)
@@ -131,7 +123,7 @@ def test_nan_passes_and_stays_in_its_channel(layout: torch.memory_format) -> Non
         y, mean, var, mask = ops.bn_add_relu_forward(x, torch.ones_like(x), weight, None, EPS)
         assert y[:, 1].isnan().all()
         assert y[:, ::2].isfinite().all()
-        assert bits(mask, y)[:, 1].all()
+        assert unpack_mask(mask, y)[:, 1].all()
         dx, *_ = ops.bn_relu_backward(torch.ones_like(x), x, mask, weight, None, mean, var, EPS, True, True)
         assert dx[:, 1].isnan().all()
     eval_y = ops.bn_relu_apply(

@@ -48,7 +48,7 @@ def forget() -> None:
 def choose(shapes: str = "a", choices: tuple[str, ...] = ("first", "second", "third")) -> tuple[str, list[str]]:
     """The choice, and what ran to find it."""
     ran: list[str] = []
-    return tune.fastest("kernel", shapes, DEVICE, choices, ran.append), ran
+    return tune.fastest("kernel", lambda: shapes, DEVICE, choices, ran.append), ran
 
 
 def file(folder: Path) -> Path:
@@ -109,7 +109,7 @@ def test_every_choice_computes_the_same(
 ) -> None:
     seen: set[str] = set()
 
-    def fixed(name: str, shapes: str, device: torch.device, choices: Any, run: Any) -> Any:
+    def fixed(name: str, family: Any, device: torch.device, choices: Any, run: Any) -> Any:
         seen.add(name)
         return choices[which]
 

@@ -101,14 +101,14 @@ def variant(launched: Launch) -> tuple[Any, ...]:
 def taken_down(
     run: Callable[[], None], monkeypatch: pytest.MonkeyPatch, every_choice_of_tiles: bool = True
 ) -> list[Launch]:
-    """What `run` launches."""
+    """What `run` launches, one launch of each variant."""
     launches: list[Launch] = []
     sgd._kept_table.cache_clear()
     monkeypatch.setattr(
         launch, "launch", lambda kernel, grid, a, c, warps, stages=1: launches.append((kernel, a, c, warps, stages))
     )
 
-    def every_choice(name: str, shapes: str, device: torch.device, choices: Any, run: Callable[[Any], Any]) -> Any:
+    def every_choice(name: str, family: Any, device: torch.device, choices: Any, run: Callable[[Any], Any]) -> Any:
         for choice in choices[1:]:
             run(choice)
         return choices[0]
@@ -116,7 +116,7 @@ def taken_down(
     if every_choice_of_tiles:
         monkeypatch.setattr(tune, "fastest", every_choice)
     run()
-    return launches
+    return list({variant(launched): launched for launched in launches}.values())
 
 
 def compiled(launched: Launch, target: int) -> Any:
@@ -238,7 +238,7 @@ def check(run: Callable[[], None], prefix: str, target: int, tmp_path: Path, mon
     """Compiles the launches of `run`, in which every kernel with this prefix must be, and checks each."""
     launches = taken_down(run, monkeypatch)
     assert {kernel.__name__ for kernel, *_ in launches} == {name for name in REGISTERS if name.startswith(prefix)}
-    for launched in {variant(launched): launched for launched in launches}.values():
+    for launched in launches:
         kernel, arguments, constants, *_ = launched
         name = kernel.__name__
         binary = compiled(launched, target)
