@@ -22,7 +22,7 @@ from bench_train_step import Side
 from torch.utils.benchmark import Timer
 
 import fasttricks
-from fasttricks.backend import why_not
+from fasttricks.backends import why_not
 
 ROUNDS = 3
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}

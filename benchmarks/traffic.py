@@ -98,7 +98,7 @@ class Triton:
     def __init__(self) -> None:
         import triton_interpreter
 
-        from fasttricks.backend import not_loaded
+        from fasttricks.backends import not_loaded
 
         if "triton" in not_loaded:
             raise RuntimeError(f"Triton: {not_loaded['triton']}")

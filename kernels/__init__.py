@@ -1,6 +1,6 @@
 """The ops in Triton, as `torch.ops.fasttricks_triton.*` with the schemas of `torch.ops.fasttricks.*`.
 
-Importing this package imports Triton and defines the ops; fasttricks.backend does so where a CUDA device or the
+Importing this package imports Triton and defines the ops; fasttricks.backends does so where a CUDA device or the
 interpreter (TRITON_INTERPRET=1) can run them, and fasttricks.ops gives them fakes and autograd.
 """
 

@@ -34,29 +34,23 @@ def _range(first, SIZE: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _pooled(
-    x, first_q, first_c, images, c_units, h, w_units, ho, wo,
-    NHWC: tl.constexpr, STRIDE: tl.constexpr, FULL: tl.constexpr, CV: tl.constexpr, XV: tl.constexpr,
-    WIDE: tl.constexpr, Q: tl.constexpr, C: tl.constexpr, ACC: tl.constexpr,
+def _windows(
+    first_q, first_c, images, channels, h, w, ho, wo,
+    NHWC: tl.constexpr, STRIDE: tl.constexpr, FULL: tl.constexpr, WIDE: tl.constexpr, Q: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """A tile of p from pixel first_q and channel first_c on, zero outside. FULL: all windows lie inside the image."""
-    channels, w = c_units * CV, w_units * XV
-    plane = ho * wo
+    """A tile of x from pixel first_q of the output and channel first_c on: what _pixel makes offsets of.
+
+    (offsets of the windows' corners, and of the channels from them; validity; row and column of the corners; values
+    between the columns of a window). NCHW: every column has its own entry, and one is between it and the next.
+    """
     c = first_c + tl.arange(0, C)
-    q = _range(first_q, Q, WIDE)
     if NHWC:
-        n, i, j = q // plane, q % plane // wo, q % wo
-        corner = ((n * h + i * STRIDE) * w + j * STRIDE) * channels
+        q = _range(first_q, Q, WIDE)
+        plane = ho * wo
+        n, i, column = q // plane, q % plane // wo, q % wo * STRIDE
+        corner = ((n * h + i * STRIDE) * w + column) * channels
         inside = (q < images * plane)[:, None] & (c < channels)[None, :]
-        total = tl.zeros((Q, C), ACC)
-        for r in tl.static_range(STRIDE):
-            for s in tl.static_range(STRIDE):
-                valid = inside
-                if not FULL:
-                    valid &= ((i * STRIDE + r < h) & (j * STRIDE + s < w))[:, None]
-                offset = (corner + (r * w + s) * channels)[:, None] + c[None, :]
-                total += tl.load(x + offset, mask=valid, other=0.0).to(ACC)
-        scale = _one_by_count(i, j, h, w, STRIDE, FULL, ACC)[:, None]
+        return corner[:, None], c[None, :], inside, (i * STRIDE)[:, None], column[:, None], channels
     else:
         # all columns of x are windows' where windows are full; then W is their span, and known to be a multiple of XV
         span = w if FULL else wo * STRIDE
@@ -65,26 +59,55 @@ def _pooled(
         corner = (n * channels * h + i * STRIDE) * w + column
         inside = (e < images * (ho * span))[None, :] & (c < channels)[:, None]
         start = c * (h * w) if not WIDE else c.to(tl.int64) * h * w
-        columns = tl.zeros((C, Q * STRIDE), ACC)
-        for r in tl.static_range(STRIDE):
-            valid = inside
-            if not FULL:
-                valid &= ((i * STRIDE + r < h) & (column < w))[None, :]
-            offset = start[:, None] + (corner + r * w)[None, :]
-            columns += tl.load(x + offset, mask=valid, other=0.0).to(ACC)
-        total = tl.sum(tl.reshape(columns, (C, Q, STRIDE)), axis=2)
-        scale = _one_by_count(q % plane // wo, q % wo, h, w, STRIDE, FULL, ACC)[None, :]
+        return corner[None, :], start[:, None], inside, (i * STRIDE)[None, :], column[None, :], 1
+
+
+@triton.jit
+def _pixel(corner, across, inside, row, column, apart, h, w, r, s, FULL: tl.constexpr):
+    """Offsets and validity of the pixels in row r and column s of the windows."""
+    valid = inside
+    if not FULL:
+        valid &= (row + r < h) & (column + s < w)
+    return corner + (r * w + s) * apart + across, valid
+
+
+@triton.jit
+def _pooled(
+    x, first_q, first_c, images, c_units, h, w_units, ho, wo,
+    NHWC: tl.constexpr, STRIDE: tl.constexpr, FULL: tl.constexpr, CV: tl.constexpr, XV: tl.constexpr,
+    WIDE: tl.constexpr, Q: tl.constexpr, C: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """A tile of p from pixel first_q and channel first_c on, zero outside. FULL: all windows lie inside the image."""
+    w = w_units * XV
+    corner, across, inside, row, column, apart = _windows(
+        first_q, first_c, images, c_units * CV, h, w, ho, wo, NHWC, STRIDE, FULL, WIDE, Q, C
+    )  # fmt: skip
+    total = tl.zeros(inside.shape, ACC)
+    for r in tl.static_range(STRIDE):
+        for s in tl.static_range(STRIDE if NHWC else 1):
+            offset, valid = _pixel(corner, across, inside, row, column, apart, h, w, r, s, FULL)
+            total += tl.load(x + offset, mask=valid, other=0.0).to(ACC)
+    if not NHWC:
+        total = tl.sum(tl.reshape(total, (C, Q, STRIDE)), axis=2)
+    scale = _one_by_count(first_q, h, w, ho, wo, NHWC, STRIDE, FULL, WIDE, Q, ACC)
     return (total * scale).to(x.dtype.element_ty)
 
 
 @triton.jit
-def _one_by_count(i, j, h, w, STRIDE: tl.constexpr, FULL: tl.constexpr, ACC: tl.constexpr):
-    """1 / the pixels of a window that lie inside the image: 1, 1/2 or 1/4."""
+def _one_by_count(
+    first_q, h, w, ho, wo,
+    NHWC: tl.constexpr, STRIDE: tl.constexpr, FULL: tl.constexpr, WIDE: tl.constexpr, Q: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """1 / the pixels of a window that lie inside the image, 1, 1/2 or 1/4, along the pixels of a tile."""
     if FULL:
-        return tl.full(i.shape, 1.0 / (STRIDE * STRIDE), ACC)
+        scale = tl.full((Q,), 1.0 / (STRIDE * STRIDE), ACC)
     else:
-        rows, columns = tl.minimum(h - i * STRIDE, STRIDE), tl.minimum(w - j * STRIDE, STRIDE)
-        return 1.0 / (rows * columns).to(ACC)
+        q = _range(first_q, Q, WIDE)
+        rows = tl.minimum(h - q % (ho * wo) // wo * STRIDE, STRIDE)
+        columns = tl.minimum(w - q % wo * STRIDE, STRIDE)
+        scale = 1.0 / (rows * columns).to(ACC)
+    return scale[:, None] if NHWC else scale[None, :]
 
 
 @triton.jit
@@ -169,34 +192,17 @@ def pool_conv_input_kernel(
         else:
             sums = _product(tl.trans(w), g, sums, ACC)
 
-    plane = ho * wo
-    q, c = _range(first_q, Q, WIDE), first_c + tl.arange(0, N)
-    scale = _one_by_count(q % plane // wo, q % wo, h, w_size, STRIDE, FULL, ACC)
-    values = (sums * (scale[:, None] if NHWC else scale[None, :])).to(dx.dtype.element_ty)
-    if NHWC:
-        n, i, j = q // plane, q % plane // wo, q % wo
-        corner = ((n * h + i * STRIDE) * w_size + j * STRIDE) * channels
-        inside = (q < images * plane)[:, None] & (c < channels)[None, :]
-        for r in tl.static_range(STRIDE):
-            for s in tl.static_range(STRIDE):
-                valid = inside
-                if not FULL:
-                    valid &= ((i * STRIDE + r < h) & (j * STRIDE + s < w_size))[:, None]
-                tl.store(dx + (corner + (r * w_size + s) * channels)[:, None] + c[None, :], values, mask=valid)
-    else:
-        span = w_size if FULL else wo * STRIDE
-        e = _range(first_q * STRIDE, Q * STRIDE, WIDE)
-        n, i, column = e // (ho * span), e // span % ho, e % span
-        corner = (n * channels * h + i * STRIDE) * w_size + column
-        inside = (e < images * (ho * span))[None, :] & (c < channels)[:, None]
-        start = c * (h * w_size) if not WIDE else c.to(tl.int64) * h * w_size
-        if STRIDE == 2:
-            values = tl.reshape(tl.join(values, values), (N, Q * 2))
-        for r in tl.static_range(STRIDE):
-            valid = inside
-            if not FULL:
-                valid &= ((i * STRIDE + r < h) & (column < w_size))[None, :]
-            tl.store(dx + start[:, None] + (corner + r * w_size)[None, :], values, mask=valid)
+    scale = _one_by_count(first_q, h, w_size, ho, wo, NHWC, STRIDE, FULL, WIDE, Q, ACC)
+    values = (sums * scale).to(dx.dtype.element_ty)
+    if not NHWC and STRIDE == 2:
+        values = tl.reshape(tl.join(values, values), (N, Q * 2))
+    corner, across, inside, row, column, apart = _windows(
+        first_q, first_c, images, channels, h, w_size, ho, wo, NHWC, STRIDE, FULL, WIDE, Q, N
+    )  # fmt: skip
+    for r in tl.static_range(STRIDE):
+        for s in tl.static_range(STRIDE if NHWC else 1):
+            offset, valid = _pixel(corner, across, inside, row, column, apart, h, w_size, r, s, FULL)
+            tl.store(dx + offset, values, mask=valid)
 
 
 @triton.jit(do_not_specialize=_SIZES)

@@ -143,14 +143,22 @@ def _blocks(channels: int) -> tuple[int]:
     return (cdiv(channels, CHANNEL_BLOCK),)
 
 
+def _laid_out(x: Tensor) -> tuple[Tensor, torch.memory_format]:
+    """x, checked and dense in the layout that its results have, and that layout."""
+    _check(x)
+    layout = layout_of(x)
+    return _like_x(x, layout), layout
+
+
 def bn_stats(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of every channel; zeros of an empty x."""
-    _check(x)
+    return _stats(*_laid_out(x))
+
+
+def _stats(x: Tensor, layout: torch.memory_format) -> tuple[Tensor, Tensor]:
     mean, var = _per_channel(x), _per_channel(x)
     if x.numel() == 0:
         return mean.zero_(), var.zero_()
-    layout = layout_of(x)
-    x = _like_x(x, layout)
     shape = Shape.of(x, layout)
 
     def run(choice: Reduction) -> Tensor:
@@ -171,18 +179,17 @@ def bn_stats(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _apply(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor,
-    eps: float, skip: bool,
+    x: Tensor, layout: torch.memory_format, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    mean: Tensor, var: Tensor, eps: float, skip: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     _check(x, residual=residual, weight=weight, bias=bias, mean=mean, var=var)
-    layout = layout_of(x)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout)
     mask = None if residual is None else torch.empty(cdiv(x.numel(), 8), dtype=torch.uint8, device=x.device)
     if x.numel() == 0:
         return y, mask
     grid, arguments, constants = Shape.of(x, layout).elementwise(launching.programs(x.device))
     tensors = {
-        "x": _like_x(x, layout),
+        "x": x,
         "residual": None if residual is None else _like_x(residual, layout),
         "weight": _channels(weight),
         "bias": _channels(bias),
@@ -198,16 +205,18 @@ def _apply(
 
 def bn_relu_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """y and the statistics of the batch."""
-    mean, var = bn_stats(x)
-    return _apply(x, None, weight, bias, mean, var, eps, skip=True)[0], mean, var
+    x, layout = _laid_out(x)
+    mean, var = _stats(x, layout)
+    return _apply(x, layout, None, weight, bias, mean, var, eps, skip=True)[0], mean, var
 
 
 def bn_add_relu_forward(
     x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, the statistics of the batch and the bit mask of the ReLU."""
-    mean, var = bn_stats(x)
-    y, mask = _apply(x, residual, weight, bias, mean, var, eps, skip=True)
+    x, layout = _laid_out(x)
+    mean, var = _stats(x, layout)
+    y, mask = _apply(x, layout, residual, weight, bias, mean, var, eps, skip=True)
     assert mask is not None
     return y, mean, var, mask
 
@@ -216,14 +225,14 @@ def bn_relu_apply(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float
 ) -> Tensor:
     """y with given statistics; x is always read, as it may hold Inf or NaN that they do not know of."""
-    return _apply(x, None, weight, bias, mean, var, eps, skip=False)[0]
+    return _apply(*_laid_out(x), None, weight, bias, mean, var, eps, skip=False)[0]
 
 
 def bn_add_relu_apply(
     x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """y and bit mask with given statistics."""
-    y, mask = _apply(x, residual, weight, bias, mean, var, eps, skip=False)
+    y, mask = _apply(*_laid_out(x), residual, weight, bias, mean, var, eps, skip=False)
     assert mask is not None
     return y, mask
 

@@ -65,22 +65,24 @@ def _same_places(first: Tensor, *others: Tensor | None) -> bool:
     return all(strides(t) == strides(first) for t in given) and _dense(first)
 
 
+def _packed(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The tensors, or contiguous copies where their elements lie in different orders."""
+    first, *others = tensors
+    assert first is not None
+    if _same_places(first, *others):
+        return list(tensors)
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
 class Packed:
-    """Contiguous copies of tensors whose elements lie in different orders; those written to are copied back."""
+    """Tensors to write to whose elements lie in different orders: copies, which are copied back."""
 
     def __init__(self) -> None:
         self._copies: list[tuple[Tensor, Tensor]] = []
 
-    def read(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-        first, *others = tensors
-        assert first is not None
-        if _same_places(first, *others):
-            return list(tensors)
-        return [None if t is None else t.contiguous() for t in tensors]
-
     def write(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The tensors, all but the first to be written, as they are or as copies."""
-        mine = self.read(tensors)
+        mine = _packed(tensors)
         for t, copy in zip(tensors[1:], mine[1:], strict=True):
             if t is not None and copy is not None and copy is not t:
                 self._copies.append((t, copy))
@@ -291,18 +293,18 @@ def sgd_check(
     _check_scalar(op, "found_inf", found_inf, device)
     _check_squares(op, "grad_sq", grad_sq, len(grads), True, device)
     _check_squares(op, "weight_sq", weight_sq, len(params), True, device)
-    packed, items = Packed(), []
+    items = []
     for i, grad in enumerate(grads):
         _check_tensor(op, f"grads[{i}]", grad, device)
         dtype = launching.DTYPES.index(grad.dtype)
-        items.append(Item((False, dtype, dtype, False), grad.numel(), 0, i, (*packed.read([grad]), *[None] * 4)))
+        items.append(Item((False, dtype, dtype, False), grad.numel(), 0, i, (*_packed([grad]), *[None] * 4)))
     if weight_sq is not None:
         copies = Beside(op, "masters", masters)
         for i, param in enumerate(params):
             _check_tensor(op, f"params[{i}]", param, device)
             master = copies.next(param, torch.float32, False) if is_half(param) else None
             dtype = launching.DTYPES.index(param.dtype)
-            tensors = (None, *packed.read([param, master]), None, None)
+            tensors = (None, *_packed([param, master]), None, None)
             items.append(Item((True, dtype, dtype, False), param.numel(), 0, i, tensors))
         copies.end()
     if not items:

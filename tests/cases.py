@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 from collections.abc import Iterator
 
 import numpy as np
+import pytest
 import torch
+
+from fasttricks import backends
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
@@ -31,7 +33,15 @@ def sums_in_float32() -> bool:
 
     Those of the CPU, torch's too, take float64: torch's own error is no measure of the others where sums cancel.
     """
-    return importlib.import_module("fasttricks.backend")._wish in ("cuda", "triton")
+    return backends._forced in ("cuda", "triton")
+
+
+def triton_device() -> torch.device:
+    """Where the kernels in Triton run in this process; where nothing runs them, the module that asks is skipped."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if reason := backends.why_not("triton", device):
+        pytest.skip(f"triton: {reason}", allow_module_level=True)
+    return device
 
 
 @contextlib.contextmanager

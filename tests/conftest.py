@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import fasttricks
-from fasttricks.backend import not_loaded
+from fasttricks.backends import not_loaded
 
 sys.path.insert(0, str(Path(__file__).parent / "emulator"))
 

@@ -9,7 +9,7 @@ import torch
 from cases import LAYOUTS
 
 import fasttricks
-from fasttricks.backend import why_not
+from fasttricks.backends import why_not
 from fasttricks.ops.avgpool_conv1x1 import avgpool_conv1x1
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]

@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from fasttricks.backend import not_loaded
+from fasttricks.backends import not_loaded
 
 MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 

@@ -16,7 +16,7 @@ import torch
 
 import fasttricks
 from fasttricks import backend as backend_context
-from fasttricks.backend import LIB
+from fasttricks.backends import LIB
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = Path(fasttricks.__file__).resolve().parent
@@ -63,7 +63,7 @@ def test_wheel_holds_what_a_checkout_holds(unpacked: Path) -> None:
 
 def test_wheel_runs_the_library_it_brings(unpacked: Path) -> None:
     code = (
-        "import fasttricks, torch; from fasttricks.backend import LIB; print(LIB); "
+        "import fasttricks, torch; from fasttricks.backends import LIB; print(LIB); "
         "y = fasttricks.avgpool_conv1x1(torch.randn(2, 3, 4, 4), torch.randn(5, 3, 1, 1)); "
         "print(fasttricks.info()['backend'], y.shape)"
     )
@@ -271,7 +271,7 @@ def test_a_backend_that_cannot_serve_is_refused_by_the_op() -> None:
 
 
 def test_backend_context_ends_with_its_block() -> None:
-    from fasttricks.backend import select
+    from fasttricks.backends import select
 
     before = select("avgpool_conv1x1", torch.device("cpu"))
     with backend_context("reference"):

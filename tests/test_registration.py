@@ -13,7 +13,7 @@ import torch
 from test_sgd import samples as sgd_samples
 
 import fasttricks
-from fasttricks.backend import namespaces, not_loaded
+from fasttricks.backends import namespaces, not_loaded
 
 BACKEND = "triton" if os.environ.get("TRITON_INTERPRET") == "1" else "cpu"
 if BACKEND in not_loaded:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import fasttricks
-from fasttricks.backend import namespaces, not_loaded
+from fasttricks.backends import namespaces, not_loaded
 from fasttricks.ops.sgd import sgd_check, sgd_step
 
 HALF = (torch.float16, torch.bfloat16)

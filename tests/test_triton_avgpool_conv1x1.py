@@ -8,14 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import LAYOUTS, relative_error
+from cases import LAYOUTS, relative_error, triton_device
 from triton_meter import metered
 
-from fasttricks.backend import why_not
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-if reason := why_not("triton", DEVICE):
-    pytest.skip(f"triton: {reason}", allow_module_level=True)
+DEVICE = triton_device()
 
 from fasttricks.kernels import avgpool_conv1x1 as implementation  # noqa: E402
 from fasttricks.kernels import launch as launching  # noqa: E402

@@ -10,14 +10,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import LAYOUTS, allowed, poisoned_memory, relative_error
+from cases import LAYOUTS, allowed, poisoned_memory, relative_error, triton_device
 from triton_meter import metered
 
-from fasttricks.backend import why_not
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-if reason := why_not("triton", DEVICE):
-    pytest.skip(f"triton: {reason}", allow_module_level=True)
+DEVICE = triton_device()
 
 from fasttricks.kernels import bn_relu as implementation  # noqa: E402
 from fasttricks.kernels import launch as launching  # noqa: E402

@@ -8,13 +8,10 @@ from collections.abc import Callable
 import pytest
 import torch
 import triton.language as tl
+from cases import triton_device
 from triton_meter import metered
 
-from fasttricks.backend import why_not
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-if reason := why_not("triton", DEVICE):
-    pytest.skip(f"triton: {reason}", allow_module_level=True)
+DEVICE = triton_device()
 
 from fasttricks.kernels import launch as launching  # noqa: E402
 from fasttricks.kernels import sgd  # noqa: E402

@@ -10,14 +10,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import LAYOUTS, relative_error
+from cases import LAYOUTS, relative_error, triton_device
 
 import fasttricks
-from fasttricks.backend import why_not
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-if reason := why_not("triton", DEVICE):
-    pytest.skip(f"triton: {reason}", allow_module_level=True)
+DEVICE = triton_device()
 
 from fasttricks.kernels import tune  # noqa: E402
 

@@ -1,7 +1,7 @@
 """Fused kernels for training image classifiers; `fasttricks.info()` says what is built and what is loaded."""
 
 from . import nn, optim
-from .backend import backend
+from .backends import backend
 from .diagnostics import info
 from .nn import zero_init_last
 from .ops.avgpool_conv1x1 import avgpool_conv1x1

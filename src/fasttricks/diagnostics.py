@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from .backend import build_facts, not_loaded, select
+from .backends import build_facts, not_loaded, select
 
 
 def _version() -> str:

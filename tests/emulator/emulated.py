@@ -27,6 +27,8 @@ from pathlib import Path
 
 import torch
 
+from fasttricks import backends
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 OPS = ("bn_relu", "sgd", "avgpool_conv1x1")
@@ -191,9 +193,8 @@ def load(build: Build | None = None) -> Library:
 
 
 def _register(names: tuple[str, ...]) -> None:
-    backend = import_module("fasttricks.backend")  # the package's attribute `backend` is the context manager
     for name in names:
         import_module(f"fasttricks.ops.{name}").register("fasttricks_emulated")
-    backend.devices["cuda"] = ("cpu", "meta")
-    backend.namespaces["cuda"] = "fasttricks_emulated"
-    backend.not_loaded.pop("cuda", None)
+    backends.devices["cuda"] = ("cpu", "meta")
+    backends.namespaces["cuda"] = "fasttricks_emulated"
+    backends.not_loaded.pop("cuda", None)

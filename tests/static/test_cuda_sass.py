@@ -11,7 +11,7 @@ import pytest
 from cuda_budgets import BUDGETS, Budget
 from sass import Kernel, kernels, tool
 
-from fasttricks.backend import LIB, build_facts
+from fasttricks.backends import LIB, build_facts
 
 LIBRARY = LIB / "libfasttricks_cuda.so"
 if not LIBRARY.exists():

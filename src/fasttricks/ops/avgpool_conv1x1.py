@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..backend import loaded_namespaces, ops_for
+from ..backends import loaded_namespaces, ops_for
 from ..layout import layout_of
 from ..reference.avgpool_conv1x1 import avgpool_conv1x1 as reference
 from ..reference.avgpool_conv1x1 import avgpool_conv1x1_backward as differentiable_backward

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from ..backend import loaded_namespaces, ops_for
+from ..backends import loaded_namespaces, ops_for
 from ..layout import layout_of
 from ..reference import bn_relu as plain
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from ..backend import ops_for
+from ..backends import ops_for
 from ..reference import bn_relu as plain
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backend import loaded_namespaces, ops_for
+from ..backends import loaded_namespaces, ops_for
 from ..reference import sgd as _reference
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -82,7 +82,7 @@ def _check(name: str, argument: str) -> str:
 
 
 # a plain global, not a context variable: torch.compile guards on it, and autograd's own threads see it
-_wish = _check(os.environ.get("FASTTRICKS_BACKEND") or "auto", "FASTTRICKS_BACKEND")
+_forced = _check(os.environ.get("FASTTRICKS_BACKEND") or "auto", "FASTTRICKS_BACKEND")
 
 
 @contextlib.contextmanager
@@ -91,12 +91,12 @@ def backend(name: str) -> Iterator[None]:
 
     Raises ValueError for another name, and an op raises RuntimeError where that backend cannot serve its tensors.
     """
-    global _wish
-    before, _wish = _wish, _check(name, "backend")
+    global _forced
+    before, _forced = _forced, _check(name, "backend")
     try:
         yield
     finally:
-        _wish = before
+        _forced = before
 
 
 _cards: dict[int, str | None] = {}
@@ -128,10 +128,10 @@ def why_not(name: str, device: torch.device) -> str | None:
 
 def select(op: str, device: torch.device) -> str:
     """The backend for `op` on `device`: the forced one, else the first of cuda, triton, cpu, reference that fits."""
-    if _wish != "auto":
-        if reason := why_not(_wish, device):
-            raise RuntimeError(f"fasttricks.{op}: backend {_wish!r} was asked for, but {reason}")
-        return _wish
+    if _forced != "auto":
+        if reason := why_not(_forced, device):
+            raise RuntimeError(f"fasttricks.{op}: backend {_forced!r} was asked for, but {reason}")
+        return _forced
     for name in _preferred.get(device.type, ()):
         if why_not(name, device) is None:
             return name
