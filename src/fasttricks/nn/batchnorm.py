@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import distributed, nn
 
@@ -29,38 +31,20 @@ class _FusedBatchNorm2d(nn.BatchNorm2d):
     def _fused(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         self._check_input_dim(x)
         tracked = self.num_batches_tracked if self.training and self.track_running_stats else None
-        if tracked is not None:
-            tracked.add_(1)
         running: tuple[torch.Tensor | None, torch.Tensor | None] = (self.running_mean, self.running_var)
         if self.training and not self.track_running_stats:
             running = (None, None)  # buffers that are not tracked do not move
-        if self.momentum is not None or tracked is None or running[0] is None or running[1] is None:
-            return self._op(x, residual, running, 0.0 if self.momentum is None else self.momentum)
-        # momentum=None is the cumulative average: its factor is a tensor, so that no graph breaks on its value
-        now = (running[0].clone(), running[1].clone())
-        y = self._op(x, residual, now, 1.0)
-        factor = 1.0 / tracked
-        with torch.no_grad():
-            for buffer, new in zip((running[0], running[1]), now, strict=True):
-                buffer.copy_((1.0 - factor) * buffer + factor * new)
-        return y
-
-    def _op(
-        self,
-        x: torch.Tensor,
-        residual: torch.Tensor | None,
-        running: tuple[torch.Tensor | None, torch.Tensor | None],
-        momentum: float,
-    ) -> torch.Tensor:
         batch = self.training or running[0] is None
-        group = self.process_group if self.training else None
+        given: dict[str, Any] = {
+            "training": batch,
+            "momentum": 0.0 if tracked is None and self.momentum is None else self.momentum,
+            "eps": self.eps,
+            "group": self.process_group if self.training else None,
+            "num_batches_tracked": tracked,
+        }
         if residual is None:
-            return bn_relu(
-                x, self.weight, self.bias, *running, training=batch, momentum=momentum, eps=self.eps, group=group
-            )
-        return bn_add_relu(
-            x, residual, self.weight, self.bias, *running, training=batch, momentum=momentum, eps=self.eps, group=group
-        )
+            return bn_relu(x, self.weight, self.bias, *running, **given)
+        return bn_add_relu(x, residual, self.weight, self.bias, *running, **given)
 
 
 class BatchNormReLU2d(_FusedBatchNorm2d):

@@ -24,9 +24,10 @@ def bn_relu(
     running_var: torch.Tensor | None = None,
     *,
     training: bool = True,
-    momentum: float = 0.1,
+    momentum: float | None = 0.1,
     eps: float = 1e-5,
     group: distributed.ProcessGroup | None = None,
+    num_batches_tracked: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """BatchNorm (Ioffe and Szegedy 2015) and ReLU in one op, the semantics of `relu(torch.batch_norm(x, ...))`.
 
@@ -43,9 +44,11 @@ def bn_relu(
             float32, float64 for float64.
         running_mean, running_var: (C,), changed in place in training; both None: batch statistics only.
         training: whether to use batch statistics.
-        momentum, eps: as in torch.nn.BatchNorm2d.
+        momentum, eps: as in torch.nn.BatchNorm2d; a momentum of None is the cumulative average, of factor
+            1 / num_batches_tracked.
         group: a process group over whose ranks the batch statistics are taken (count-weighted; ranks may hold
             different, or no, samples). None: this process alone.
+        num_batches_tracked: an int64 scalar that counts the calls in training, or None.
 
     Returns:
         y: the shape, dtype and layout of x.
@@ -55,7 +58,9 @@ def bn_relu(
             a negative or non-finite eps, a non-finite momentum.
         TypeError: not a tensor, or a dtype that is not accepted.
     """
-    return _call("bn_relu", x, None, weight, bias, running_mean, running_var, training, momentum, eps, group)
+    return _call(
+        "bn_relu", x, None, weight, bias, running_mean, running_var, training, momentum, eps, group, num_batches_tracked
+    )
 
 
 def bn_add_relu(
@@ -67,9 +72,10 @@ def bn_add_relu(
     running_var: torch.Tensor | None = None,
     *,
     training: bool = True,
-    momentum: float = 0.1,
+    momentum: float | None = 0.1,
     eps: float = 1e-5,
     group: distributed.ProcessGroup | None = None,
+    num_batches_tracked: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """BatchNorm, addition of the shortcut and ReLU in one op: the end of a residual block (He et al. 2015).
 
@@ -84,7 +90,20 @@ def bn_add_relu(
     """
     if not isinstance(residual, torch.Tensor):
         raise TypeError(f"bn_add_relu: residual is a {type(residual).__name__}; accepted: a tensor")
-    return _call("bn_add_relu", x, residual, weight, bias, running_mean, running_var, training, momentum, eps, group)
+    return _call(
+        "bn_add_relu",
+        x,
+        residual,
+        weight,
+        bias,
+        running_mean,
+        running_var,
+        training,
+        momentum,
+        eps,
+        group,
+        num_batches_tracked,
+    )
 
 
 def _call(
@@ -96,10 +115,26 @@ def _call(
     running_mean: torch.Tensor | None,
     running_var: torch.Tensor | None,
     training: bool,
-    momentum: float,
+    momentum: float | None,
     eps: float,
     group: distributed.ProcessGroup | None,
+    num_batches_tracked: torch.Tensor | None,
 ) -> torch.Tensor:
+    if training and num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+    if momentum is None:
+        if not training or running_mean is None or running_var is None:
+            momentum = 0.0
+        elif num_batches_tracked is None:
+            raise ValueError(f"{op}: momentum is None and num_batches_tracked is None; accepted: one of the two given")
+        else:
+            now = (running_mean.clone(), running_var.clone())
+            y = _call(op, x, residual, weight, bias, *now, training, 1.0, eps, group, None)
+            factor = 1.0 / num_batches_tracked
+            with torch.no_grad():
+                for buffer, new in zip((running_mean, running_var), now, strict=True):
+                    buffer.copy_((1.0 - factor) * buffer + factor * new)
+            return y
     _check(op, x, residual, weight, bias, running_mean, running_var, training, momentum, eps)
     count = x.numel() // x.shape[1] if x.shape[1] else 0
     if training and group is not None:
