@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 SOURCES := $(shell git ls-files '*.py')
 CXX_SOURCES := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.h')
 
-.PHONY: train test test-oldest-triton lint bench bench-traffic wheel wheel-matrix clean
+.PHONY: train test test-oldest-triton lint bench bench-traffic docs wheel wheel-matrix clean
 
 $(VENV)/ready: pyproject.toml setup.py build_libraries.py
 	$(PYTHON) -m venv $(VENV)
@@ -51,6 +51,14 @@ bench: libraries
 # Bytes and launches of the CUDA kernels, emulated: no card is needed.
 bench-traffic: libraries
 	$(PY) benchmarks/traffic.py
+
+# The site, in build/site. Building it needs no network once its packages are installed.
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict
+
+$(VENV)/docs: $(VENV)/ready
+	$(PY) -m pip install -q --no-build-isolation -e ".[docs]"
+	touch $@
 
 wheel: $(VENV)/ready
 	rm -rf dist

@@ -1,18 +1,45 @@
-"""Condenses a pytest-benchmark JSON file: python benchmarks/report.py RAW.json RESULT.json.
+"""Condenses benchmark results, and writes the tables and pictures that README.md and docs/ show.
+
+    python benchmarks/report.py RAW.json RESULT.json     condenses a pytest-benchmark file, then does the next two
+    python benchmarks/report.py                          rewrites the marked tables and draws the pictures again
 
 Kept of every case: the best time in milliseconds and the case's own figures (ratios to its peers, bytes or FLOP per
-second); of the machine: processor, threads, torch. Printed: a line a case.
+second); of the machine: processor, cores, torch. A table is the text between ``<!-- NAME -->`` and ``<!-- /NAME -->``
+in a page; a picture carries the digest of the figures that it was drawn from, and tests/test_docs.py compares both.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
+import re
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
 import fasttricks
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+ASSETS = ROOT / "docs" / "assets"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+BLUE, ORANGE, GREY = "#3b6fb6", "#e0882f", "#9a9a9a"
+
+
+class Comparison(NamedTuple):
+    """One op against one peer: how many times faster it is, by case."""
+
+    op: str
+    peer: str
+    ratios: dict[str, float]
+
+    @property
+    def mean(self) -> float:
+        return math.exp(sum(map(math.log, self.ratios.values())) / len(self.ratios))
 
 
 def condense(raw: dict) -> dict:
@@ -28,12 +55,228 @@ def condense(raw: dict) -> dict:
     return {"machine": {**about, "isa": fasttricks.info()["cpu_isa"]}, "cases": cases}
 
 
+def load(name: str) -> Any:
+    return json.loads((RESULTS / name).read_text())
+
+
+def comparisons(cases: dict[str, dict[str, float]]) -> list[Comparison]:
+    """The comparisons of results/cpu.json, in the order of the tables."""
+
+    def of(test: str, figure: str) -> dict[str, float]:
+        found = {
+            match[1]: figures[figure]
+            for name, figures in cases.items()
+            if (match := re.fullmatch(rf"{re.escape(test)}\[(.+)\]", name))
+        }
+        if not found:
+            raise ValueError(f"results/cpu.json has no case of {test}")
+        return found
+
+    def against(ours: str, theirs: str) -> dict[str, float]:
+        case = "bench_sgd.py::test_case[{}]"
+        return {"ResNet-50": cases[case.format(theirs)]["best_ms"] / cases[case.format(ours)]["best_ms"]}
+
+    bn, add = "bench_bn_relu.py::test_bn_relu", "bench_bn_relu.py::test_bn_add_relu"
+    return [
+        Comparison("bn_relu", "eager `relu(bn(x))`", of(bn, "eager")),
+        Comparison("bn_relu", "`torch.compile` of it", of(bn, "compiled")),
+        Comparison("bn_add_relu", "eager `relu(bn(x) + residual)`", of(add, "eager")),
+        Comparison("bn_add_relu", "`torch.compile` of it", of(add, "compiled")),
+        Comparison(
+            "avgpool_conv1x1",
+            "eager `conv2d(avg_pool2d(x))`",
+            of("bench_avgpool_conv1x1.py::test_forward_backward", "ratio"),
+        ),
+        Comparison(
+            "FusedSGD, LossScaler, fp16",
+            "eager unscale, check, SGD(foreach=True), copy",
+            against("fused_fp16", "eager_fp16"),
+        ),
+        Comparison("FusedSGD, fp32", "`torch.optim.SGD(fused=True)`", against("fused_fp32", "torch_fused_fp32")),
+        *(
+            Comparison(f"training step, ResNet-50-D, {layout}", "eager modules, `torch.optim.SGD`", {layout: ratio})
+            for layout, ratio in of("bench_train_step.py::test_step", "ratio").items()
+        ),
+    ]
+
+
+# -- tables
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
+    return "\n".join(lines)
+
+
+def _times(value: float) -> str:
+    return f"{value:.1f}x" if value >= 9.95 else f"{value:.2f}x"
+
+
+def speed_table() -> str:
+    """Op, peer, geometric mean and range, one row per comparison; the machine above it."""
+    result = load("cpu.json")
+    machine = result["machine"]
+    rows = []
+    for op, peer, ratios in (compared := comparisons(result["cases"])):
+        values = sorted(ratios.values())
+        span = f"{_times(values[0])} to {_times(values[-1])}" if len(values) > 1 else ""
+        mean = _times(compared[len(rows)].mean)
+        rows.append([f"`{op}`" if "_" in op else op, peer, str(len(values)), mean, span])
+    about = (
+        f"{machine['cores']} cores of an {machine['processor']} ({machine['isa']}), torch {machine['torch']}, float32 "
+        "and batch 32 unless a row says more, forward and backward."
+    )
+    return f"{about}\n\n" + _markdown(["op", "compared with", "cases", "speedup (geometric mean)", "range"], rows)
+
+
+def case_table() -> str:
+    """Every case of bn_relu, bn_add_relu and avgpool_conv1x1 with its time and its ratios."""
+    rows = []
+    for name, figures in load("cpu.json")["cases"].items():
+        match = re.fullmatch(r"bench_\w+\.py::test_(bn_relu|bn_add_relu|forward_backward)\[(.+)-(NCHW|NHWC)\]", name)
+        if match is None:
+            continue
+        op = "avgpool_conv1x1" if match[1] == "forward_backward" else match[1]
+        *channels, size = match[2].split("-")
+        compiled = figures.get("compiled")
+        rows.append(
+            [
+                f"`{op}`",
+                f"{' → '.join(channels)} x {size} x {size}, {match[3]}",
+                f"{figures['best_ms']:.2f}",
+                _times(figures.get("eager", figures.get("ratio"))),
+                "" if compiled is None else _times(compiled),
+            ]
+        )
+    return _markdown(["op", "channels x height x width", "ms", "against eager", "against `torch.compile`"], rows)
+
+
+def traffic_table() -> str:
+    """Bytes moved by the kernels of CUDA and Triton over the bytes of the formulas, the range over the shapes."""
+    seen: dict[str, dict[str, list[float]]] = {}
+    launches: dict[str, dict[str, set[int]]] = {}
+    for row in load("traffic.json"):
+        seen.setdefault(row["op"], {}).setdefault(row["backend"], []).append(row["ratio"])
+        launches.setdefault(row["op"], {}).setdefault(row["backend"], set()).add(row["launches"])
+
+    def span(values: Sequence[float]) -> str:
+        low, high = min(values), max(values)
+        return f"{low:.2f}" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f} to {high:.2f}"
+
+    def cells(op: str, backend: str) -> list[str]:
+        if backend not in seen[op]:
+            return ["", ""]
+        return [span(seen[op][backend]), " or ".join(map(str, sorted(launches[op][backend])))]
+
+    rows = [[f"`{op}`", *cells(op, "cuda"), *cells(op, "triton")] for op in seen]
+    return _markdown(["op", "CUDA: bytes / formula", "launches", "Triton: bytes / formula", "launches"], rows)
+
+
+TABLES = {"speed": speed_table, "cases": case_table, "traffic": traffic_table}
+
+
+def rendered(page: str) -> str:
+    """The page with every marked table written anew."""
+    for name, table in TABLES.items():
+        marks = f"<!-- {name} -->", f"<!-- /{name} -->"
+        if marks[0] in page:
+            before, _, rest = page.partition(marks[0])
+            _, end, after = rest.partition(marks[1])
+            if not end:
+                raise ValueError(f"a page has {marks[0]} without {marks[1]}")
+            page = f"{before}{marks[0]}\n{table()}\n{marks[1]}{after}"
+    return page
+
+
+# -- pictures
+
+
+def draw_speed(figure: Any) -> None:
+    """A bar per op: speedup over eager torch, the geometric mean, with the range over the cases."""
+    shown = [c for c in comparisons(load("cpu.json")["cases"]) if "compile" not in c.peer]
+    figure.set_size_inches(9, 3.6)
+    axes = figure.subplots()
+    for k, c in enumerate(shown):
+        low, high = min(c.ratios.values()), max(c.ratios.values())
+        axes.barh(k, c.mean, height=0.62, color=BLUE)
+        if high > low:
+            axes.plot([low, high], [k, k], color="black", linewidth=1.2, marker="|", markersize=7)
+        axes.text(0.06, k, f"{c.mean:.2f}x", va="center", fontsize=9, color="white", fontweight="bold")
+    axes.set_yticks(range(len(shown)), [f"{c.op}\nvs {c.peer.replace('`', '')}" for c in shown], fontsize=8)
+    axes.invert_yaxis()
+    axes.axvline(1, color=GREY, linewidth=1, linestyle="--")
+    axes.set_xlim(0, max(max(c.ratios.values()) for c in shown) * 1.03)
+    axes.set_xlabel("speedup (bar: geometric mean; line: range over shapes and layouts; dashed: as fast)", fontsize=8)
+    axes.set_title("fasttricks on a CPU, forward and backward, against eager PyTorch", fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw_cases(figure: Any) -> None:
+    """A panel per op, a pair of bars per shape: milliseconds of fasttricks and of eager torch, both layouts."""
+    groups: dict[str, list[tuple[str, float, float]]] = {"bn_relu": [], "bn_add_relu": [], "avgpool_conv1x1": []}
+    for name, figures in load("cpu.json")["cases"].items():
+        match = re.fullmatch(r"bench_\w+\.py::test_(bn_relu|bn_add_relu|forward_backward)\[(.+)-(NCHW|NHWC)\]", name)
+        if match:
+            op = "avgpool_conv1x1" if match[1] == "forward_backward" else match[1]
+            *channels, size = match[2].split("-")
+            ratio = figures.get("eager", figures.get("ratio"))
+            label = f"{'→'.join(channels)}, {size}x{size}, {match[3]}"
+            groups[op].append((label, figures["best_ms"], figures["best_ms"] * ratio))
+    heights = [len(rows) for rows in groups.values()]
+    figure.set_size_inches(9, 2 + 0.3 * sum(heights))
+    panels = figure.subplots(len(groups), height_ratios=heights)
+    for axes, (op, rows) in zip(panels, groups.items(), strict=True):
+        at = range(len(rows))
+        axes.barh([k - 0.2 for k in at], [row[1] for row in rows], height=0.4, color=BLUE, label="fasttricks")
+        axes.barh([k + 0.2 for k in at], [row[2] for row in rows], height=0.4, color=ORANGE, label="eager torch")
+        axes.set_yticks(at, [row[0] for row in rows], fontsize=8)
+        axes.invert_yaxis()
+        axes.set_title(f"{op}, forward and backward, batch 32, float32", fontsize=9)
+        axes.margins(y=0.02)
+        axes.legend(fontsize=8, loc="lower right")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[-1].set_xlabel("milliseconds (best round)", fontsize=8)
+
+
+class Picture(NamedTuple):
+    """A picture's result file and what draws it."""
+
+    result: str
+    draw: Callable[[Any], None]
+
+
+PICTURES = {
+    "speed.png": Picture("cpu.json", draw_speed),
+    "cases.png": Picture("cpu.json", draw_cases),
+}
+
+
+def digest(result: str) -> str:
+    return hashlib.sha256((RESULTS / result).read_bytes()).hexdigest()
+
+
+def draw(name: str) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(layout="constrained")
+    FigureCanvasAgg(figure)
+    PICTURES[name].draw(figure)
+    ASSETS.mkdir(exist_ok=True)
+    figure.savefig(ASSETS / name, dpi=110, metadata={"Source": digest(PICTURES[name].result)})
+
+
 def main() -> None:
-    source, target = map(Path, sys.argv[1:])
-    result = condense(json.loads(source.read_text()))
-    target.write_text(json.dumps(result, indent=1) + "\n")
-    for name, figures in result["cases"].items():
-        print(name, ", ".join(f"{key} {value:g}" for key, value in figures.items()))
+    if sys.argv[1:]:
+        source, target = map(Path, sys.argv[1:])
+        result = condense(json.loads(source.read_text()))
+        target.write_text(json.dumps(result, indent=1) + "\n")
+        for name, figures in result["cases"].items():
+            print(name, ", ".join(f"{key} {value:g}" for key, value in figures.items()))
+    for page in PAGES:
+        page.write_text(rendered(page.read_text()))
+    for name in PICTURES:
+        draw(name)
 
 
 if __name__ == "__main__":
