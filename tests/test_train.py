@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import multiprocessing
 import os
 import subprocess
 import sys
 from pathlib import Path
+from signal import Signals
 
 import numpy as np
 import pytest
@@ -14,8 +16,9 @@ import torch
 
 pytest.importorskip("torchvision")
 from PIL import Image
+from torch.utils.data import get_worker_info
 
-from fasttricks.train import checkpoint, cli
+from fasttricks.train import checkpoint, cli, data
 from fasttricks.train.recipe import RECIPES, RecipeError, fit_batch, resolve
 
 pytestmark = pytest.mark.filterwarnings("always::fasttricks.train.data.DataWarning")
@@ -175,6 +178,28 @@ def refused(capsys: object, *arguments: object) -> str:
     told = capsys.readouterr().err
     assert "Traceback" not in told
     return told
+
+
+@pytest.mark.parametrize("signal", [Signals.SIGKILL, Signals.SIGBUS])
+def test_a_killed_worker_takes_one_sentence(
+    tree: Path, tmp_path: Path, capsys: object, monkeypatch: pytest.MonkeyPatch, signal: Signals
+) -> None:
+    load = data.load_rgb
+
+    def load_or_die(path: str) -> Image.Image:
+        if get_worker_info() is not None:
+            os.kill(os.getpid(), signal)
+        return load(path)
+
+    monkeypatch.setattr(data, "load_rgb", load_or_die)  # forked workers have it too
+    monkeypatch.setattr(
+        multiprocessing.context._default_context, "_actual_context", multiprocessing.get_context("fork")
+    )
+    told = refused(capsys, "--data", tree, "--out", tmp_path / "run", *SMALL, "--workers", "1")
+    assert "a worker that reads images died" in told
+    assert "--workers 0" in told
+    assert "/dev/shm" in told
+    assert len([line for line in told.splitlines() if line.startswith("fasttricks train:")]) == 1
 
 
 def test_missing_and_empty_folders(tree: Path, tmp_path: Path, capsys: object) -> None:

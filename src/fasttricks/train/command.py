@@ -17,7 +17,7 @@ from rich.console import Console
 
 from . import distributed
 from .checkpoint import CheckpointError
-from .data import DataError, DataWarning, open_data
+from .data import DataError, DataWarning, open_data, worker_deaths_explained
 from .distributed import World
 from .loop import Trainer, TrainingError
 from .recipe import PRESETS, RECIPES, Recipe, RecipeError, Run, resolve
@@ -129,5 +129,6 @@ def _train(args: argparse.Namespace, given: dict[str, Any], world: World, consol
         f"{size}x{size}; recipe {recipe.recipe}: batch {recipe.batch_size}, {trainer.steps_per_epoch} steps an epoch, "
         f"{recipe.precision}, {world.size} process{'es' if world.size > 1 else ''} on {world.device.type}"
     )
-    trainer.fit()
+    with worker_deaths_explained():
+        trainer.fit()
     say(f"best top-1 {trainer.best_top1:.2f}; log and checkpoints in {out}")

@@ -8,6 +8,7 @@ the number of workers nor on whether the run was interrupted.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -316,6 +317,20 @@ def loader(dataset: Dataset, sampler: Sampler, batch: int, *, workers: int, drop
         pin_memory=pin,
         persistent_workers=workers > 0,
     )
+
+
+@contextlib.contextmanager
+def worker_deaths_explained() -> Iterator[None]:
+    """Turns torch's error about a worker that died, which its signal handler raises anywhere, into a `DataError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker (pid" not in str(error):
+            raise
+        raise DataError(
+            f"a worker that reads images died ({str(error).split('. ')[0]}), as when memory or shared memory runs out; "
+            "give --workers 0, fewer --workers, or a larger /dev/shm (docker run --shm-size=8g)"
+        ) from error
 
 
 def cache_dir() -> Path:
