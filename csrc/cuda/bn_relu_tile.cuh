@@ -187,16 +187,14 @@ struct BnTile {
         if (j < valid) cuda::store(p + j, v[j]);
     }
   }
-  // Eight bits of the mask, which is in memory order: one byte where rows start at bytes.
+  // The mask's bits of the thread's columns, in memory order: in one byte if rows start at bytes, else in one or two.
   template <bool kVector>
   FT_DEVICE unsigned load_bits(const uint8_t* mask, int64_t row) const {
     const int64_t e = offset(row);
     if constexpr (kVector) return cuda::load(mask + e / 8);
-    unsigned bits = 0;
-#pragma unroll
-    for (int j = 0; j < kBnColumns; ++j)
-      if (j < valid) bits |= (unsigned(cuda::load(mask + (e + j) / 8)) >> ((e + j) % 8) & 1u) << j;
-    return bits;
+    unsigned bits = cuda::load(mask + e / 8);
+    if (int(e % 8) + valid > 8) bits |= unsigned(cuda::load(mask + e / 8 + 1)) << 8;
+    return bits >> (e % 8);
   }
   // The elementwise kernels' rows always start at bytes (bn_flat); the bits behind the last element are 0.
   FT_DEVICE void store_bits(uint8_t* mask, int64_t row, unsigned bits) const {
