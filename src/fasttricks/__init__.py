@@ -7,16 +7,21 @@ from .nn import zero_init_last
 from .ops.avgpool_conv1x1 import avgpool_conv1x1
 from .ops.bn_relu import bn_add_relu, bn_relu
 from .ops.sgd import sgd_check, sgd_step
+from .patch import fuse, fusions, unfuse, unfused
 
 __all__ = [
     "avgpool_conv1x1",
     "backend",
     "bn_add_relu",
     "bn_relu",
+    "fuse",
+    "fusions",
     "info",
     "nn",
     "optim",
     "sgd_check",
     "sgd_step",
+    "unfuse",
+    "unfused",
     "zero_init_last",
 ]

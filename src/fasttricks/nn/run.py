@@ -1,0 +1,130 @@
+"""One call of a BatchNorm module with the ReLU that follows it, or of a pool with its convolution.
+
+The modules of `fasttricks.nn` and the blocks of `fasttricks.fuse` both call these functions. A call is one op if that
+computes what the modules would compute one after another; otherwise they are called one after another.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import distributed, nn
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
+from torch.nn.modules.module import _has_any_global_hook
+
+from ..ops.avgpool_conv1x1 import avgpool_conv1x1
+from ..ops.bn_relu import bn_add_relu, bn_relu
+
+
+def untouched(module: nn.Module) -> bool:
+    """Whether a call of module runs the forward of its class and nothing else: no hook, no forward of its own."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def wants_plain_modules() -> bool:
+    """Whether operations are recorded for others (torch.export, ONNX, jit.trace, torch.fx), or all modules hooked."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing() or is_fx_symbolic_tracing() or _has_any_global_hook()
+
+
+_TIMM_NORMS = ("BatchNormAct2d", "SyncBatchNormAct")
+_norms: dict[type, bool] = {nn.BatchNorm2d: True, nn.SyncBatchNorm: True}
+
+
+def is_norm_class(cls: type) -> bool:
+    """Whether cls is BatchNorm2d, SyncBatchNorm or timm's BatchNorm with an activation: subclasses may do anything."""
+    known = _norms.get(cls)
+    if known is None:
+        known = (
+            cls.__module__ == "timm.layers.norm_act"
+            and cls.__name__ in _TIMM_NORMS
+            and "_fasttricks_original" not in vars(cls)
+        )
+        _norms[cls] = known
+    return known
+
+
+def is_plain_norm(module: Any) -> bool:
+    """Whether module computes a BatchNorm and nothing more."""
+    cls = type(module)
+    if cls is nn.BatchNorm2d or cls is nn.SyncBatchNorm:
+        return untouched(module)
+    if not isinstance(module, nn.Module) or not is_norm_class(cls) or not untouched(module):
+        return False
+    return all(type(child) is nn.Identity and untouched(child) for child in module.children())
+
+
+def _process_group(norm: nn.Module) -> distributed.ProcessGroup | None:
+    """The ranks over which a SyncBatchNorm takes its statistics now; None: this process alone."""
+    if not norm.training or not isinstance(norm, nn.SyncBatchNorm) or not distributed.is_available():
+        return None
+    if not distributed.is_initialized():
+        return None
+    group = norm.process_group or distributed.group.WORLD
+    return group if distributed.get_world_size(group) > 1 else None
+
+
+def _op(norm: Any, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+    """The fused op with the parameters, statistics and mode of norm."""
+    training = norm.training
+    running = (norm.running_mean, norm.running_var)
+    tracked: Any = None
+    if training:
+        if norm.track_running_stats:
+            tracked = norm.num_batches_tracked
+            if tracked is not None:
+                tracked.add_(1)
+        else:
+            running = (None, None)  # buffers that are not tracked do not move
+    momentum = norm.momentum
+    cumulative = momentum is None and tracked is not None and running[0] is not None
+    factor = 1.0 / tracked.to(running[0].dtype) if cumulative else None  # a tensor, so that no graph breaks on its value
+    options = {
+        "training": training or running[0] is None,
+        "momentum": 1.0 if cumulative else momentum or 0.0,
+        "eps": norm.eps,
+        "group": _process_group(norm),
+    }
+    now = tuple(t.clone() for t in running) if cumulative else running
+    if residual is None:
+        y = bn_relu(x, norm.weight, norm.bias, *now, **options)
+    else:
+        y = bn_add_relu(x, residual, norm.weight, norm.bias, *now, **options)
+    if factor is not None:
+        with torch.no_grad():
+            for buffer, new in zip(running, now, strict=True):
+                buffer.copy_((1.0 - factor) * buffer + factor * new)
+    return y
+
+
+def norm_relu(norm: Any, x: torch.Tensor) -> torch.Tensor:
+    """relu(norm(x)) for a plain norm, which the caller has checked, or for timm's, whose ReLU is its own."""
+    if x.dim() != 4:
+        return F.relu(norm(x))
+    return _op(norm, x, None)
+
+
+def norm_add_relu(norm: Any, x: torch.Tensor, residual: Any, in_place: bool = False) -> torch.Tensor:
+    """relu(norm(x) + residual) for a plain norm; in_place: the addition was `+=` on the result of norm."""
+    if x.dim() != 4 or not isinstance(residual, torch.Tensor) or residual.shape != x.shape or residual.dtype != x.dtype:
+        y = norm(x)
+        if in_place:
+            y += residual
+        else:
+            y = y + residual
+        return F.relu(y)
+    return _op(norm, x, residual)
+
+
+def pool_conv1x1(pool: nn.AvgPool2d, conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    """conv(pool(x)) of a 2x2 pool and a 1x1 convolution."""
+    if x.dim() != 4:
+        return conv(pool(x))
+    return avgpool_conv1x1(x, conv.weight, conv.bias, stride=2, ceil_mode=pool.ceil_mode)

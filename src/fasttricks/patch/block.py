@@ -1,0 +1,348 @@
+"""A block's class with a forward in which its pairs are one op each, and the original forward behind a guard."""
+
+from __future__ import annotations
+
+import copy
+import copyreg
+import functools
+import itertools
+import math
+import weakref
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from ..nn import run
+from . import match
+from .trace import CONTAINER, DEFAULT, TENSOR, Kinds, Signature, Untraceable, kind_of, original_class, trace
+
+Allowed = Callable[[str, nn.Module, str], bool]
+
+
+@dataclass
+class Plan:
+    """What tracing a block gave: its pairs, why others are none, and the graphs in which they are one op."""
+
+    pairs: dict[str, str] = field(default_factory=dict)  # name within the block -> kind
+    left: dict[str, match.Left] = field(default_factory=dict)
+    signature: Signature = field(default_factory=lambda: Signature([], []))
+    graphs: dict[tuple[Kinds, bool], fx.Graph] = field(default_factory=dict)
+    # (name within the block, what it must still be) -> in which modes
+    watched: dict[tuple[str, str], set[bool]] = field(default_factory=dict)
+    inlined: set[str] = field(default_factory=set)
+
+
+def plan(block: nn.Module, allowed: Allowed) -> Plan:
+    """Traces a block's forward in both modes and every combination of its arguments, and finds the pairs.
+
+    Raises:
+        Untraceable: no combination can be traced.
+    """
+    signature = Signature.of(block)
+    result = Plan(signature=signature)
+    errors: list[Untraceable] = []
+    pending = signature.combinations()
+    while pending:
+        kinds = pending.pop(0)
+        for training in (True, False):
+            try:
+                graph, asked, inlined = _trace_inlining(block, signature, kinds, training)
+            except Untraceable as error:
+                errors.append(error)
+                pending += _others(kinds, error.asked, pending)
+                continue
+            pending += _others(kinds, asked, pending)
+            found = match.Matcher(graph, block, training).match(allowed)
+            result.left.update(found.left)
+            if found.pairs:
+                _add(result, found.pairs, inlined, training)
+                match.rewrite(graph, found.pairs)
+                for given in _same_graph(kinds, asked):
+                    result.graphs[given, training] = graph
+    if errors and not result.graphs:
+        raise errors[0]
+    for name in result.pairs:
+        result.left.pop(name, None)
+    return result
+
+
+def _add(result: Plan, pairs: list[match.Pair], inlined: set[str], training: bool) -> None:
+    result.pairs.update({pair.name: pair.kind for pair in pairs})
+    result.inlined |= inlined
+    for name, role in match.modules_of(pairs):
+        result.watched.setdefault((name, role), set()).add(training)
+
+
+def _others(kinds: Kinds, asked: Collection[int], known: list[Kinds]) -> list[Kinds]:
+    """What to trace as well, as the forward looks at the types of the arguments `asked`: lists for tensors."""
+    swapped = [(*kinds[:i], CONTAINER, *kinds[i + 1 :]) for i in asked if kinds[i] == TENSOR]
+    return [other for other in swapped if other not in known]
+
+
+def _same_graph(kinds: Kinds, asked: Collection[int]) -> list[Kinds]:
+    """A forward that did not ask whether an argument is a tensor computes the same of a list."""
+    choices = [(TENSOR, CONTAINER) if kind == TENSOR and i not in asked else (kind,) for i, kind in enumerate(kinds)]
+    return list(itertools.product(*choices))
+
+
+def _trace_inlining(
+    block: nn.Module, signature: Signature, kinds: Kinds, training: bool
+) -> tuple[fx.Graph, set[int], set[str]]:
+    """The graph with those children inlined whose last BatchNorm a ReLU of the block follows."""
+    inlined: set[str] = set()
+    refused: set[str] = set()
+    graph, asked = trace(block, signature, kinds, training, inlined)
+    while new := match.ending_norms(graph, block, training, refused | inlined):
+        for name in new:
+            try:
+                graph, asked = trace(block, signature, kinds, training, {*inlined, name})
+                inlined.add(name)
+            except Untraceable:
+                refused.add(name)
+    return graph, asked, inlined
+
+
+# ---- the generated class ----
+
+_classes: weakref.WeakValueDictionary[Any, type] = weakref.WeakValueDictionary()
+_own_attributes = frozenset(vars(nn.Module()))
+
+
+def fused_class(block: nn.Module, made: Plan) -> type[nn.Module]:
+    """The subclass of block's class for a plan; blocks of the same structure share it."""
+    base = original_class(block)
+    sources, functions = [], {}
+    for (kinds, training), graph in made.graphs.items():
+        code = graph.python_code("self")
+        sources.append((kinds, training, code.src, tuple(sorted((k, id(v)) for k, v in code.globals.items()))))
+        functions[kinds, training] = code
+    guard_source, guard_globals = _guard_source(block, made)
+    key = (base, guard_source, tuple(sorted((k, id(v)) for k, v in guard_globals.items())), tuple(sources))
+    known = _classes.get(key)
+    if known is None:
+        compiled: dict[str, Callable[..., Any]] = {}  # several combinations share one graph
+        variants = {}
+        for which, code in functions.items():
+            if code.src not in compiled:
+                compiled[code.src] = _compile(code.src, dict(code.globals), "forward")
+            variants[which] = compiled[code.src]
+        guard = _compile(guard_source, guard_globals, "ready")
+        known = _classes[key] = _make(base, made.signature, variants, guard, made.pairs)
+    return known
+
+
+def _compile(source: str, names: dict[str, Any], name: str) -> Callable[..., Any]:
+    exec(compile(source, "<fasttricks.fuse>", "exec"), names)
+    return names[name]
+
+
+def _make(
+    base: type[nn.Module],
+    signature: Signature,
+    variants: dict[tuple[Kinds, bool], Callable[..., Any]],
+    ready: Callable[[nn.Module], bool],
+    pairs: dict[str, str],
+) -> type[nn.Module]:
+    original = base.forward
+    defaults, names = signature.defaults, signature.names
+
+    def kinds_of(args: tuple[Any, ...]) -> tuple[Any, ...]:
+        given = [kind_of(value, default) for value, default in zip(args, defaults)]  # noqa: B905  (others are not given)
+        return (*given, *[DEFAULT] * (len(defaults) - len(given)))
+
+    @functools.wraps(original)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if run.wants_plain_modules() or not ready(self):
+            return original(self, *args, **kwargs)
+        every = args
+        if kwargs:
+            later = names[len(args) :]
+            if not kwargs.keys() <= set(later):
+                return original(self, *args, **kwargs)
+            every = (*args, *map(kwargs.get, later, defaults[len(args) :]))
+        kinds = kinds_of(every)
+        function = variants.get((kinds, self.training))
+        if function is None:
+            return original(self, *args, **kwargs)
+        return function(self, *[value for value, kind in zip(every, kinds) if kind != DEFAULT])  # noqa: B905
+
+    return _subclass(base, forward, pairs)
+
+
+def _subclass(base: type[nn.Module], forward: Callable[..., Any], pairs: dict[str, str]) -> type[nn.Module]:
+    namespace: dict[str, Any] = {
+        "forward": forward,
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "__deepcopy__": _deepcopy,
+        "__reduce_ex__": _reduce_as_original,
+        "_fasttricks_original": base,
+        "_fasttricks_pairs": dict(pairs),
+    }
+    return type(base.__name__, (base,), namespace)
+
+
+def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A copy that is fused too."""
+    own = getattr(original_class(self), "__deepcopy__", None)
+    if own is not None:  # its class copies itself in a way of its own
+        return own(self, memo)
+    new = type(self).__new__(type(self))
+    memo[id(self)] = new
+    new.__setstate__(copy.deepcopy(_state_of(self), memo))
+    return new
+
+
+def _reduce_as_original(self: nn.Module, protocol: int) -> tuple[Any, ...]:
+    """Pickles hold the original class, which loads where fasttricks is not installed."""
+    return copyreg._reconstructor, (original_class(self), object, None), _state_of(self)  # type: ignore[attr-defined]
+
+
+def _state_of(module: nn.Module) -> Any:
+    return module.__getstate__() if hasattr(module, "__getstate__") else module.__dict__.copy()
+
+
+# ---- timm's BatchNorm that holds its ReLU ----
+
+
+def has_relu(norm: nn.Module) -> bool:
+    """Is norm timm's BatchNormAct2d (or its SyncBatchNorm) with a ReLU, and nothing else in between?"""
+    if not run.is_norm_class(original_class(norm)):
+        return False
+    children = dict(norm.named_children())
+    act = children.pop("act", None)
+    return is_plain_relu(act) and all(type(m) is nn.Identity and run.untouched(m) for m in children.values())
+
+
+def fused_norm_act_class(base: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of timm's BatchNormAct2d, or of its SyncBatchNorm, whose forward is one op."""
+    known = _classes.get(base)
+    if known is None:
+        original = base.forward
+
+        @functools.wraps(original)
+        def forward(self: nn.Module, x: Any) -> Any:
+            if issubclass(type(x), torch.Tensor) and not run.wants_plain_modules() and has_relu(self):
+                return run.norm_relu(self, x)
+            return original(self, x)
+
+        known = _classes[base] = _subclass(base, forward, {"": match.BN_RELU})
+    return known
+
+
+# ---- the guard: is the block still what was traced? ----
+
+
+def _guard_source(block: nn.Module, made: Plan) -> tuple[str, dict[str, Any]]:
+    names: dict[str, Any] = {
+        "norm": run.is_plain_norm,
+        "untouched": run.untouched,
+        "relu": is_plain_relu,
+        "skipped": is_skipped,
+        "pool": is_plain_pool,
+        "conv": is_plain_conv,
+        "same_container": is_same_container,
+        "missing": object(),
+    }
+    lines = [
+        "def ready(self):",
+        "    training = self.training",
+        "    m = self._modules",
+        *_structure(block, "self", "m"),
+    ]
+    known = {"": "m"}
+    for i, name in enumerate(sorted(made.inlined)):
+        parent, _, child = name.rpartition(".")
+        container = block.get_submodule(name)
+        names[f"Class{i}"] = original_class(container)
+        lines.append(f"    c{i} = {_child(known, parent, child)}")
+        lines.append(f"    if not same_container(c{i}, Class{i}, training):")
+        lines.append("        return False")
+        lines.append(f"    m{i} = c{i}._modules")
+        lines += _structure(container, f"c{i}", f"m{i}")
+        known[name] = f"m{i}"
+    checks = {
+        "norm": "norm({})",
+        "relu": "relu({})",
+        "pass": "skipped({}, training)",
+        "pool": "pool({})",
+        "conv": "conv({})",
+    }
+    for (name, role), modes in sorted(made.watched.items()):
+        parent, _, child = name.rpartition(".")
+        test = checks[role].format(_child(known, parent, child))
+        mode = "" if len(modes) == 2 else "training and " if True in modes else "not training and "
+        lines.append(f"    if {mode}not {test}:\n        return False")
+    lines.append("    return True")
+    return "\n".join(lines), names
+
+
+def _child(known: dict[str, str], parent: str, child: str) -> str:
+    """The child of the module named parent, or None; known: the variables that hold the children of some modules."""
+    if parent not in known:
+        grandparent, _, name = parent.rpartition(".")
+        return f"getattr({_child(known, grandparent, name)}, '_modules', {{}}).get({child!r})"
+    return f"{known[parent]}.get({child!r})"
+
+
+def _structure(module: nn.Module, name: str, children: str) -> list[str]:
+    """Attributes that steer a forward, and which children there are."""
+    checks = [f"len({children}) == {len(module._modules)}"]
+    checks += [f"{children}.get({child!r}, missing) is None" for child, m in module._modules.items() if m is None]
+    for key, value in vars(module).items():
+        if key in _own_attributes or not _is_simple(value):
+            continue
+        test = f"is {value!r}" if value is None or isinstance(value, bool) else f"== {value!r}"
+        checks.append(f"{name}.__dict__.get({key!r}, missing) {test}")
+    joined = "\n        and ".join(checks)
+    return [f"    if not (\n        {joined}\n    ):\n        return False"]
+
+
+def fingerprint(block: nn.Module) -> tuple[Any, ...]:
+    """Equal for blocks whose forwards give the same graphs; values are compared by identity unless they are plain."""
+    return tuple((name, original_class(m), run.untouched(m), *_attributes(m)) for name, m in block.named_modules())
+
+
+def _attributes(module: nn.Module) -> Iterator[Any]:
+    for key, value in vars(module).items():
+        if key in ("_parameters", "_buffers", "_modules"):
+            yield tuple((name, t is None) for name, t in value.items())
+        elif key not in _own_attributes:
+            yield key, repr(value) if _is_simple(value) else id(value)
+
+
+def _is_simple(value: Any) -> bool:
+    if type(value) in (tuple, list):
+        return all(_is_simple(item) for item in value)
+    if type(value) is float:
+        return math.isfinite(value)
+    return type(value) in (bool, int, str, type(None))
+
+
+def is_plain_relu(module: Any) -> bool:
+    return type(module) is nn.ReLU and run.untouched(module)
+
+
+def is_skipped(module: Any, training: bool) -> bool:
+    return isinstance(module, nn.Module) and match.is_pass(module, training) and run.untouched(module)
+
+
+def is_plain_pool(module: Any) -> bool:
+    return type(module) is nn.AvgPool2d and match.is_2x2(module) and run.untouched(module)
+
+
+def is_plain_conv(module: Any) -> bool:
+    return type(module) is nn.Conv2d and match.is_1x1(module) and run.untouched(module)
+
+
+def is_same_container(module: Any, cls: type, training: bool) -> bool:
+    return (
+        isinstance(module, nn.Module)
+        and original_class(module) is cls
+        and module.training is training
+        and run.untouched(module)
+    )

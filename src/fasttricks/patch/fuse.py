@@ -1,0 +1,198 @@
+"""fuse, unfuse, unfused and fusions: a model's blocks with their pairs as one op each, in place."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from ..nn import run
+from .block import Allowed, Plan, fingerprint, fused_class, fused_norm_act_class, has_relu, plan
+from .match import BN_ADD_RELU, BN_RELU, NOT_WANTED, POOL_CONV, Left
+from .report import Fusion, Fusions
+from .trace import Untraceable, original_class
+
+Model = TypeVar("Model", bound=nn.Module)
+Filter = Callable[[nn.Module, str], bool]
+
+
+def fuse(
+    model: Model,
+    *,
+    bn_relu: bool = True,
+    bn_add_relu: bool = True,
+    avgpool_conv1x1: bool = True,
+    filter_fn: Filter | None = None,
+    strict: bool = False,
+) -> Model:
+    """Runs each BatchNorm with its ReLU, or addition and ReLU, and each 2x2 pool with its 1x1 convolution as one op.
+
+    For training: no weight is changed or folded, every module stays the object that it is (`nn.BatchNorm2d` stays
+    `nn.BatchNorm2d`), and so do the state_dict, the parameters and the hooks. What changes is the forward of the blocks
+    that hold such pairs: its class becomes a subclass with a forward in which each pair is one op. A call that would
+    differ from the original forward (a hook on a module of a pair, a child that was replaced, an attribute that
+    was changed, an export) runs the original forward.
+
+    Args:
+        model: changed in place. Models wrapped by DistributedDataParallel or torch.compile are changed inside.
+        bn_relu, bn_add_relu, avgpool_conv1x1: which kinds of pairs.
+        filter_fn: called with the BatchNorm (or the 1x1 convolution) and its name; False leaves that pair as it is.
+        strict: raise if a pair is left as it is for another reason than these arguments.
+
+    Returns:
+        The same model. `fasttricks.fusions(model)` says what was done, and why anything was left.
+
+    Raises:
+        TypeError: model is no nn.Module.
+        ValueError: model is scripted; or strict, and a pair is left. Nothing is changed then.
+    """
+    _check(model, "fuse")
+    wanted = {BN_RELU: bn_relu, BN_ADD_RELU: bn_add_relu, POOL_CONV: avgpool_conv1x1}
+    changes, rows = _analyse(model, wanted, filter_fn)
+    if strict and (left := [row for row in rows if row.kind is not None and row.reason not in ("", NOT_WANTED)]):
+        raise ValueError(f"fuse: strict is True, and pairs are left as they are:\n{Fusions(left)}")
+    unfuse(model)
+    for module, cls in changes:
+        module.__class__ = cls
+    return model
+
+
+def unfuse(model: Model) -> Model:
+    """Undoes `fuse`, in place: every block has its original class again. Returns the model."""
+    _check(model, "unfuse")
+    for module in model.modules():
+        if hasattr(type(module), "_fasttricks_original"):
+            module.__class__ = _without_fusion(type(module))
+    return model
+
+
+@contextlib.contextmanager
+def unfused(model: Model) -> Iterator[Model]:
+    """Within this context model is as before `fuse`, for tools that read its modules or their source."""
+    _check(model, "unfused")
+    fused = [(module, type(module)) for module in model.modules() if hasattr(type(module), "_fasttricks_original")]
+    unfuse(model)
+    try:
+        yield model
+    finally:
+        for module, cls in fused:
+            module.__class__ = cls
+
+
+def fusions(model: nn.Module) -> Fusions:
+    """Which pairs of a model run as one op, and why others do not; on a model that is not fused, what `fuse` would do.
+
+    Returns:
+        One `Fusion` for each BatchNorm and each 2x2 pool with its convolution; prints as a table.
+    """
+    _check(model, "fusions")
+    _, rows = _analyse(model, dict.fromkeys((BN_RELU, BN_ADD_RELU, POOL_CONV), True), None)
+    now = {
+        _join(name, pair)
+        for name, module in model.named_modules()
+        for pair in getattr(type(module), "_fasttricks_pairs", ())
+    }
+    return Fusions(
+        [row if row.reason or row.name in now else Fusion(row.name, row.kind, "not fused yet") for row in rows]
+    )
+
+
+def _check(model: object, function: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function}: model is a {type(model).__name__}; accepted: a torch.nn.Module")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(f"{function}: model is scripted; accepted: the module before torch.jit.script")
+
+
+def _join(*names: str) -> str:
+    return ".".join(name for name in names if name)
+
+
+def _analyse(
+    model: nn.Module, wanted: dict[str, bool], filter_fn: Filter | None
+) -> tuple[list[tuple[nn.Module, type[nn.Module]]], Fusions]:
+    """The classes that modules get, and the report. Inner blocks come first: an outer one takes what they leave."""
+    changes: list[tuple[nn.Module, type[nn.Module]]] = []
+    pairs: dict[str, str] = {}
+    reasons: dict[str, Left] = {}
+    modules = dict(model.named_modules())
+    known: dict[Any, Planned] = {}  # blocks of the same structure are traced once
+    for name, module in sorted(modules.items(), key=lambda item: -item[0].count(".") - bool(item[0])):
+
+        def allowed(kind: str, part: nn.Module, inner: str, name: str = name) -> bool:
+            return wanted[kind] and (filter_fn is None or filter_fn(part, _join(name, inner)))
+
+        if has_relu(module):
+            if allowed(BN_RELU, module, ""):
+                changes.append((module, fused_norm_act_class(original_class(module))))
+                pairs[name] = BN_RELU
+            else:
+                reasons[name] = Left(BN_RELU, NOT_WANTED)
+            continue
+        if not _may_hold_pairs(module) or not _pending(name, module, pairs):
+            continue
+        key = fingerprint(module) if filter_fn is None else name
+        if key not in known:
+            known[key] = _plan(module, allowed)
+        made, cls = known[key]
+        reasons.update({_join(name, inner): why for inner, why in made.left.items()})
+        new = {_join(name, inner): kind for inner, kind in made.pairs.items()}
+        if cls is not None and new.keys() - pairs.keys():
+            changes.append((module, cls))
+            pairs.update(new)
+    rows = []
+    for name, module in modules.items():
+        if name in pairs:
+            rows.append(Fusion(name, pairs[name]))
+        elif run.is_norm_class(original_class(module)):
+            rows.append(Fusion(name, *reasons.get(name, Left(None, "no forward that calls it can be traced"))))
+        elif name in reasons:
+            rows.append(Fusion(name, *reasons[name]))
+    return changes, Fusions(rows)
+
+
+Planned = tuple[Plan, type[nn.Module] | None]
+
+
+def _plan(module: nn.Module, allowed: Allowed) -> Planned:
+    """What to do with one block, and the class that does it."""
+    try:
+        made = plan(module, allowed)
+    except Untraceable as error:
+        why = Left("unknown", f"{original_class(module).__name__}: {error}")
+        return Plan({}, {name: why for name, m in module.named_children() if run.is_plain_norm(m)}), None
+    return made, fused_class(module, made) if made.pairs else None
+
+
+def _may_hold_pairs(module: nn.Module) -> bool:
+    """Containers and modules of others; torch's own modules compute no pair."""
+    cls = original_class(module)
+    if isinstance(module, torch.jit.ScriptModule) or run.is_norm_class(cls):
+        return False
+    if cls.__module__.startswith("torch.nn") and cls.forward is not nn.Sequential.forward:
+        return False
+    return not any(_is_quantised(child) for child in module.children())
+
+
+def _is_quantised(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.ao.") or getattr(module, "qconfig", None) is not None
+
+
+def _pending(name: str, module: nn.Module, pairs: dict[str, str]) -> bool:
+    """Is anything below module left that could be part of a pair?"""
+    return any(
+        (run.is_plain_norm(m) and _join(name, inner) not in pairs) or type(m) is nn.AvgPool2d
+        for inner, m in module.named_modules()
+    )
+
+
+def _without_fusion(cls: type) -> type:
+    """cls as before `fuse`; also if another tool has since made a subclass of it (FSDP2, parametrizations)."""
+    if "_fasttricks_original" in vars(cls):
+        return cls._fasttricks_original  # type: ignore[attr-defined]
+    bases = tuple(_without_fusion(b) if hasattr(b, "_fasttricks_original") else b for b in cls.__bases__)
+    namespace = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
+    return type(cls)(cls.__name__, bases, namespace)

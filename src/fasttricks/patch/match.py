@@ -1,0 +1,346 @@
+"""Pairs in the graph of a block: BatchNorm and ReLU, BatchNorm, addition and ReLU, 2x2 pool and 1x1 convolution."""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from ..nn import run
+from .trace import original_class
+
+BN_RELU, BN_ADD_RELU, POOL_CONV = "bn_relu", "bn_add_relu", "avgpool_conv1x1"
+NOT_WANTED = "not wanted"
+
+_RELU_FUNCTIONS = (F.relu, F.relu_, torch.relu, torch.relu_)
+_ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)
+_IN_PLACE_FUNCTIONS = (F.relu_, torch.relu_, operator.iadd, operator.isub, operator.imul, operator.itruediv)
+# what may return its input, or a view of it
+_VIEWS = (
+    "view",
+    "reshape",
+    "flatten",
+    "contiguous",
+    "detach",
+    "to",
+    "type_as",
+    "permute",
+    "transpose",
+    "chunk",
+    "split",
+)
+
+
+@dataclass
+class Pair:
+    """What becomes one op: from `first`, the BatchNorm or pool, to `last`, the ReLU or convolution."""
+
+    kind: str
+    name: str  # of the BatchNorm, or of the convolution
+    first: fx.Node
+    last: fx.Node
+    between: list[fx.Node]  # Identity and the like, and the addition
+    add: fx.Node | None = None
+    value: fx.Node | None = None  # the operand of the addition that comes from the BatchNorm
+    in_place: bool = False
+
+
+class Left(NamedTuple):
+    """Why something stays as it is; kind: of the pair that it would be, None if it would be none."""
+
+    kind: str | None
+    why: str
+
+
+@dataclass
+class Matches:
+    """The pairs of a graph, and why other BatchNorms and pools are not among them."""
+
+    pairs: list[Pair] = field(default_factory=list)
+    left: dict[str, Left] = field(default_factory=dict)  # name of a BatchNorm or pool -> why not
+
+
+class Matcher:
+    """Finds pairs in the graph of `root`, which was traced in the mode `training`."""
+
+    def __init__(self, graph: fx.Graph, root: nn.Module, training: bool) -> None:
+        self.graph, self.root, self.training = graph, root, training
+        self.order = {node: i for i, node in enumerate(graph.nodes)}
+        self.calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+
+    def module(self, node: fx.Node) -> nn.Module | None:
+        return self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+    # ---- what a node is ----
+
+    def is_relu(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            return type(self.module(node)) is nn.ReLU and len(node.args) == 1
+        if node.op == "call_function":
+            return node.target in _RELU_FUNCTIONS
+        return node.op == "call_method" and node.target in ("relu", "relu_")
+
+    def is_add(self, node: fx.Node) -> bool:
+        if len(node.args) != 2 or node.kwargs:
+            return False
+        if node.op == "call_function":
+            return node.target in _ADD_FUNCTIONS
+        return node.op == "call_method" and node.target in ("add", "add_", "__add__", "__radd__", "__iadd__")
+
+    def is_pass(self, node: fx.Node) -> bool:
+        """Does node return its only argument, in this mode?"""
+        module = self.module(node)
+        return module is not None and len(node.args) == 1 and not node.kwargs and is_pass(module, self.training)
+
+    def in_place(self, node: fx.Node) -> bool:
+        """May node change an argument of its in place?"""
+        module = self.module(node)
+        if module is not None:
+            return any(getattr(m, "inplace", False) for m in module.modules())
+        if node.op == "call_function":
+            return node.target in _IN_PLACE_FUNCTIONS or node.kwargs.get("inplace") is True
+        return node.op == "call_method" and str(node.target).endswith("_")
+
+    # ---- memory that several nodes share ----
+
+    def aliases(self, node: fx.Node) -> set[fx.Node]:
+        """Nodes that may share the memory of node's value."""
+        found, open_ = {node}, [node]
+        while open_:
+            current = open_.pop()
+            near = [user for user in current.users if self._may_alias(user)]
+            if self._may_alias(current):
+                near += current.all_input_nodes[:1]
+            for other in near:
+                if other not in found:
+                    found.add(other)
+                    open_.append(other)
+        return found
+
+    def _may_alias(self, node: fx.Node) -> bool:
+        if self.is_pass(node) or self.in_place(node):
+            return True
+        return (node.op == "call_method" and node.target in _VIEWS) or node.target in (operator.getitem, torch.flatten)
+
+    def changed_between(self, value: fx.Node, start: fx.Node, end: fx.Node) -> bool:
+        """May value be changed in place after start and before end?"""
+        shared = self.aliases(value)
+        return any(
+            self.order[start] < self.order[node] < self.order[end]
+            and self.in_place(node)
+            and shared & set(node.all_input_nodes)
+            for node in self.graph.nodes
+        )
+
+    # ---- matching ----
+
+    def follow(self, node: fx.Node) -> tuple[fx.Node | None, fx.Node, list[fx.Node]]:
+        """The only reader of node's value, through Identity and the like; the node that it reads; what is between."""
+        between: list[fx.Node] = []
+        while len(node.users) == 1:
+            user = next(iter(node.users))
+            if not self.is_pass(user):
+                return user, node, between
+            between.append(user)
+            node = user
+        return None, node, between
+
+    def match(self, allowed: Callable[[str, nn.Module, str], bool]) -> Matches:
+        """All pairs; allowed(kind, module, name of the module) says which are wanted."""
+        found = Matches()
+        taken: set[fx.Node] = set()
+        for node in self.graph.nodes:
+            module = self.module(node)
+            if module is None or len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node):
+                continue
+            if run.is_norm_class(type(module)):
+                result = self._norm(node, module, taken)
+            elif type(module) is nn.AvgPool2d:
+                result = self._pool(node, module)
+            else:
+                continue
+            if isinstance(result, Left):
+                found.left[str(node.target)] = result
+            elif not allowed(result.kind, self.root.get_submodule(result.name), result.name):
+                found.left[result.name] = Left(result.kind, NOT_WANTED)
+            else:
+                found.pairs.append(result)
+                taken.add(result.last)
+        return found
+
+    def _norm(self, node: fx.Node, norm: nn.Module, taken: set[fx.Node]) -> Pair | Left:
+        reader, value, between = self.follow(node)
+        if reader is None:
+            if any(self.is_relu(user) for user in value.users):
+                return Left(BN_RELU, "its output has another consumer besides the ReLU")
+            return Left(None, "no ReLU follows")
+        add = None
+        if self.is_add(reader):
+            add = reader
+            reader, _, after = self.follow(add)
+            between = [*between, add, *after]
+        if reader is None or not self.is_relu(reader):
+            return Left(None, f"no ReLU follows{self._follower(reader)}")
+        kind = BN_RELU if add is None else BN_ADD_RELU
+        if not run.is_plain_norm(norm):
+            return Left(kind, "a hook, an activation or a forward of its own")
+        touched = [n for n in (*between, reader) if n.op == "call_module" and not run.untouched(self.module(n))]  # type: ignore[arg-type]
+        if touched:
+            return Left(kind, f"a hook on {touched[0].target}")
+        name = str(node.target)
+        if add is None:
+            return Pair(BN_RELU, name, node, reader, between)
+        return self._addition(Pair(BN_ADD_RELU, name, node, reader, between, add, value), add, value, taken)
+
+    def _addition(self, pair: Pair, add: fx.Node, value: fx.Node, taken: set[fx.Node]) -> Pair | Left:
+        """The pair, if it changes nothing that the BatchNorm runs as late as the addition."""
+        first, second = add.args
+        other = second if first is value else first
+        if pair.last in taken:
+            return Left(None, "the other operand of the addition is fused")
+        if not isinstance(other, fx.Node) or other is value:
+            return Left(None, "what is added is no other tensor")
+        writes = self.in_place(add)
+        pair.in_place = writes and first is value
+        if writes and first is other:
+            shared = self.aliases(other) - {add}
+            if any(n.op in ("placeholder", "get_attr") for n in shared):
+                return Left(pair.kind, "the addition changes an argument of the block in place")
+            if any(self.order[user] > self.order[add] for n in shared for user in n.users if user is not pair.last):
+                return Left(pair.kind, "the addition changes a tensor in place that is read later")
+        if self.calls[pair.first.target] > 1:
+            return Left(pair.kind, "a BatchNorm that is called twice, once before an addition")
+        if self.changed_between(pair.first.args[0], pair.first, add):  # type: ignore[arg-type]
+            return Left(pair.kind, "the input of the BatchNorm is changed in place before the addition")
+        return pair
+
+    def _pool(self, node: fx.Node, pool: nn.AvgPool2d) -> Pair | Left:
+        if not is_2x2(pool):
+            return Left(None, "not a 2x2 pool with stride 2")
+        reader, _, between = self.follow(node)
+        conv = None if reader is None else self.module(reader)
+        if reader is None or len(reader.args) != 1 or reader.kwargs or type(conv) is not nn.Conv2d or not is_1x1(conv):
+            return Left(None, "no 1x1 convolution follows")
+        for n in (node, *between, reader):
+            if not run.untouched(self.module(n)):  # type: ignore[arg-type]
+                return Left(POOL_CONV, f"a hook on {n.target}")
+        return Pair(POOL_CONV, str(reader.target), node, reader, between)
+
+    def _follower(self, reader: fx.Node | None) -> str:
+        if reader is None:
+            return ""
+        module = self.module(reader)
+        what = type(module).__name__ if module is not None else getattr(reader.target, "__name__", str(reader.target))
+        return f", but {what}"
+
+
+def is_pass(module: Any, training: bool) -> bool:
+    """Does module return its input as it is, in the mode `training` of its block?"""
+    cls = type(module)
+    if cls is nn.Identity:
+        return True
+    if cls in (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d):
+        return module.p == 0 or not (training or module.training)
+    if cls.__name__ == "DropPath" and cls.__module__.startswith("timm."):
+        return not module.drop_prob or not (training or module.training)
+    return False
+
+
+def _single(value: Any) -> Any:
+    """The number of which a size is made, (2, 2) -> 2; None if they differ."""
+    if isinstance(value, tuple):
+        return value[0] if len(set(value)) == 1 else None
+    return value
+
+
+def is_2x2(pool: Any) -> bool:
+    """An average pool of 2x2 windows with stride 2, that counts the pixels of the image only."""
+    return (
+        _single(pool.kernel_size) == 2
+        and _single(pool.stride) == 2
+        and _single(pool.padding) == 0
+        and pool.divisor_override is None
+    )
+
+
+def is_1x1(conv: Any) -> bool:
+    """A 1x1 convolution with stride 1 over all channels."""
+    return (
+        _single(conv.kernel_size) == 1
+        and _single(conv.stride) == 1
+        and _single(conv.padding) in (0, "valid", "same")
+        and conv.groups == 1
+    )
+
+
+def ending_norms(graph: fx.Graph, root: nn.Module, training: bool, refused: set[str]) -> set[str]:
+    """Names of children whose last operation may be a BatchNorm that pairs with what follows the child."""
+    matcher = Matcher(graph, root, training)
+    names = set()
+    for node in graph.nodes:
+        module = matcher.module(node)
+        if module is None or node.target in refused or run.is_norm_class(type(module)) or not may_end_in_norm(module):
+            continue
+        reader, _, _ = matcher.follow(node)
+        if reader is not None and matcher.is_add(reader):
+            reader, _, _ = matcher.follow(reader)
+        if reader is not None and matcher.is_relu(reader):
+            names.add(str(node.target))
+    return names
+
+
+def may_end_in_norm(module: nn.Module) -> bool:
+    """Could the last operation of a container be that of a plain BatchNorm?"""
+    if run.is_norm_class(type(module)):
+        return run.is_plain_norm(module)
+    if isinstance(module, torch.jit.ScriptModule) or not run.untouched(module):
+        return False
+    cls = original_class(module)
+    if cls.forward is nn.Sequential.forward:
+        children = [child for child in module.children() if not is_pass(child, True)]
+        return bool(children) and may_end_in_norm(children[-1])
+    if cls.__module__.startswith("torch.nn"):
+        return False
+    return any(run.is_norm_class(type(m)) for m in module.modules())
+
+
+def rewrite(graph: fx.Graph, pairs: list[Pair]) -> None:
+    """Makes every pair one call of a function of `fasttricks.nn.run`, where the pair's first module was called.
+
+    An addition stays where it was, as its residual may be computed between the two.
+    """
+    for pair in pairs:
+        x = pair.first.args[0]
+        with graph.inserting_before(pair.add or pair.first):
+            first = graph.get_attr(str(pair.first.target))
+            if pair.kind == BN_RELU:
+                fused = graph.call_function(run.norm_relu, (first, x))
+            elif pair.kind == BN_ADD_RELU:
+                assert pair.add is not None  # its operands may have been replaced by earlier pairs
+                residual = next(operand for operand in pair.add.args if operand is not pair.value)
+                options: dict[str, Any] = {"in_place": True} if pair.in_place else {}
+                fused = graph.call_function(run.norm_add_relu, (first, x, residual), options)
+            else:
+                fused = graph.call_function(run.pool_conv1x1, (first, graph.get_attr(pair.name), x))
+        pair.last.replace_all_uses_with(fused)
+        for node in (pair.last, *reversed(pair.between), pair.first):
+            graph.erase_node(node)
+
+
+def modules_of(pairs: list[Pair]) -> Iterator[tuple[str, str]]:
+    """(name, what it must still be) of the modules that the pairs call no longer by themselves."""
+    for pair in pairs:
+        if pair.kind == POOL_CONV:
+            yield str(pair.first.target), "pool"
+            yield pair.name, "conv"
+        else:
+            yield pair.name, "norm"
+        for node in (*pair.between, pair.last):
+            if node.op == "call_module" and node.target != pair.name:
+                yield str(node.target), "relu" if node is pair.last else "pass"

@@ -1,0 +1,174 @@
+"""The graph of one block's forward by torch.fx: its children are leaves, except those that it is told to inline."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import itertools
+import random
+import sys
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+# how an argument of a call is given: a tensor, a list or dictionary of them, or not at all (its default value)
+TENSOR, CONTAINER, DEFAULT = "tensor", "container", "default"
+Kinds = tuple[str, ...]
+# a forward with more optional arguments is traced with all of them at their defaults only
+_OPTIONAL = 3
+
+
+class Untraceable(Exception):
+    """Why a forward has no graph that always computes the same; asked: as `trace` returns it."""
+
+    asked: Collection[int] = ()
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class of module without what `fuse` made of it."""
+    return getattr(type(module), "_fasttricks_original", type(module))
+
+
+def kind_of(value: Any, default: Any = inspect.Parameter.empty) -> str | None:
+    """How value is given as an argument; None: as no graph expects it."""
+    if issubclass(type(value), torch.Tensor):
+        return TENSOR
+    if value is default or (
+        isinstance(value, (bool, int, float, str)) and type(value) is type(default) and value == default
+    ):
+        return DEFAULT
+    return CONTAINER if isinstance(value, (list, tuple, dict)) else None
+
+
+class _ArgumentProxy(fx.Proxy):
+    """A proxy of an argument that answers isinstance(argument, torch.Tensor) as the argument would, and notes it."""
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        frame = sys._getframe(1)
+        asker = frame.f_globals.get("__name__", "")
+        if (asker == "torch" or asker.startswith("torch.")) and frame.f_code.co_name != "is_tensor":
+            return _ArgumentProxy  # torch.fx itself
+        tracer: Any = self.tracer
+        position = tracer.names.index(self.node.target)
+        tracer.asked.add(position)
+        return torch.Tensor if tracer.kinds[position] == TENSOR else _ArgumentProxy
+
+
+class _Tracer(fx.Tracer):
+    proxy_buffer_attributes = True
+
+    def __init__(self, inline: Collection[str], names: list[str], kinds: Kinds, defaults: list[Any]) -> None:
+        super().__init__(autowrap_modules=())  # type: ignore[arg-type]  # wrapping the functions of math costs more than the trace
+        self.inline, self.names, self.kinds, self.defaults = inline, names, kinds, defaults
+        self.asked: set[int] = set()
+        self.state = _state()
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return name not in self.inline
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        values: list[Any] = [self.root]
+        for name, kind, default in zip(self.names, self.kinds, self.defaults, strict=True):
+            values.append(default if kind == DEFAULT else self.create_proxy("placeholder", name, (), {}))
+        return original_class(self.root).forward, values
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _ArgumentProxy(node, self) if node.op == "placeholder" else super().proxy(node)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _state() != self.state:
+            raise Untraceable("its forward changes the gradient mode, autocast or saved tensors, or checkpoints")
+        return super().create_node(*args, **kwargs)
+
+    def create_arg(self, a: Any) -> Any:
+        if issubclass(type(a), torch.Tensor) and not isinstance(a, nn.Parameter) and a not in self.tensor_attrs:
+            raise Untraceable("its forward makes tensors that a graph would keep as constants")
+        return super().create_arg(a)
+
+
+def _state() -> tuple[Any, ...]:
+    """What a graph does not record, and changes what its operations do."""
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        tuple((torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")),
+        torch._C._autograd._top_saved_tensors_default_hooks(True),
+    )
+
+
+@contextlib.contextmanager
+def _left_as_it_was(module: nn.Module, training: bool, inline: Collection[str]) -> Iterator[None]:
+    """The modules whose forwards are traced, in the mode `training`; afterwards as before, random generators too."""
+    traced = [module, *(module.get_submodule(name) for name in inline)]
+    before = [dict(m.__dict__) for m in traced]
+    modules = [dict(m._modules) for m in traced]
+    python, torch_state = random.getstate(), torch.get_rng_state()
+    for m in traced:
+        m.__dict__["training"] = training
+    changed = None
+    try:
+        yield
+        if random.getstate() != python or not torch.equal(torch.get_rng_state(), torch_state):
+            changed = "its forward draws random numbers"
+    finally:
+        random.setstate(python)
+        torch.set_rng_state(torch_state)
+        for m, attributes, children in zip(traced, before, modules, strict=True):
+            now = {**m.__dict__, "training": attributes["training"]}
+            if now.keys() != attributes.keys() or any(now[k] is not v for k, v in attributes.items()):
+                changed = "its forward changes attributes of its module"
+            m.__dict__.clear()
+            m.__dict__.update(attributes)
+            if m._modules != children:
+                changed = "its forward changes its children"
+    if changed:
+        raise Untraceable(changed)
+
+
+@dataclass
+class Signature:
+    """The positional arguments of a forward, and the combinations of their kinds that are traced."""
+
+    names: list[str]
+    defaults: list[Any]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Signature:
+        if "forward" in module.__dict__:
+            raise Untraceable("its forward is an attribute of the instance")
+        parameters = list(inspect.signature(original_class(module).forward).parameters.values())[1:]
+        if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+            raise Untraceable("its forward takes *args or **kwargs")
+        if any(p.kind is p.KEYWORD_ONLY for p in parameters):
+            raise Untraceable("its forward takes keyword-only arguments")
+        return cls([p.name for p in parameters], [p.default for p in parameters])
+
+    def combinations(self) -> list[Kinds]:
+        """Every argument as a tensor, and optional ones also at their defaults."""
+        optional = [d is not inspect.Parameter.empty for d in self.defaults]
+        if sum(optional) > _OPTIONAL:
+            return [tuple(DEFAULT if o else TENSOR for o in optional)]
+        return list(itertools.product(*((DEFAULT, TENSOR) if o else (TENSOR,) for o in optional)))
+
+
+def trace(
+    module: nn.Module, signature: Signature, kinds: Kinds, training: bool, inline: Collection[str]
+) -> tuple[fx.Graph, set[int]]:
+    """The graph of module's forward, and the positions of the arguments whose type it asked for.
+
+    Raises:
+        Untraceable: there is none, or it would not compute what the forward does.
+    """
+    tracer = _Tracer(inline, signature.names, kinds, signature.defaults)
+    try:
+        with _left_as_it_was(module, training, inline):
+            return tracer.trace(module), tracer.asked
+    except Exception as error:  # a forward of others, run on proxies, may raise anything
+        if not isinstance(error, Untraceable):
+            error = Untraceable(f"torch.fx cannot trace its forward: {type(error).__name__}: {str(error)[:120]}")
+        error.asked = tracer.asked
+        raise error from error.__cause__
