@@ -74,34 +74,23 @@ def _process_group(norm: nn.Module) -> distributed.ProcessGroup | None:
 def _op(norm: Any, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
     """The fused op with the parameters, statistics and mode of norm."""
     training = norm.training
-    running = (norm.running_mean, norm.running_var)
-    tracked: Any = None
+    mean, var, tracked = norm.running_mean, norm.running_var, None
     if training:
         if norm.track_running_stats:
             tracked = norm.num_batches_tracked
-            if tracked is not None:
-                tracked.add_(1)
         else:
-            running = (None, None)  # buffers that are not tracked do not move
-    momentum = norm.momentum
-    cumulative = momentum is None and tracked is not None and running[0] is not None
-    factor = 1.0 / tracked.to(running[0].dtype) if cumulative else None  # a tensor, so that no graph breaks on its value
-    options = {
-        "training": training or running[0] is None,
-        "momentum": 1.0 if cumulative else momentum or 0.0,
+            mean = var = None  # buffers that are not tracked do not move
+    options: dict[str, Any] = {
+        "training": training or mean is None,
+        # without a count there is no cumulative average, and torch moves nothing then
+        "momentum": 0.0 if norm.momentum is None and tracked is None else norm.momentum,
         "eps": norm.eps,
         "group": _process_group(norm),
+        "num_batches_tracked": tracked,
     }
-    now = tuple(t.clone() for t in running) if cumulative else running
     if residual is None:
-        y = bn_relu(x, norm.weight, norm.bias, *now, **options)
-    else:
-        y = bn_add_relu(x, residual, norm.weight, norm.bias, *now, **options)
-    if factor is not None:
-        with torch.no_grad():
-            for buffer, new in zip(running, now, strict=True):
-                buffer.copy_((1.0 - factor) * buffer + factor * new)
-    return y
+        return bn_relu(x, norm.weight, norm.bias, mean, var, **options)
+    return bn_add_relu(x, residual, norm.weight, norm.bias, mean, var, **options)
 
 
 def norm_relu(norm: Any, x: torch.Tensor) -> torch.Tensor:

@@ -130,7 +130,7 @@ def _call(
         else:
             now = (running_mean.clone(), running_var.clone())
             y = _call(op, x, residual, weight, bias, *now, training, 1.0, eps, group, None)
-            factor = 1.0 / num_batches_tracked
+            factor = 1.0 / num_batches_tracked.to(running_mean.dtype)
             with torch.no_grad():
                 for buffer, new in zip((running_mean, running_var), now, strict=True):
                     buffer.copy_((1.0 - factor) * buffer + factor * new)
