@@ -3,40 +3,59 @@ PYTHON ?= python3
 VENV ?= .venv
 RUNS ?= runs/digits
 PY := $(VENV)/bin/python
-SOURCES := $(shell git ls-files '*.py')
-CXX_SOURCES := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.h')
+CXX_SOURCES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.h')
+# pytest on every core; tests that must not run side by side are of one xdist_group
+PYTEST := $(PY) -m pytest -q -n logical --maxprocesses 8 --dist loadgroup
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: train test test-oldest-triton lint bench bench-traffic docs wheel wheel-matrix clean
+.PHONY: train test test-all test-oldest-triton libraries lint bench bench-traffic docs sdist wheel wheel-matrix clean
 
-$(VENV)/ready: pyproject.toml setup.py build_libraries.py
-	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install -q "setuptools>=70.1" wheel ninja "torch>=2.10" torchvision
-	$(PY) -m pip install -q --no-build-isolation -e ".[train,timm,test]"
-	touch $@
-
-# The libraries again wherever a source is newer; ninja knows which.
-.PHONY: libraries
-libraries: $(VENV)/ready
-	@$(PY) setup.py -q build_ext --inplace
-
+# ResNet-50-D on real scans with both recipes: a table and curves.
 train: libraries
+	@echo "fasttricks: training ResNet-50-D twice, about 2 minutes each on two cores"
 	$(PY) -m fasttricks.train --data digits --model resnet50d --recipe baseline --out $(RUNS)/baseline --overwrite
 	$(PY) -m fasttricks.train --data digits --model resnet50d --recipe efficient --out $(RUNS)/efficient --overwrite
 	$(VENV)/bin/fasttricks report $(RUNS)/baseline $(RUNS)/efficient --png $(RUNS)/curves.png
 
-# Triton's interpreter replaces its compiler for a whole process: what it runs has one of its own.
+# The style checks and the tests, in about 10 minutes on two cores.
 test: libraries lint
-	$(PY) -m pytest tests
-	TRITON_INTERPRET=1 $(PY) -m pytest tests -k "triton or registration"
+	@echo "fasttricks: compiling the CUDA kernels for the CPU's emulator, about a minute"
+	@PYTHONPATH=. $(PY) tests/emulator/emulated.py plain
+	$(PYTEST) tests -m "not long and not zoo"
+	@echo "fasttricks: the tests of the Triton kernels, in Triton's interpreter"
+	TRITON_INTERPRET=1 $(PYTEST) tests -m "not long and not zoo" -k "triton or registration"
 
-# The oldest Triton that is claimed, and a NumPy of its time, which its interpreter needs.
+# Also what takes long: sanitizers, planted faults, every model of the zoos, the oldest Triton.
+test-all: test test-oldest-triton
+	@echo "fasttricks: compiling the emulator with two sanitizers, about 3 minutes"
+	@PYTHONPATH=. $(PY) tests/emulator/emulated.py asan tsan
+	$(PYTEST) tests -m "long or zoo"
+
+# The oldest Triton that is supported, and a NumPy of its time, which its interpreter needs.
 OLDEST := build/triton-oldest
 test-oldest-triton: libraries
-	rm -rf $(OLDEST)
-	$(PY) -m pip install -q --no-deps --target $(OLDEST) triton==3.4.0 numpy==2.2.6
-	PYTHONPATH=$(OLDEST) TRITON_INTERPRET=1 $(PY) -m pytest $(wildcard tests/test_triton_*.py) \
+	@echo "fasttricks: installing Triton 3.4 in $(OLDEST), about a minute"
+	@rm -rf $(OLDEST)
+	@$(PY) -m pip install -q --no-deps --target $(OLDEST) triton==3.4.0 numpy==2.2.6
+	PYTHONPATH=$(OLDEST) TRITON_INTERPRET=1 $(PYTEST) $(wildcard tests/test_triton_*.py) \
 	  tests/test_avgpool_conv1x1.py -k "test_triton or one_channel or nan_and_infinity"
-	PYTHONPATH=$(OLDEST) $(PY) -m pytest tests/static/test_triton_aot.py -k sm_90
+	PYTHONPATH=$(OLDEST) $(PYTEST) tests/static/test_triton_aot.py -k sm_90
+
+# The virtual environment, with fasttricks installed as editable.
+$(VENV)/ready: pyproject.toml setup.py build_libraries.py
+	@echo "fasttricks: making the virtual environment $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@echo "fasttricks: installing torch and torchvision (3 GB with CUDA), 2 to 5 minutes"
+	@$(PY) -m pip install -q "setuptools>=70.1" wheel ninja "torch>=2.10" torchvision
+	@echo "fasttricks: compiling the kernels, about a minute; 5 minutes more if a CUDA toolkit is installed"
+	@$(PY) setup.py -q build_ext --inplace
+	@echo "fasttricks: installing fasttricks as editable, and what the trainer and the tests need, about a minute"
+	@$(PY) -m pip install -q --no-build-isolation -e ".[train,timm,test]"
+	@touch $@
+
+# The libraries again if a source is newer; ninja knows which.
+libraries: $(VENV)/ready
+	@$(PY) setup.py -q build_ext --inplace
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
@@ -48,22 +67,28 @@ bench: libraries
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(PY) -m pytest benchmarks --benchmark-only -s --benchmark-json=build/bench.json
 	$(PY) benchmarks/report.py build/bench.json benchmarks/results/cpu.json
 
-# Bytes and launches of the CUDA kernels, emulated: no card is needed.
+# Bytes and launches of the CUDA and Triton kernels, emulated: no card is needed.
 bench-traffic: libraries
-	$(PY) benchmarks/traffic.py
+	PYTHONPATH=.:tests:tests/emulator $(PY) benchmarks/traffic.py
+
+sdist: $(VENV)/ready
+	rm -rf dist/*.tar.gz
+	$(PY) -m build --sdist --no-isolation > /dev/null
+	@ls dist/*.tar.gz
 
 # The site, in build/site. Building it needs no network once its packages are installed.
 docs: $(VENV)/docs
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict
 
 $(VENV)/docs: $(VENV)/ready
-	$(PY) -m pip install -q --no-build-isolation -e ".[docs]"
-	touch $@
+	@echo "fasttricks: installing mkdocs, about a minute"
+	@$(PY) -m pip install -q --no-build-isolation -e ".[docs]"
+	@touch $@
 
 wheel: $(VENV)/ready
-	rm -rf dist
+	rm -rf dist/*.whl
 	$(PY) -m pip wheel -q --no-build-isolation --no-deps -w dist .
-	@ls dist
+	@ls dist/*.whl
 
 # One wheel under several interpreters: make wheel-matrix PYTHONS="python3.12 .venv-old/bin/python", each with a torch.
 PYTHONS ?= $(PY)

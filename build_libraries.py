@@ -54,10 +54,24 @@ class Cuda:
 class Step:
     """One command, what it makes, and what it reads (headers: see the depfile that the compiler writes)."""
 
+    title: str
     command: tuple[str, ...]
     output: Path
     inputs: tuple[Path, ...]
     depfile: Path | None = None
+
+
+def compile_step(command: list[str], source: Path, output: Path, title: str = "") -> Step:
+    """`source` compiled to `output` by `command`, again when one of the headers that it includes is newer."""
+    depfile = Path(f"{output}.d")
+    full = (*command, "-MMD", "-MF", str(depfile), "-c", str(source), "-o", str(output))
+    return Step(title or f"compiling {source.name}", full, output, (source,), depfile)
+
+
+def link_step(command: list[str], objects: list[Path], library: Path, libraries: list[str]) -> Step:
+    """A shared library of `objects`; `libraries` are flags that come after them."""
+    full = (*command, "-shared", "-o", str(library), *map(str, objects), *libraries)
+    return Step(f"linking {library.name}", full, library, tuple(objects))
 
 
 def stop(sentence: str) -> None:
@@ -117,24 +131,16 @@ def cpu_steps(torch: Torch, objects: Path, library: Path, debug: bool) -> list[S
     torch_flags = ["-isystem", str(torch.include), "-isystem", str(torch.include / "torch/csrc/api/include")]
     steps: list[Step] = []
 
-    def compile_(source: Path, suffix: str, flags: list[str]) -> Path:
-        output = objects / f"{source.relative_to(ROOT / 'csrc').as_posix().replace('/', '_')}{suffix}.o"
-        depfile = Path(f"{output}.d")
-        command = (*common, *flags, "-MMD", "-MF", str(depfile), "-c", str(source), "-o", str(output))
-        steps.append(Step(command, output, (source,), depfile))
-        return output
-
-    outputs = [
-        compile_(source, "", torch_flags)
-        for source in [ROOT / "csrc/library.cpp", *sorted((ROOT / "csrc/cpu").glob("*.cpp"))]
-    ]
+    for source in [ROOT / "csrc/library.cpp", *sorted((ROOT / "csrc/cpu").glob("*.cpp"))]:
+        steps.append(compile_step([*common, *torch_flags], source, objects / f"cpu_{source.name}.o"))
     for isa in cpu_isas():
         for source in sorted((ROOT / "csrc/cpu/isa").glob("*.cpp")):
-            outputs.append(compile_(source, f".{isa}", [f"-DFT_ISA={isa}", *ISA_FLAGS[isa]]))
+            command = [*common, f"-DFT_ISA={isa}", *ISA_FLAGS[isa]]
+            output = objects / f"cpu_{source.stem}.{isa}.o"
+            steps.append(compile_step(command, source, output, f"compiling {source.name} for {isa}"))
     # every shim that the stable ABI calls lives in libtorch_cpu, in CPU and CUDA builds of torch alike
-    link = (*cxx, "-shared", "-o", str(library), *map(str, outputs), f"-L{torch.lib}", "-ltorch_cpu")
-    steps.append(Step(link, library, tuple(outputs)))
-    return steps
+    made = [step.output for step in steps]
+    return [*steps, link_step(cxx, made, library, [f"-L{torch.lib}", "-ltorch_cpu"])]
 
 
 def _toolkit_folders() -> list[Path]:
@@ -209,6 +215,7 @@ def cuda_steps(torch: Torch, cuda: Cuda, objects: Path, library: Path, debug: bo
         *nvcc,
         *targets,
         "-std=c++20",
+        f"--threads={min(jobs(), len(cuda.archs))}",  # architectures side by side
         *(["-O0", "-g"] if debug else ["-O3"]),
         "--fmad=false",  # a fused multiply-add only where it is written, so that forward and backward round alike
         "--expt-relaxed-constexpr",
@@ -218,23 +225,20 @@ def cuda_steps(torch: Torch, cuda: Cuda, objects: Path, library: Path, debug: bo
         *(f"-I{ROOT / folder}" for folder in ("csrc", "csrc/cuda")),
         *("-isystem", str(torch.include), "-isystem", str(torch.include / "torch/csrc/api/include")),
     ]
-    steps: list[Step] = []
-    for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
-        output = objects / f"cuda_{source.stem}.o"
-        depfile = Path(f"{output}.d")
-        command = (*common, "-MMD", "-MF", str(depfile), "-c", str(source), "-o", str(output))
-        steps.append(Step(command, output, (source,), depfile))
-    outputs = tuple(step.output for step in steps)
+    archs = f"for {', '.join(cuda.archs)}"
+    steps = [
+        compile_step(common, source, objects / f"cuda_{source.stem}.o", f"compiling {source.name} {archs}")
+        for source in sorted((ROOT / "csrc/cuda").glob("*.cu"))
+    ]
     # the CUDA runtime goes in, and its names stay in: torch brings another, perhaps of another version
-    link = (
-        *nvcc,
-        *targets,
-        *("-shared", "--cudart=static", "-Xlinker", "--exclude-libs=ALL", "-o", str(library)),
-        *map(str, outputs),
-        *(f"-L{torch.lib}", "-ltorch_cpu", "-ltorch_cuda"),
-    )
-    steps.append(Step(link, library, outputs))
-    return steps
+    link = [*nvcc, *targets, "--cudart=static", "-Xlinker", "--exclude-libs=ALL"]
+    made = [step.output for step in steps]
+    return [*steps, link_step(link, made, library, [f"-L{torch.lib}", "-ltorch_cpu", "-ltorch_cuda"])]
+
+
+def jobs() -> int:
+    """How many commands run at a time: MAX_JOBS, or the number of cores."""
+    return int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
 
 
 def _ninja() -> list[str] | None:
@@ -251,7 +255,7 @@ def _write_ninja(steps: list[Step], path: Path) -> None:
     lines = ["ninja_required_version = 1.5"]
     for i, step in enumerate(steps):
         lines += [f"rule r{i}", f"  command = {shlex.join(step.command).replace('$', '$$')}"]
-        lines += [f"  description = {step.output.name}"]
+        lines += [f"  description = {step.title}"]
         if step.depfile:
             lines += ["  deps = gcc", f"  depfile = {escape(step.depfile)}"]
         lines += [f"build {escape(step.output)}: r{i} {' '.join(map(escape, step.inputs))}"]
@@ -259,21 +263,21 @@ def _write_ninja(steps: list[Step], path: Path) -> None:
 
 
 def _run_step(step: Step) -> None:
-    print(f"fasttricks: building {step.output.name}", flush=True)
+    print(step.title, flush=True)
     if subprocess.run(step.command).returncode:
         stop(f"the compiler failed on {step.output.name}; the command was: {shlex.join(step.command)}")
 
 
 def run_steps(steps: list[Step], folder: Path) -> None:
-    """Runs compile and link steps: by ninja (only what changed) where there is one, else all of them."""
-    jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+    """Runs compile and link steps: by ninja (only what changed) if it is installed, else all of them."""
     if ninja := _ninja():
         _write_ninja(steps, folder / "build.ninja")
-        if subprocess.run([*ninja, f"-j{jobs}", "-C", str(folder)]).returncode:
-            stop("the compiler failed; its messages stand above.")
+        env = {"NINJA_STATUS": "fasttricks: [%f/%t, %e s] ", **os.environ}
+        if subprocess.run([*ninja, f"-j{jobs()}"], cwd=folder, env=env).returncode:
+            stop("the compiler failed; see its messages above.")
         return
     made = {s.output for s in steps}
-    with ThreadPoolExecutor(jobs) as pool:
+    with ThreadPoolExecutor(jobs()) as pool:
         list(pool.map(_run_step, [s for s in steps if not made.intersection(s.inputs)]))
     for step in steps:
         if made.intersection(step.inputs):

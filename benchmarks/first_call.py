@@ -1,6 +1,6 @@
 """What the first step of ResNet-50-D costs with the kernels in Triton: compiling, and loading from Triton's cache.
 
-    python benchmarks/first_call.py [--target 90]
+    PYTHONPATH=tests/static python benchmarks/first_call.py [--target 90]
 
 No card is needed: the launches of a training step (fp16, NHWC and NCHW, batch 256, 224 x 224) are taken down and
 compiled ahead of time, first with an empty cache, then with a full one. Written to results/first_call.json.
@@ -11,19 +11,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import test_triton_aot as aot
 import torch
 import triton
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "static"))
-
-import test_triton_aot as aot
 
 from fasttricks.kernels import avgpool_conv1x1, bn_relu
 

@@ -29,9 +29,6 @@ from typing import Any
 
 import torch
 
-TESTS = Path(__file__).resolve().parent.parent / "tests"
-sys.path[:0] = [str(TESTS), str(TESTS / "emulator")]
-
 EPS = 1e-5
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 # of ResNet-50, batch reduced: too large for the chip of the emulated card (4 multiprocessors), and not

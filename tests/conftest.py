@@ -5,17 +5,18 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+
+# the processes of `pytest -n` share the cores; tests of several threads set their number themselves
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
+
 import torch
 
 import fasttricks
 from fasttricks.backends import not_loaded
-
-sys.path.insert(0, str(Path(__file__).parent / "emulator"))
 
 # Triton's interpreter replaces its compiler for a whole process: there the suite runs on it alone
 if os.environ.get("TRITON_INTERPRET") == "1":

@@ -5,9 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import shlex
-import shutil
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +14,6 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent / "csrc"
-sys.path.insert(0, str(HERE / "emulator"))
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("nothing of Triton is in it", allow_module_level=True)
 
@@ -283,19 +280,11 @@ def test_misaligned_tensors(layout: torch.memory_format, offset: int) -> None:
 # ---- other builds ----
 
 
-def run(kind: str, name: str, csrc: Path = CSRC, *flags: str) -> str:
-    """What is wrong with a build's results on small inputs; "" where nothing is."""
-    name = f"avgpool_conv1x1-{name}"
-    emulated.Build(kind, csrc, ("avgpool_conv1x1",), flags=flags, name=name).make()
-    command = [sys.executable, str(HERE / "emulator/run_avgpool_conv1x1.py"), kind, name, str(csrc), *flags]
-    done = subprocess.run(command, capture_output=True, text=True, env=emulated.sanitized(kind))
-    return "" if done.returncode == 0 else done.stderr
-
-
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["asan", "tsan"])
 def test_under_sanitizers(kind: str) -> None:
     """With some tensors in several launches, as with more than 2^31 pixels: here no more than 300 fit one."""
-    assert run(kind, kind, CSRC, "-DFT_POOL_MAX_PIXELS=300") == ""
+    assert emulated.run("run_avgpool_conv1x1.py", emulated.Build(kind)) == ""
 
 
 # what is replaced, in which file, by what; how it shows
@@ -331,12 +320,9 @@ FAULTS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_caught(fault: str, tmp_path: Path) -> None:
-    file, before, after, kind, said = FAULTS[fault]
-    shutil.copytree(CSRC, tmp_path / "csrc")
-    path = tmp_path / "csrc/cuda" / file
-    text = path.read_text()
-    assert text.count(before) == 1
-    path.write_text(text.replace(before, after))
-    assert said in run(kind, "fault", tmp_path / "csrc")
+    *change, kind, said = FAULTS[fault]
+    build = emulated.Build(kind, emulated.changed(tmp_path, *change), ("avgpool_conv1x1",))
+    assert said in emulated.run("run_avgpool_conv1x1.py", build)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,8 +11,6 @@ import torch
 from cases import LAYOUTS
 
 HERE = Path(__file__).resolve().parent
-CSRC = HERE.parent / "csrc"
-sys.path.insert(0, str(HERE / "emulator"))
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("nothing of Triton is in it", allow_module_level=True)
 
@@ -169,18 +164,9 @@ def test_offsets_beyond_2_to_the_31() -> None:
 # ---- other builds ----
 
 
-def run(kind: str, name: str, csrc: Path = CSRC) -> str:
-    """What is wrong with a build's results on small inputs; "" where nothing is."""
-    name = f"bn_relu-{name}"
-    emulated.Build(kind, csrc, ("bn_relu",), name=name).make()
-    command = [sys.executable, str(HERE / "emulator/run_bn_relu.py"), kind, name, str(csrc)]
-    done = subprocess.run(command, capture_output=True, text=True, env=emulated.sanitized(kind))
-    return "" if done.returncode == 0 else done.stderr
-
-
-@pytest.mark.parametrize("kind", ["plain", "asan", "tsan"])
+@pytest.mark.parametrize("kind", ["plain", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("asan", "tsan"))])
 def test_both_variants_in_every_build(kind: str) -> None:
-    assert run(kind, kind) == ""
+    assert emulated.run("run_bn_relu.py", emulated.Build(kind)) == ""
 
 
 # what is replaced, in which file, by what; how it shows
@@ -216,12 +202,9 @@ FAULTS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_caught(fault: str, tmp_path: Path) -> None:
-    file, before, after, kind, said = FAULTS[fault]
-    shutil.copytree(CSRC, tmp_path / "csrc")
-    path = tmp_path / "csrc/cuda" / file
-    text = path.read_text()
-    assert text.count(before) == 1
-    path.write_text(text.replace(before, after))
-    assert said in run(kind, "fault", tmp_path / "csrc")
+    *change, kind, said = FAULTS[fault]
+    build = emulated.Build(kind, emulated.changed(tmp_path, *change), ("bn_relu",))
+    assert said in emulated.run("run_bn_relu.py", build)

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-HERE = Path(__file__).resolve().parent
-CSRC = HERE.parent / "csrc"
-sys.path.insert(0, str(HERE / "emulator"))
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("nothing of Triton is in it", allow_module_level=True)
 
-import emulated  # noqa: E402
-import run_sgd  # noqa: E402
+import emulated
+import run_sgd
 
 
 def test_every_order_of_threads_gives_the_same_bits() -> None:
@@ -88,34 +82,16 @@ def test_launches_of_a_check() -> None:
 # ---- other builds ----
 
 
-def run(kind: str, name: str, csrc: Path = CSRC) -> str:
-    """What is wrong with a build's results on small inputs; "" where nothing is."""
-    name = f"sgd-{name}"
-    emulated.Build(kind, csrc, ("sgd",), name=name).make()
-    command = [sys.executable, str(HERE / "emulator/run_sgd.py"), kind, name, str(csrc)]
-    done = subprocess.run(command, capture_output=True, text=True, env=emulated.sanitized(kind))
-    return "" if done.returncode == 0 else done.stderr
-
-
-def changed(folder: Path, file: str, before: str, after: str) -> Path:
-    """A copy of csrc in which one text, that occurs once, is another."""
-    shutil.copytree(CSRC, folder / "csrc")
-    path = folder / "csrc/cuda" / file
-    text = path.read_text()
-    assert text.count(before) == 1
-    path.write_text(text.replace(before, after))
-    return folder / "csrc"
-
-
-@pytest.mark.parametrize("kind", ["plain", "asan", "tsan"])
+@pytest.mark.parametrize("kind", ["plain", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("asan", "tsan"))])
 def test_every_build(kind: str) -> None:
-    assert run(kind, kind) == ""
+    assert emulated.run("run_sgd.py", emulated.Build(kind)) == ""
 
 
+@pytest.mark.long
 def test_a_tensor_in_several_pieces(tmp_path: Path) -> None:
     """As those beyond 2^31 values are, here beyond 8192: stepped, counted and measured once."""
-    csrc = changed(tmp_path, "sgd_plan.h", "kSgdPiece = int64_t{1} << 31;", "kSgdPiece = kSgdBlock;")
-    assert run("plain", "pieces", csrc) == ""
+    csrc = emulated.changed(tmp_path, "sgd_plan.h", "kSgdPiece = int64_t{1} << 31;", "kSgdPiece = kSgdBlock;")
+    assert emulated.run("run_sgd.py", emulated.Build(csrc=csrc, ops=("sgd",))) == ""
 
 
 # what is replaced in sgd.cuh, by what; how it shows
@@ -147,7 +123,9 @@ FAULTS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_caught(fault: str, tmp_path: Path) -> None:
-    before, after, kind, said = FAULTS[fault]
-    assert said in run(kind, "fault", changed(tmp_path, "sgd.cuh", before, after))
+    *change, kind, said = FAULTS[fault]
+    build = emulated.Build(kind, emulated.changed(tmp_path, "sgd.cuh", *change), ("sgd",))
+    assert said in emulated.run("run_sgd.py", build)

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -30,6 +31,10 @@ def python(code: str, *flags: str, path: Path | None = None, **env: str) -> subp
     return subprocess.run([sys.executable, *flags, "-c", code], capture_output=True, text=True, env=full, cwd="/")
 
 
+# one process builds the sdist and the wheel, once: both write to src/fasttricks.egg-info
+of_the_wheel = pytest.mark.xdist_group("wheel")
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
@@ -48,19 +53,41 @@ def unpacked(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@of_the_wheel
+def test_sdist_holds_what_the_build_reads(tmp_path: Path) -> None:
+    """Every module, source and header of a checkout, as files: in a checkout src/fasttricks/kernels is a link."""
+    command = [sys.executable, "-m", "build", "-q", "--sdist", "--no-isolation", "-o", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (made,) = tmp_path.glob("fasttricks-*.tar.gz")
+    with tarfile.open(made) as archive:
+        names = {m.name.partition("/")[2] for m in archive.getmembers() if m.isfile()}
+        assert [m.name for m in archive.getmembers() if m.issym() or m.islnk()] == []
+    needed = {"setup.py", "pyproject.toml", "build_libraries.py", "README.md", "LICENSE", "src/fasttricks/py.typed"}
+    needed |= {p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*") if p.is_file()}
+    needed |= {p.relative_to(ROOT).as_posix() for p in (ROOT / "src/fasttricks").rglob("*.py")}
+    needed |= {f"src/fasttricks/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}
+    assert needed - names == set()
+    assert [name for name in names if name.endswith((".pyc", ".so"))] == []
+
+
+@of_the_wheel
 def test_wheel_is_for_every_python_3_on_this_platform(wheel: Path) -> None:
     assert re.fullmatch(r"fasttricks-[\d.]+-py3-none-(linux|manylinux|macosx)\w+\.whl", wheel.name), wheel.name
 
 
+@of_the_wheel
 def test_wheel_holds_what_a_checkout_holds(unpacked: Path) -> None:
     """Every module of the source tree, the library, the build's facts and the typing marker are in the wheel."""
     names = {p.relative_to(unpacked / "fasttricks").as_posix() for p in (unpacked / "fasttricks").rglob("*.py")}
     here = {p.relative_to(ROOT / "src/fasttricks").as_posix() for p in (ROOT / "src/fasttricks").rglob("*.py")}
-    assert here <= names
+    here |= {f"kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}  # a link, which rglob may not follow
+    assert here - names == set()
     for name in ("lib/libfasttricks_cpu.so", "lib/build.json", "py.typed"):
         assert (unpacked / "fasttricks" / name).is_file(), name
 
 
+@of_the_wheel
 def test_wheel_runs_the_library_it_brings(unpacked: Path) -> None:
     code = (
         "import fasttricks, torch; from fasttricks.backends import LIB; print(LIB); "
@@ -73,6 +100,7 @@ def test_wheel_runs_the_library_it_brings(unpacked: Path) -> None:
     assert "'cpu': 'cpu'" in done.stdout
 
 
+@of_the_wheel
 def test_wheel_asks_for_torch_without_a_pin(unpacked: Path) -> None:
     (metadata,) = unpacked.glob("fasttricks-*.dist-info/METADATA")
     text = metadata.read_text()
@@ -122,8 +150,8 @@ def test_build_with_too_old_a_torch_says_so(tmp_path: Path) -> None:
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch/__init__.py").write_text("")
     (tmp_path / "torch/version.py").write_text("__version__ = '2.9.1+cu130'\n")
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import build_libraries as b; b.find_torch()"
-    done = python(code, "-S", path=tmp_path)
+    path = os.pathsep.join((str(tmp_path), str(ROOT)))
+    done = python("import build_libraries as b; b.find_torch()", "-S", PYTHONPATH=path)
     assert done.returncode != 0
     assert "torch 2.9.1+cu130 is too old" in done.stderr
     assert "Traceback" not in done.stderr

@@ -17,6 +17,7 @@ import ctypes
 import fcntl
 import functools
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -27,16 +28,21 @@ from pathlib import Path
 
 import torch
 
+from build_libraries import compile_step, find_compiler, link_step, run_steps
 from fasttricks import backends
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 OPS = ("bn_relu", "sgd", "avgpool_conv1x1")
 
+# under the sanitizers avgpool_conv1x1 takes several launches from 300 pixels on, else only from 2^31 on
 _FLAGS = {
     "plain": ["-O1"],
-    "asan": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"],
-    "tsan": ["-O1", "-fsanitize=thread", "-Wno-tsan"],
+    "asan": [
+        *("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"),
+        "-DFT_POOL_MAX_PIXELS=300",
+    ],
+    "tsan": ["-O1", "-fsanitize=thread", "-Wno-tsan", "-DFT_POOL_MAX_PIXELS=300"],
 }
 _COMMON = (
     *("-std=c++20", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-ffp-contract=off"),
@@ -48,52 +54,61 @@ ORDERS, LANDINGS = ("ascending", "descending", "random"), ("late", "early")  # a
 
 @dataclass(frozen=True)
 class Build:
-    """One build: a kind, where csrc is (another folder for planted faults), which ops, further sources and flags."""
+    """One build: a kind, where csrc is (another folder for planted faults), which ops, further sources."""
 
     kind: str = "plain"
     csrc: Path = ROOT / "csrc"
     ops: tuple[str, ...] = OPS
     sources: tuple[Path, ...] = ()
-    flags: tuple[str, ...] = ()
     name: str = ""
 
+    @property
+    def folder(self) -> Path:
+        """In build/emulator; for another csrc, beside it: each planted fault has a folder of its own."""
+        inside = ROOT / "build" / "emulator" if self.csrc == ROOT / "csrc" else self.csrc.parent
+        return inside / (self.name or self.kind)
+
     def make(self) -> Path:
-        """Builds what is not up to date, by ninja, in build/emulator, and returns the library's path."""
-        folder = ROOT / "build" / "emulator" / (self.name or self.kind)
-        folder.mkdir(parents=True, exist_ok=True)
+        """Compiles what is not up to date and returns the library's path."""
         torch_home = Path(torch.__file__).parent
+        cxx = shlex.split(find_compiler())
         include = [HERE / "cuda_on_cpu", self.csrc / "cuda", self.csrc]
         system = [torch_home / "include", torch_home / "include/torch/csrc/api/include"]
-        flags = [*_COMMON, *_FLAGS[self.kind], *self.flags, *(f"-I{p}" for p in include)]
-        flags += [f"-isystem {p}" for p in system]
-        link = f"-L{torch_home / 'lib'} -ltorch_cpu" if self.ops else ""
-        cxx = os.environ.get("CXX", "g++")
-        lines = [
-            "rule cxx",
-            f"  command = {cxx} {' '.join(flags)} -MMD -MF $out.d -x c++ -c $in -o $out",
-            "  depfile = $out.d",
-            "  deps = gcc",
-            "rule link",
-            f"  command = {cxx} {' '.join(_FLAGS[self.kind])} -shared $in -o $out {link}",
-        ]
+        command = [*cxx, *_COMMON, *_FLAGS[self.kind], *(f"-I{p}" for p in include)]
+        command += [*(f"-isystem{p}" for p in system), "-x", "c++"]
         sources = [HERE / "control.cpp", *self.sources]
         if self.ops:
             sources += [self.csrc / "library.cpp", *(self.csrc / "cuda" / f"{op}.cu" for op in self.ops)]
-        for source in sources:
-            lines.append(f"build {source.name}.o: cxx {source}")
-        target = folder / "libemulated.so"
-        lines += [f"build {target.name}: link " + " ".join(f"{s.name}.o" for s in sources), ""]
-        with open(folder / "lock", "w") as lock:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        steps = [
+            compile_step(command, source, self.folder / f"{source.name}.o", f"emulator ({self.kind}): {source.name}")
+            for source in sources
+        ]
+        libraries = [f"-L{torch_home / 'lib'}", "-ltorch_cpu"] if self.ops else []
+        made = [step.output for step in steps]
+        steps.append(link_step([*cxx, *_FLAGS[self.kind]], made, self.folder / "libemulated.so", libraries))
+        with open(self.folder / "lock", "w") as lock:  # of several processes the first one builds
             fcntl.flock(lock, fcntl.LOCK_EX)
-            text = "\n".join(lines)
-            path = folder / "build.ninja"
-            if not path.exists() or path.read_text() != text:
-                path.write_text(text)
-            ninja = shutil.which("ninja") or str(Path(sys.executable).parent / "ninja")
-            done = subprocess.run([ninja, "-C", str(folder), "-j2"], capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"the emulator's {folder.name} build failed:\n{done.stdout}{done.stderr}")
-        return target
+            run_steps(steps, self.folder)
+        return steps[-1].output
+
+
+def run(script: str, build: Build) -> str:
+    """What a script of this folder says is wrong with a build's results, in a process of its own; "" if nothing is."""
+    build.make()
+    command = [sys.executable, str(HERE / script), build.kind, str(build.csrc), *build.ops]
+    done = subprocess.run(command, capture_output=True, text=True, env=sanitized(build.kind))
+    return "" if done.returncode == 0 else done.stderr
+
+
+def changed(folder: Path, file: str, before: str, after: str) -> Path:
+    """A copy of csrc in which one text of csrc/cuda/`file`, which occurs once, is replaced."""
+    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    path = folder / "csrc/cuda" / file
+    text = path.read_text()
+    assert text.count(before) == 1
+    path.write_text(text.replace(before, after))
+    return folder / "csrc"
 
 
 @dataclass
@@ -160,10 +175,12 @@ class Library:
 @functools.cache
 def sanitized(kind: str) -> dict[str, str]:
     """The environment in which a Python can load a build of this kind."""
+    # what the scripts of this folder import
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT / "src", ROOT / "tests", ROOT)))}
     if kind == "plain":
-        return dict(os.environ)
+        return environment
     runtimes = {"asan": ("libasan.so", "libubsan.so"), "tsan": ("libtsan.so",)}[kind]
-    ask = [os.environ.get("CXX", "g++")]
+    ask = shlex.split(find_compiler())
     paths = [
         subprocess.run([*ask, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
         for name in runtimes
@@ -174,7 +191,7 @@ def sanitized(kind: str) -> dict[str, str]:
         "TSAN_OPTIONS": f"halt_on_error=1:exitcode=66:suppressions={HERE / 'tsan.supp'}",
         "OMP_NUM_THREADS": "1",
     }
-    return {**os.environ, **options, "FASTTRICKS_EMULATOR": kind, "LD_PRELOAD": " ".join(paths)}
+    return {**environment, **options, "FASTTRICKS_EMULATOR": kind, "LD_PRELOAD": " ".join(paths)}
 
 
 _libraries: dict[Build, Library] = {}
@@ -198,3 +215,8 @@ def _register(names: tuple[str, ...]) -> None:
     backends.devices["cuda"] = ("cpu", "meta")
     backends.namespaces["cuda"] = "fasttricks_emulated"
     backends.not_loaded.pop("cuda", None)
+
+
+if __name__ == "__main__":  # python emulated.py KIND...: builds ahead of the tests
+    for kind in sys.argv[1:]:
+        Build(kind).make()

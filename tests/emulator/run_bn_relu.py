@@ -1,6 +1,6 @@
 """bn_relu's emulated kernels on small inputs, in a process of its own: exits with what is wrong.
 
-run_bn_relu.py KIND NAME CSRC     # builds CSRC as KIND in build/emulator/NAME
+run_bn_relu.py KIND CSRC OP...     # as emulated.run() starts it
 """
 
 from __future__ import annotations
@@ -10,11 +10,8 @@ import os
 import sys
 from pathlib import Path
 
-import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import emulated
+import torch
 from cases import LAYOUTS, poisoned_memory, relative_error
 
 import fasttricks
@@ -63,9 +60,8 @@ def wrong(library: emulated.Library, schedule: dict, dtype: torch.dtype) -> str:
 
 
 def main() -> None:
-    kind, name, csrc = sys.argv[1:]
-    build = emulated.Build(kind, Path(csrc), ("bn_relu",), name=name)
-    library = emulated.load(build)
+    kind, csrc, *ops = sys.argv[1:]
+    library = emulated.load(emulated.Build(kind, Path(csrc), tuple(ops)))
     torch.manual_seed(0)
     schedules = emulated.SCHEDULES if kind == "plain" else emulated.SCHEDULES[2:3]
     dtypes = (torch.float16,) if kind == "tsan" else (torch.float16, torch.float32)  # the barriers are the same

@@ -1,6 +1,6 @@
 """sgd's emulated kernels on small inputs, in a process of its own: exits with what is wrong.
 
-run_sgd.py KIND NAME CSRC     # builds CSRC as KIND in build/emulator/NAME
+run_sgd.py KIND CSRC OP...     # as emulated.run() starts it
 """
 
 from __future__ import annotations
@@ -9,11 +9,8 @@ import os
 import sys
 from pathlib import Path
 
-import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import emulated
+import torch
 from cases import relative_error
 
 from fasttricks.reference import sgd as reference
@@ -69,8 +66,8 @@ def wrong(library: emulated.Library, schedule: dict) -> str:
 
 
 def main() -> None:
-    kind, name, csrc = sys.argv[1:]
-    library = emulated.load(emulated.Build(kind, Path(csrc), ("sgd",), name=name))
+    kind, csrc, *ops = sys.argv[1:]
+    library = emulated.load(emulated.Build(kind, Path(csrc), tuple(ops)))
     for schedule in emulated.SCHEDULES if kind == "plain" else emulated.SCHEDULES[2:3]:
         if said := wrong(library, schedule):
             sys.exit(said)

@@ -13,6 +13,7 @@ from sass import Kernel, kernels, tool
 
 from fasttricks.backends import LIB, build_facts
 
+pytestmark = pytest.mark.xdist_group("sass")  # one process reads the library once
 LIBRARY = LIB / "libfasttricks_cuda.so"
 if not LIBRARY.exists():
     pytest.skip(f"no CUDA library was built: {build_facts().get('no_cuda')}", allow_module_level=True)
