@@ -17,7 +17,8 @@ train: libraries
 	$(PY) -m fasttricks.train --data digits --model resnet50d --recipe efficient --out $(RUNS)/efficient --overwrite
 	$(VENV)/bin/fasttricks report $(RUNS)/baseline $(RUNS)/efficient --png $(RUNS)/curves.png
 
-# The style checks and the tests, in about 10 minutes on two cores.
+# The style checks and the tests, in about 10 minutes on two cores. Triton's interpreter replaces its compiler for a whole
+# process: what it runs has a run of its own.
 test: libraries lint
 	@echo "fasttricks: compiling the CUDA kernels for the CPU's emulator, about a minute"
 	@PYTHONPATH=. $(PY) tests/emulator/emulated.py plain
