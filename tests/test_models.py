@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fasttricks import models
+from fasttricks import fusions, models
 from fasttricks.models.resnet import ResNet
 
 DEPTHS, VARIANTS = (18, 34, 50, 101, 152), ("a", "b", "c", "d")
@@ -207,7 +207,6 @@ def test_names_of_other_libraries_resolve(name):
         ("timm/resnet5od", {}, "no model 'resnet5od'"),
         ("keras/resnet50", {}, "'torchvision' or 'timm'"),
         ("torchvision/resnet50", {"width": 32}, "fixed width"),
-        ("torchvision/resnet50", {"fused": True}, "fused=True is for"),
         ("resnet18", {"width": 7}, "even number"),
         ("resnet18", {"width": 0}, "even number"),
         ("resnet18", {"num_classes": 0}, "num_classes"),
@@ -223,3 +222,12 @@ def test_bad_constructor_arguments():
         ResNet(20)
     with pytest.raises(ValueError, match="variant must be"):
         ResNet(18, "e")
+
+
+@pytest.mark.parametrize("name", ["torchvision/resnet18", "timm/resnet18"])
+def test_models_of_others_are_fused_by_default(name):
+    pytest.importorskip(name.partition("/")[0])
+    counts = {"bn_relu": 9, "bn_add_relu": 8}
+    assert fusions(models.build(name, 3)).counts == counts
+    assert fusions(models.build(name, 3, fused=True)).counts == counts
+    assert fusions(models.build(name, 3, fused=False)).counts == {}

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from cases import relative_error
 from torch import distributed, nn
 
-from fasttricks import zero_init_last
+from fasttricks import fuse, zero_init_last
 from fasttricks.nn import BatchNormAddReLU2d, BatchNormReLU2d
 
 OPTIONS = [
@@ -152,6 +152,28 @@ def test_zero_init_last_of_torchvision_and_timm() -> None:
     net = timm.create_model("resnet26d", zero_init_last=False)
     assert zero_init_last(net) == 8
     assert (net.layer1[0].bn3.weight == 0).all()
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("regnetx_002", 13), ("resnetv2_50", 16), ("res2net50_14w_8s", 16), ("resnest14d", 4), ("dla34", 12)],
+)
+def test_zero_init_last_of_timms_other_families(name: str, count: int, fused: bool) -> None:
+    net = pytest.importorskip("timm").create_model(name, zero_init_last=False) if name != "dla34" else None
+    net = net or pytest.importorskip("timm").create_model(name)
+    if fused:
+        fuse(net)
+    assert zero_init_last(net) == count
+    assert zero_init_last(net) == count
+    zeroed = [p for n, p in net.named_parameters() if n.endswith("weight") and (p == 0).all()]
+    assert len(zeroed) == count
+
+
+def test_zero_init_last_of_torchvisions_regnet() -> None:
+    net = pytest.importorskip("torchvision").models.regnet_y_400mf()
+    assert zero_init_last(net) == 16
+    assert (net.trunk_output.block1[0].f.c[1].weight == 0).all()
 
 
 def test_zero_init_last_of_what_has_none() -> None:

@@ -7,6 +7,7 @@ import re
 
 from torch import nn
 
+from ..patch import fuse
 from .resnet import STAGES, ResNet
 
 _RESNET = re.compile(r"resnet(\d+)([abcd]?)")
@@ -24,11 +25,11 @@ def build(name: str, num_classes: int = 1000, *, width: int | None = None, fused
         name: an own model ("resnet50d", see :func:`names`), "torchvision/NAME" or "timm/NAME".
         num_classes: outputs of the classifier.
         width: channels of the first stage of an own model (default 64).
-        fused: fused modules (own models; the default) or eager ones. Models of torchvision and timm are built as their
-            library defines them, in eager modules.
+        fused: fused modules (the default) or eager ones. Models of torchvision and timm are built as their library
+            defines them, and then `fasttricks.fuse` runs their blocks on the fused ops.
 
     Raises:
-        ValueError: an unknown name, or ``width`` or ``fused=True`` for a model that is not our own.
+        ValueError: an unknown name, or ``width`` for a model that is not our own.
         ImportError: the library of the model is not installed.
     """
     library, slash, rest = name.partition("/")
@@ -46,9 +47,8 @@ def build(name: str, num_classes: int = 1000, *, width: int | None = None, fused
         raise ValueError(f"model {name!r}: the part before the slash must be 'torchvision' or 'timm', got {library!r}")
     if width is not None:
         raise ValueError(f"width is for the package's own models; {name!r} has a fixed width")
-    if fused:
-        raise ValueError(f"fused=True is for the package's own models; {name!r} is built as {library} defines it")
-    return _torchvision(rest, num_classes) if library == "torchvision" else _timm(rest, num_classes)
+    model = _torchvision(rest, num_classes) if library == "torchvision" else _timm(rest, num_classes)
+    return model if fused is False else fuse(model)
 
 
 def _torchvision(name: str, num_classes: int) -> nn.Module:

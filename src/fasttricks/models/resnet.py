@@ -204,7 +204,7 @@ class ResNet(nn.Module):
     def reset_parameters(self) -> None:
         """Xavier-uniform weights, zero biases, gamma 1 and beta 0 (section 2.1 of the paper)."""
         for module in self.modules():
-            if isinstance(module, (nn.Conv2d, nn.Linear, AvgPoolConv1x1)):
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from ..ops.avgpool_conv1x1 import avgpool_conv1x1
+from . import run
+from .holder import Holder, delegated
 
 
-class AvgPoolConv1x1(nn.Module):
+class AvgPoolConv1x1(Holder):
     """`nn.AvgPool2d(2, 2, ceil_mode=ceil_mode, count_include_pad=False)`, then `nn.Conv2d(C, Cout, 1)`, as one op.
 
-    See `fasttricks.avgpool_conv1x1` for the formula, the layouts and the dtypes. Parameters and their names, their
-    initialisation and its use of the random generator are those of `nn.Conv2d`: its state dict loads here.
+    See `fasttricks.avgpool_conv1x1` for the formula, the layouts and the dtypes. It holds an nn.Conv2d as its child
+    `conv`, which loops over the convolutions of a model find; the state_dict is that of the convolution.
 
     Args:
         in_channels, out_channels: C and Cout.
@@ -29,7 +29,12 @@ class AvgPoolConv1x1(nn.Module):
         ValueError: channels below 1, or a stride other than 1 and 2.
     """
 
-    bias: nn.Parameter | None
+    _held_name = "conv"
+    _plain = (nn.Conv2d,)
+    conv: nn.Module
+
+    in_channels = delegated("in_channels", "C")
+    out_channels = delegated("out_channels", "Cout")
 
     def __init__(
         self,
@@ -41,35 +46,55 @@ class AvgPoolConv1x1(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
         for name, value in (("in_channels", in_channels), ("out_channels", out_channels)):
             if value < 1:
                 raise ValueError(f"AvgPoolConv1x1: {name} is {value}; accepted: 1 or more")
         if stride not in (1, 2):
             raise ValueError(f"AvgPoolConv1x1: stride is {stride!r}; accepted: 1, 2")
-        self.in_channels = in_channels
-        self.out_channels = out_channels
+        super().__init__(nn.Conv2d(in_channels, out_channels, 1, bias=bias, device=device, dtype=dtype))
         self.stride = stride
         self.ceil_mode = ceil_mode
-        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, 1, 1, device=device, dtype=dtype))
-        if bias:
-            self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype))
-        else:
-            self.register_parameter("bias", None)
-        self.reset_parameters()
+
+    @classmethod
+    def from_pool_conv(cls, pool: nn.Module, conv: nn.Module) -> AvgPoolConv1x1:
+        """The module around a convolution that exists, whose parameters it shares, and in place of the pool before it.
+
+        Raises:
+            TypeError: pool is no nn.AvgPool2d, or conv no nn.Conv2d.
+            ValueError: the pool is not 2x2 with stride 2 and no padding, or the convolution is not 1x1 with stride 1
+                and one group.
+        """
+        if type(pool) is not nn.AvgPool2d or type(conv) is not nn.Conv2d:
+            raise TypeError(
+                f"AvgPoolConv1x1.from_pool_conv: pool is a {type(pool).__name__} and conv a {type(conv).__name__}; "
+                "accepted: nn.AvgPool2d and nn.Conv2d"
+            )
+        if not run.is_2x2_pool(pool) or not run.is_1x1_conv(conv):
+            raise ValueError(
+                f"AvgPoolConv1x1.from_pool_conv: pool is {pool} and conv is {conv}; accepted: a 2x2 pool with stride 2 "
+                "and no padding, and a 1x1 convolution with stride 1 and one group"
+            )
+        new = cls.__new__(cls)
+        Holder.__init__(new, conv)
+        new.stride, new.ceil_mode = 2, pool.ceil_mode
+        new.training = conv.training
+        return new
 
     def reset_parameters(self) -> None:
-        """As `nn.Conv2d`: weight and bias uniform in +-1 / sqrt(C)."""
-        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
-        if self.bias is not None:
-            bound = 1 / math.sqrt(self.in_channels)
-            nn.init.uniform_(self.bias, -bound, bound)
+        """As of nn.Conv2d."""
+        self.held.reset_parameters()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return avgpool_conv1x1(x, self.weight, self.bias, stride=self.stride, ceil_mode=self.ceil_mode)
+        if (node := self._leaf(x)) is not None:
+            return node  # type: ignore[return-value]
+        conv = self.held
+        if not run.wants_plain_modules() and run.is_plain_conv1x1(conv):
+            return run.avgpool_conv1x1(x, conv.weight, conv.bias, stride=self.stride, ceil_mode=self.ceil_mode)
+        pooled = x if self.stride == 1 else F.avg_pool2d(x, 2, 2, 0, self.ceil_mode, count_include_pad=False)
+        return conv(pooled)
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, stride={self.stride}"
         if self.ceil_mode:
             text += ", ceil_mode=True"
-        return text if self.bias is not None else text + ", bias=False"
+        return text if self.held.bias is not None else text + ", bias=False"

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import sys
+from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import distributed, nn
 
-from ..ops.bn_relu import bn_add_relu, bn_relu
+from . import run
+from .holder import Holder, delegated
+
+Self = TypeVar("Self", bound="_FusedBatchNorm2d")
 
 
-class _FusedBatchNorm2d(nn.BatchNorm2d):
-    """nn.BatchNorm2d's parameters, buffers and bookkeeping; the arithmetic is that of the fused op."""
+class _FusedBatchNorm2d(Holder):
+    """Holds an nn.BatchNorm2d as `norm` (an nn.SyncBatchNorm, if given a process group) and fuses what follows it."""
+
+    _held_name = "norm"
+    _plain = (nn.BatchNorm2d, nn.SyncBatchNorm)
+    norm: nn.Module
+
+    num_features = delegated("num_features", "C")
+    eps = delegated("eps", "added to the variance")
+    momentum = delegated("momentum", "of the running statistics; None: the cumulative average")
+    affine = delegated("affine", "whether there are weight and bias")
+    track_running_stats = delegated("track_running_stats", "whether the running statistics move")
 
     def __init__(
         self,
@@ -25,40 +41,67 @@ class _FusedBatchNorm2d(nn.BatchNorm2d):
         *,
         process_group: distributed.ProcessGroup | None = None,
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
-        self.process_group = process_group
+        _refuse_norm_layer(type(self))
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        kind = nn.BatchNorm2d
+        if process_group is not None:
+            kind = functools.partial(nn.SyncBatchNorm, process_group=process_group)  # type: ignore[assignment]
+        super().__init__(kind(num_features, eps, momentum, affine, track_running_stats, **options))
 
-    def _fused(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
-        self._check_input_dim(x)
-        tracked = self.num_batches_tracked if self.training and self.track_running_stats else None
-        running: tuple[torch.Tensor | None, torch.Tensor | None] = (self.running_mean, self.running_var)
-        if self.training and not self.track_running_stats:
-            running = (None, None)  # buffers that are not tracked do not move
-        batch = self.training or running[0] is None
-        given: dict[str, Any] = {
-            "training": batch,
-            "momentum": 0.0 if tracked is None and self.momentum is None else self.momentum,
-            "eps": self.eps,
-            "group": self.process_group if self.training else None,
-            "num_batches_tracked": tracked,
-        }
-        if residual is None:
-            return bn_relu(x, self.weight, self.bias, *running, **given)
-        return bn_add_relu(x, residual, self.weight, self.bias, *running, **given)
+    @classmethod
+    def from_bn(cls: type[Self], bn: nn.Module) -> Self:
+        """The module around a BatchNorm that exists: it shares bn's parameters, buffers, options and mode.
+
+        For those who edit blocks by hand: `block.bn1 = BatchNormReLU2d.from_bn(block.bn1)`, and its ReLU goes.
+
+        Raises:
+            TypeError: bn is neither an nn.BatchNorm2d nor an nn.SyncBatchNorm.
+        """
+        if not isinstance(bn, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+            raise TypeError(
+                f"{cls.__name__}.from_bn: bn is a {type(bn).__name__}; accepted: nn.BatchNorm2d, nn.SyncBatchNorm"
+            )
+        new = cls.__new__(cls)
+        Holder.__init__(new, bn)
+        new.training = bn.training
+        return new
+
+    @property
+    def process_group(self) -> distributed.ProcessGroup | None:
+        """The ranks that share their batch statistics in training; None: this process, or the default group."""
+        return getattr(self.norm, "process_group", None)
+
+    def reset_running_stats(self) -> None:
+        """As of nn.BatchNorm2d."""
+        self.held.reset_running_stats()
+
+    def reset_parameters(self) -> None:
+        """As of nn.BatchNorm2d."""
+        self.held.reset_parameters()
+
+    def _fuses(self) -> bool:
+        return not run.wants_plain_modules() and run.is_plain_norm(self.held)
 
 
 class BatchNormReLU2d(_FusedBatchNorm2d):
     """`nn.Sequential(nn.BatchNorm2d(C), nn.ReLU())` as one module, with BatchNorm2d's state_dict keys and modes.
 
+    It holds an nn.BatchNorm2d as its child `norm`. Tools that convert, freeze or replace BatchNorms act on that child;
+    the ReLU stays. With a child that is no BatchNorm any more, or has hooks, the module calls it and then a ReLU.
+
     Args:
         num_features, eps, momentum, affine, track_running_stats, device, dtype: as in torch.nn.BatchNorm2d.
-        process_group: takes the batch statistics over its ranks in training (as nn.SyncBatchNorm); None: this process.
+        process_group: takes the batch statistics over its ranks in training; the child is an nn.SyncBatchNorm then.
+            None: this process alone. `nn.SyncBatchNorm.convert_sync_batchnorm` works too.
 
-    Shapes: (N, C, H, W) -> (N, C, H, W). Errors: those of `fasttricks.bn_relu`.
+    Shapes: (N, C, H, W) -> (N, C, H, W). Errors: those of `fasttricks.bn_relu`, and a TypeError if a model of
+    torchvision or timm is given this class as its `norm_layer`: such models put a ReLU after it, or an addition.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._fused(x, None)
+        if (node := self._leaf(x)) is not None:
+            return node  # type: ignore[return-value]
+        return run.norm_relu(self.held, x) if self._fuses() else F.relu(self.held(x))
 
 
 class BatchNormAddReLU2d(_FusedBatchNorm2d):
@@ -70,6 +113,8 @@ class BatchNormAddReLU2d(_FusedBatchNorm2d):
 
     Shapes: x and residual (N, C, H, W) -> (N, C, H, W). Errors: those of `fasttricks.bn_add_relu`.
     """
+
+    zero_init = False
 
     def __init__(
         self,
@@ -86,15 +131,35 @@ class BatchNormAddReLU2d(_FusedBatchNorm2d):
     ) -> None:
         if zero_init and not affine:
             raise ValueError("BatchNormAddReLU2d: zero_init is True and affine is False; accepted: affine=True with it")
-        self.zero_init = zero_init
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device, dtype, process_group=process_group
         )
+        self.zero_init = zero_init
+        if zero_init:
+            nn.init.zeros_(self.held.weight)
 
     def reset_parameters(self) -> None:
+        """As of nn.BatchNorm2d; weight = 0 with zero_init."""
         super().reset_parameters()
         if self.zero_init:
-            nn.init.zeros_(self.weight)
+            nn.init.zeros_(self.held.weight)
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        return self._fused(x, residual)
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        if (node := self._leaf(x, residual)) is not None:
+            return node  # type: ignore[return-value]
+        return run.norm_add_relu(self.held, x, residual) if self._fuses() else F.relu(self.held(x) + residual)
+
+
+def _refuse_norm_layer(cls: type) -> None:
+    """Raises if a model of torchvision or timm is being built with cls as its `norm_layer`."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        if module.startswith(("torchvision.models.", "timm.models.")):
+            layer = frame.f_locals.get("norm_layer")
+            if cls in (layer, getattr(layer, "func", None)):
+                raise TypeError(
+                    f"norm_layer={cls.__name__}: {module} uses norm_layer also where no ReLU follows, so this would be "
+                    "another network; accepted: its default norm_layer, then fasttricks.fuse(model)"
+                )
+        frame = frame.f_back  # type: ignore[assignment]

@@ -61,6 +61,37 @@ def is_plain_norm(module: Any) -> bool:
     return all(type(child) is nn.Identity and untouched(child) for child in module.children())
 
 
+def _single(value: Any) -> Any:
+    """The number of which a size is made, (2, 2) -> 2; None if they differ."""
+    if isinstance(value, tuple):
+        return value[0] if len(set(value)) == 1 else None
+    return value
+
+
+def is_2x2_pool(pool: Any) -> bool:
+    """An average pool of 2x2 windows with stride 2, that counts the pixels of the image only."""
+    return (
+        _single(pool.kernel_size) == 2
+        and _single(pool.stride) == 2
+        and _single(pool.padding) == 0
+        and pool.divisor_override is None
+    )
+
+
+def is_1x1_conv(conv: Any) -> bool:
+    """A 1x1 convolution with stride 1 over all channels."""
+    return (
+        _single(conv.kernel_size) == 1
+        and _single(conv.stride) == 1
+        and _single(conv.padding) in (0, "valid", "same")
+        and conv.groups == 1
+    )
+
+
+def is_plain_conv1x1(module: Any) -> bool:
+    return type(module) is nn.Conv2d and is_1x1_conv(module) and untouched(module)
+
+
 def _process_group(norm: nn.Module) -> distributed.ProcessGroup | None:
     """The ranks over which a SyncBatchNorm takes its statistics now; None: this process alone."""
     if not norm.training or not isinstance(norm, nn.SyncBatchNorm) or not distributed.is_available():

@@ -244,7 +244,7 @@ def _guard_source(block: nn.Module, made: Plan) -> tuple[str, dict[str, Any]]:
         "relu": is_plain_relu,
         "skipped": is_skipped,
         "pool": is_plain_pool,
-        "conv": is_plain_conv,
+        "conv": run.is_plain_conv1x1,
         "same_container": is_same_container,
         "missing": object(),
     }
@@ -332,11 +332,7 @@ def is_skipped(module: Any, training: bool) -> bool:
 
 
 def is_plain_pool(module: Any) -> bool:
-    return type(module) is nn.AvgPool2d and match.is_2x2(module) and run.untouched(module)
-
-
-def is_plain_conv(module: Any) -> bool:
-    return type(module) is nn.Conv2d and match.is_1x1(module) and run.untouched(module)
+    return type(module) is nn.AvgPool2d and run.is_2x2_pool(module) and run.untouched(module)
 
 
 def is_same_container(module: Any, cls: type, training: bool) -> bool:

@@ -221,11 +221,17 @@ class Matcher:
         return pair
 
     def _pool(self, node: fx.Node, pool: nn.AvgPool2d) -> Pair | Left:
-        if not is_2x2(pool):
+        if not run.is_2x2_pool(pool):
             return Left(None, "not a 2x2 pool with stride 2")
         reader, _, between = self.follow(node)
         conv = None if reader is None else self.module(reader)
-        if reader is None or len(reader.args) != 1 or reader.kwargs or type(conv) is not nn.Conv2d or not is_1x1(conv):
+        if (
+            reader is None
+            or len(reader.args) != 1
+            or reader.kwargs
+            or type(conv) is not nn.Conv2d
+            or not run.is_1x1_conv(conv)
+        ):
             return Left(None, "no 1x1 convolution follows")
         for n in (node, *between, reader):
             if not run.untouched(self.module(n)):  # type: ignore[arg-type]
@@ -250,33 +256,6 @@ def is_pass(module: Any, training: bool) -> bool:
     if cls.__name__ == "DropPath" and cls.__module__.startswith("timm."):
         return not module.drop_prob or not (training or module.training)
     return False
-
-
-def _single(value: Any) -> Any:
-    """The number of which a size is made, (2, 2) -> 2; None if they differ."""
-    if isinstance(value, tuple):
-        return value[0] if len(set(value)) == 1 else None
-    return value
-
-
-def is_2x2(pool: Any) -> bool:
-    """An average pool of 2x2 windows with stride 2, that counts the pixels of the image only."""
-    return (
-        _single(pool.kernel_size) == 2
-        and _single(pool.stride) == 2
-        and _single(pool.padding) == 0
-        and pool.divisor_override is None
-    )
-
-
-def is_1x1(conv: Any) -> bool:
-    """A 1x1 convolution with stride 1 over all channels."""
-    return (
-        _single(conv.kernel_size) == 1
-        and _single(conv.stride) == 1
-        and _single(conv.padding) in (0, "valid", "same")
-        and conv.groups == 1
-    )
 
 
 def ending_norms(graph: fx.Graph, root: nn.Module, training: bool, refused: set[str]) -> set[str]:

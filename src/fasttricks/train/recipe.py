@@ -128,8 +128,6 @@ def resolve(
     """
     preset_fields = PRESETS[preset][recipe]
     fields = {**RECIPES[recipe], **preset_fields, **given}
-    if given.get("fused") is None and "/" in str(fields.get("model", "")):
-        fields["fused"] = False  # models of other libraries come in their own modules
     asked = Recipe(**fields)
     notes: list[str] = []
     changes: dict[str, Any] = {}

@@ -1,0 +1,160 @@
+"""The base of modules that hold one module of torch, whose parameters and buffers they show as their own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+_SHARED = ("_parameters", "_buffers", "_non_persistent_buffers_set")
+
+
+class Holder(nn.Module):
+    """A module that computes what the module it holds does, and something more, in one op.
+
+    The held module is an ordinary child, so that tools that look for an `nn.BatchNorm2d` or an `nn.Conv2d` find one,
+    and may convert, freeze or replace it: what is then held is called. The holder itself is neither, so that such tools
+    do not replace it and lose the rest of what it computes.
+
+    Both share the very same dictionaries of parameters and buffers. Names are those of the held module: the parameters
+    of a model are "bn1.weight", not "bn1.norm.weight", and its state_dict has each of them once.
+    """
+
+    _held_name: str  # the name of the child
+
+    def __init__(self, held: nn.Module) -> None:
+        super().__init__()
+        self._modules[self._held_name] = held
+        self._share()
+
+    @property
+    def held(self) -> Any:
+        """The module that is held."""
+        return self._modules[self._held_name]
+
+    def _share(self) -> None:
+        for name in _SHARED:
+            self.__dict__[name] = self.held.__dict__[name]
+        # of the format of a state_dict
+        self.__dict__["_version"] = getattr(self.held, "_version", 1)
+
+    # ---- a replaced child shares its parameters and buffers too ----
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == self._held_name:
+            self._share()
+
+    def register_module(self, name: str, module: nn.Module | None) -> None:
+        super().register_module(name, module)
+        if name == self._held_name:
+            self._share()
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        super().add_module(name, module)
+        if name == self._held_name:
+            self._share()
+
+    # ---- each parameter and buffer once ----
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.held._apply(fn, recurse)
+        return self
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """As nn.Module; with recurse=False none: tools that sort parameters by class find them in the child."""
+        return super().named_parameters(prefix, recurse, remove_duplicate) if recurse else iter(())
+
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """As nn.Module; with recurse=False none: they are those of the child."""
+        return super().named_buffers(prefix, recurse, remove_duplicate) if recurse else iter(())
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As the state_dict of the held module."""
+        state = super().state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "") + self._held_name
+        for name in [*self._parameters, *self._buffers]:
+            state.pop(f"{prefix}.{name}", None)
+        if hasattr(state, "_metadata"):
+            state._metadata.pop(prefix, None)
+        return state
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing: Any,
+        unexpected: Any,
+        errors: Any,
+    ) -> None:
+        held = self.held
+        held._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        # nn.Module visits the child next: it finds what it has just loaded, and neither misses nor changes anything
+        for name, tensor in [*held._parameters.items(), *held._buffers.items()]:
+            if tensor is not None:
+                state_dict[f"{prefix}{self._held_name}.{name}"] = tensor
+
+    # ---- copies ----
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Holder:
+        group = getattr(self.held, "process_group", None)
+        if group is not None:
+            memo[id(group)] = group  # a copy works with the same ranks
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without a process group, which cannot be pickled: as of nn.SyncBatchNorm, None is the default group."""
+        state = self.__dict__.copy()
+        if getattr(self.held, "process_group", None) is not None:
+            held = copy.copy(self.held)
+            held.process_group = None
+            state["_modules"] = {**self._modules, self._held_name: held}
+        return state
+
+    # ---- tools that read forwards ----
+
+    def _leaf(self, *args: Any) -> fx.Proxy | None:
+        """The call of this module as one node, if torch.fx traces; None if it does not."""
+        for value in args:
+            if isinstance(value, fx.Proxy):
+                tracer = value.tracer
+                return tracer.create_proxy("call_module", tracer.path_of_module(self), args, {})  # type: ignore[attr-defined]
+        return None
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise NotImplementedError(
+            f"torch.jit.script cannot compile {type(self).__name__}, which calls an op of fasttricks; torch.export and "
+            "torch.jit.trace can, or build the model from torch's modules for it (the state_dict is the same)"
+        )
+
+    def extra_repr(self) -> str:
+        return self.held.extra_repr()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})" if type(self.held) in self._plain else super().__repr__()
+
+    _plain: tuple[type[nn.Module], ...] = ()  # the classes that are held as built, not worth a line of their own
+
+
+def delegated(name: str, doc: str) -> Any:
+    """An attribute of the held module, read and written."""
+
+    def read(self: Holder) -> Any:
+        return getattr(self.held, name)
+
+    def write(self: Holder, value: Any) -> None:
+        setattr(self.held, name, value)
+
+    return property(read, write, doc=doc)
