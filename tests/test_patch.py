@@ -205,6 +205,25 @@ def test_a_change_after_fusing_is_honoured(change: Callable[[Any], None]) -> Non
     same(fused, plain, lambda: torch.randn(X, dtype=torch.float64), 1e-10)
 
 
+class PoolFunction(nn.Module):
+    """A pool as a function before a container that starts with the convolution, as in GhostNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(nn.Conv2d(6, 5, 1, bias=False), nn.BatchNorm2d(5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.avg_pool2d(x, kernel_size=2, stride=2, ceil_mode=True))
+
+
+def test_a_pool_as_a_function_and_a_convolution_inside_a_container() -> None:
+    fused, plain = pair_of(PoolFunction)
+    x = torch.randn(3, 6, 7, 7, dtype=torch.float64)
+    assert taken(fused, x) == {"avgpool_conv1x1": 1}
+    plain(x)
+    same(fused, plain, lambda: torch.randn(3, 6, 7, 7, dtype=torch.float64), 1e-10)
+
+
 # ---- copies ----
 
 

@@ -91,11 +91,11 @@ def _same_graph(kinds: Kinds, asked: Collection[int]) -> list[Kinds]:
 def _trace_inlining(
     block: nn.Module, signature: Signature, kinds: Kinds, training: bool
 ) -> tuple[fx.Graph, set[int], set[str]]:
-    """The graph with those children inlined whose last BatchNorm a ReLU of the block follows."""
+    """The graph with those children inlined that hold half of a pair."""
     inlined: set[str] = set()
     refused: set[str] = set()
     graph, asked = trace(block, signature, kinds, training, inlined)
-    while new := match.ending_norms(graph, block, training, refused | inlined):
+    while new := match.to_inline(graph, block, training, refused | inlined):
         for name in new:
             try:
                 graph, asked = trace(block, signature, kinds, training, {*inlined, name})

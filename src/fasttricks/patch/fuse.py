@@ -184,7 +184,7 @@ def _is_quantised(module: nn.Module) -> bool:
 def _pending(name: str, module: nn.Module, pairs: dict[str, str]) -> bool:
     """Is anything below module left that could be part of a pair?"""
     return any(
-        (run.is_plain_norm(m) and _join(name, inner) not in pairs) or type(m) is nn.AvgPool2d
+        (run.is_plain_norm(m) or run.is_plain_conv1x1(m)) and _join(name, inner) not in pairs
         for inner, m in module.named_modules()
     )
 

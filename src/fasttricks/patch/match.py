@@ -157,16 +157,17 @@ class Matcher:
         taken: set[fx.Node] = set()
         for node in self.graph.nodes:
             module = self.module(node)
-            if module is None or len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node):
+            if self.pools(node):
+                result = self._pool(node)
+            elif module is None or len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node):
                 continue
-            if run.is_norm_class(type(module)):
+            elif run.is_norm_class(type(module)):
                 result = self._norm(node, module, taken)
-            elif type(module) is nn.AvgPool2d:
-                result = self._pool(node, module)
             else:
                 continue
             if isinstance(result, Left):
-                found.left[str(node.target)] = result
+                if module is not None:
+                    found.left[str(node.target)] = result
             elif not allowed(result.kind, self.root.get_submodule(result.name), result.name):
                 found.left[result.name] = Left(result.kind, NOT_WANTED)
             else:
@@ -220,21 +221,20 @@ class Matcher:
             return Left(pair.kind, "the input of the BatchNorm is changed in place before the addition")
         return pair
 
-    def _pool(self, node: fx.Node, pool: nn.AvgPool2d) -> Pair | Left:
-        if not run.is_2x2_pool(pool):
-            return Left(None, "not a 2x2 pool with stride 2")
+    def pools(self, node: fx.Node) -> bool:
+        """Is node a 2x2 average pool with stride 2, as a module or a function, of one tensor?"""
+        module = self.module(node)
+        if module is not None:
+            return type(module) is nn.AvgPool2d and run.is_2x2_pool(module) and len(node.args) == 1 and not node.kwargs
+        return node.target is F.avg_pool2d and pool_of(node) is not None
+
+    def _pool(self, node: fx.Node) -> Pair | Left:
         reader, _, between = self.follow(node)
         conv = None if reader is None else self.module(reader)
-        if (
-            reader is None
-            or len(reader.args) != 1
-            or reader.kwargs
-            or type(conv) is not nn.Conv2d
-            or not run.is_1x1_conv(conv)
-        ):
+        if type(conv) is not nn.Conv2d or not run.is_1x1_conv(conv) or reader is None or len(reader.args) != 1:
             return Left(None, "no 1x1 convolution follows")
         for n in (node, *between, reader):
-            if not run.untouched(self.module(n)):  # type: ignore[arg-type]
+            if n.op == "call_module" and not run.untouched(self.module(n)):  # type: ignore[arg-type]
                 return Left(POOL_CONV, f"a hook on {n.target}")
         return Pair(POOL_CONV, str(reader.target), node, reader, between)
 
@@ -258,20 +258,55 @@ def is_pass(module: Any, training: bool) -> bool:
     return False
 
 
-def ending_norms(graph: fx.Graph, root: nn.Module, training: bool, refused: set[str]) -> set[str]:
-    """Names of children whose last operation may be a BatchNorm that pairs with what follows the child."""
+def pool_of(node: fx.Node) -> dict[str, Any] | None:
+    """The options of a call of F.avg_pool2d with 2x2 windows and stride 2 on a tensor; None of another."""
+    names = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
+    given: dict[str, Any] = {"stride": None, "padding": 0, "ceil_mode": False, "divisor_override": None}
+    given.update(zip(names, node.args, strict=False))
+    given.update(node.kwargs)
+    pool = nn.AvgPool2d(1)
+    if any(isinstance(given.get(name), fx.Node) for name in names[1:]) or "kernel_size" not in given:
+        return None
+    pool.kernel_size, pool.stride, pool.padding = (
+        given["kernel_size"],
+        given["stride"] or given["kernel_size"],
+        given["padding"],
+    )
+    pool.divisor_override = given["divisor_override"]
+    return given if run.is_2x2_pool(pool) and isinstance(given.get("input"), fx.Node) else None
+
+
+def to_inline(graph: fx.Graph, root: nn.Module, training: bool, refused: set[str]) -> set[str]:
+    """Names of children that may hold half of a pair: a BatchNorm at their end, or a 1x1 convolution at their start."""
     matcher = Matcher(graph, root, training)
     names = set()
     for node in graph.nodes:
+        if matcher.pools(node):
+            reader, _, _ = matcher.follow(node)
+            child = None if reader is None else matcher.module(reader)
+            if reader is not None and child is not None and may_start_with_conv(child):
+                names.add(str(reader.target))
+            continue
         module = matcher.module(node)
-        if module is None or node.target in refused or run.is_norm_class(type(module)) or not may_end_in_norm(module):
+        if module is None or run.is_norm_class(type(module)) or not may_end_in_norm(module):
             continue
         reader, _, _ = matcher.follow(node)
         if reader is not None and matcher.is_add(reader):
             reader, _, _ = matcher.follow(reader)
         if reader is not None and matcher.is_relu(reader):
             names.add(str(node.target))
-    return names
+    return names - refused
+
+
+def may_start_with_conv(module: nn.Module) -> bool:
+    """Could the first operation of a container be a 1x1 convolution?"""
+    if isinstance(module, torch.jit.ScriptModule) or not run.untouched(module):
+        return False
+    cls = original_class(module)
+    if cls.__module__.startswith("torch.nn") and cls.forward is not nn.Sequential.forward:
+        return False
+    first = next((child for child in module.children() if not is_pass(child, True)), None)
+    return first is not None and (run.is_plain_conv1x1(first) or may_start_with_conv(first))
 
 
 def may_end_in_norm(module: nn.Module) -> bool:
@@ -295,9 +330,10 @@ def rewrite(graph: fx.Graph, pairs: list[Pair]) -> None:
     An addition stays where it was, as its residual may be computed between the two.
     """
     for pair in pairs:
-        x = pair.first.args[0]
+        module = pair.first.op == "call_module"
+        x = pair.first.args[0] if pair.first.args else pair.first.kwargs["input"]
         with graph.inserting_before(pair.add or pair.first):
-            first = graph.get_attr(str(pair.first.target))
+            first = graph.get_attr(str(pair.first.target)) if module else None
             if pair.kind == BN_RELU:
                 fused = graph.call_function(run.norm_relu, (first, x))
             elif pair.kind == BN_ADD_RELU:
@@ -305,8 +341,11 @@ def rewrite(graph: fx.Graph, pairs: list[Pair]) -> None:
                 residual = next(operand for operand in pair.add.args if operand is not pair.value)
                 options: dict[str, Any] = {"in_place": True} if pair.in_place else {}
                 fused = graph.call_function(run.norm_add_relu, (first, x, residual), options)
-            else:
+            elif first is not None:
                 fused = graph.call_function(run.pool_conv1x1, (first, graph.get_attr(pair.name), x))
+            else:
+                ceil_mode = (pool_of(pair.first) or {})["ceil_mode"]
+                fused = graph.call_function(run.avg_pool_conv1x1, (graph.get_attr(pair.name), x, ceil_mode))
         pair.last.replace_all_uses_with(fused)
         for node in (pair.last, *reversed(pair.between), pair.first):
             graph.erase_node(node)
@@ -316,7 +355,8 @@ def modules_of(pairs: list[Pair]) -> Iterator[tuple[str, str]]:
     """(name, what it must still be) of the modules that the pairs call no longer by themselves."""
     for pair in pairs:
         if pair.kind == POOL_CONV:
-            yield str(pair.first.target), "pool"
+            if pair.first.op == "call_module":
+                yield str(pair.first.target), "pool"
             yield pair.name, "conv"
         else:
             yield pair.name, "norm"
