@@ -90,6 +90,13 @@ def backend(name: str) -> Iterator[None]:
     """Within this context every op runs on the named backend: auto, cuda, triton, cpu or reference.
 
     Raises ValueError for another name, and an op raises RuntimeError where that backend cannot serve its tensors.
+
+    Examples:
+        >>> x = torch.randn(2, 4, 8, 8)
+        >>> with fasttricks.backend("reference"):  # plain torch
+        ...     y = fasttricks.bn_relu(x)
+        >>> torch.allclose(y, fasttricks.bn_relu(x), atol=1e-5)
+        True
     """
     global _forced
     before, _forced = _forced, _check(name, "backend")

@@ -23,6 +23,10 @@ def info() -> dict[str, object]:
     Returns a dict of: fasttricks, torch and python versions; `built` (the build's own facts: torch and compiler it was
     built with, CPU instruction sets, CUDA architectures); `cpu_isa` (the instruction set in use); `loaded` (libraries);
     `not_loaded` (name -> reason); `backend` (what `auto` takes for CPU and CUDA tensors).
+
+    Examples:
+        >>> sorted(fasttricks.info())
+        ['backend', 'built', 'cpu_isa', 'fasttricks', 'loaded', 'not_loaded', 'python', 'torch']
     """
     built = build_facts()
     loaded = [name for name in ("cpu", "cuda", "triton") if name not in not_loaded]

@@ -14,7 +14,12 @@ _RESNET = re.compile(r"resnet(\d+)([abcd]?)")
 
 
 def names() -> list[str]:
-    """The names of the package's own models. A ResNet without a letter is variant A, the original."""
+    """The names of the package's own models. A ResNet without a letter is variant A, the original.
+
+    Examples:
+        >>> fasttricks.models.names()[:5]
+        ['resnet18', 'resnet18a', 'resnet18b', 'resnet18c', 'resnet18d']
+    """
     return [f"resnet{depth}{letter}" for depth in STAGES for letter in ("", "a", "b", "c", "d")]
 
 
@@ -31,6 +36,11 @@ def build(name: str, num_classes: int = 1000, *, width: int | None = None, fused
     Raises:
         ValueError: an unknown name, or ``width`` for a model that is not our own.
         ImportError: the library of the model is not installed.
+
+    Examples:
+        >>> model = fasttricks.models.build("resnet18d", num_classes=10, width=16)
+        >>> model(torch.randn(2, 3, 64, 64)).shape
+        torch.Size([2, 10])
     """
     library, slash, rest = name.partition("/")
     if not slash:

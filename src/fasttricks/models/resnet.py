@@ -49,7 +49,13 @@ def _relu(fused: bool) -> nn.Module:
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut:
-    x (N, in_channels, H, W) -> (N, channels, ceil(H/stride), ceil(W/stride))."""
+    x (N, in_channels, H, W) -> (N, channels, ceil(H/stride), ceil(W/stride)).
+
+    Examples:
+        >>> block = fasttricks.models.BasicBlock(8, 8, stride=1, shortcut=None, variant="d", fused=True)
+        >>> block(torch.randn(2, 8, 6, 6)).shape
+        torch.Size([2, 8, 6, 6])
+    """
 
     expansion = 1
 
@@ -78,7 +84,13 @@ class BasicBlock(nn.Module):
 
 class Bottleneck(nn.Module):
     """1x1, 3x3 and 1x1 convolutions and a shortcut:
-    x (N, in_channels, H, W) -> (N, 4 channels, ceil(H/stride), ceil(W/stride))."""
+    x (N, in_channels, H, W) -> (N, 4 channels, ceil(H/stride), ceil(W/stride)).
+
+    Examples:
+        >>> block = fasttricks.models.Bottleneck(32, 8, stride=1, shortcut=None, variant="d", fused=True)
+        >>> block(torch.randn(2, 32, 6, 6)).shape
+        torch.Size([2, 32, 6, 6])
+    """
 
     expansion = 4
 
@@ -139,6 +151,11 @@ class ResNet(nn.Module):
 
     Raises:
         ValueError: an argument outside what is listed above.
+
+    Examples:
+        >>> model = fasttricks.models.ResNet(50, "d", num_classes=10, width=8)
+        >>> model(torch.randn(2, 3, 64, 64)).shape
+        torch.Size([2, 10])
     """
 
     def __init__(
@@ -220,7 +237,13 @@ def _constructor(depth: int) -> Callable[..., ResNet]:
         return ResNet(depth, variant, **kwargs)  # type: ignore[arg-type]
 
     resnet.__name__ = resnet.__qualname__ = f"resnet{depth}"
-    resnet.__doc__ = f"ResNet-{depth}, variant a, b, c or d; keywords as in :class:`ResNet`."
+    resnet.__doc__ = f"""ResNet-{depth}, variant a, b, c or d; keywords as in :class:`ResNet`.
+
+    Examples:
+        >>> model = fasttricks.models.resnet{depth}("d", num_classes=10, width=8)
+        >>> model(torch.randn(2, 3, 64, 64)).shape
+        torch.Size([2, 10])
+    """
     return resnet
 
 

@@ -27,6 +27,13 @@ class AvgPoolConv1x1(Holder):
 
     Raises:
         ValueError: channels below 1, or a stride other than 1 and 2.
+
+    Examples:
+        >>> shortcut = fasttricks.nn.AvgPoolConv1x1(8, 16, ceil_mode=True)
+        >>> shortcut(torch.randn(2, 8, 15, 15)).shape
+        torch.Size([2, 16, 8, 8])
+        >>> shortcut.load_state_dict(nn.Conv2d(8, 16, 1, bias=False).state_dict())
+        <All keys matched successfully>
     """
 
     _held_name = "conv"

@@ -96,6 +96,13 @@ class BatchNormReLU2d(_FusedBatchNorm2d):
 
     Shapes: (N, C, H, W) -> (N, C, H, W). Errors: those of `fasttricks.bn_relu`, and a TypeError if a model of
     torchvision or timm is given this class as its `norm_layer`: such models put a ReLU after it, or an addition.
+
+    Examples:
+        >>> bn = fasttricks.nn.BatchNormReLU2d(8)
+        >>> bn(torch.randn(2, 8, 5, 5)).min() >= 0
+        tensor(True)
+        >>> bn.load_state_dict(nn.BatchNorm2d(8).state_dict())
+        <All keys matched successfully>
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -112,6 +119,12 @@ class BatchNormAddReLU2d(_FusedBatchNorm2d):
         The others: as in BatchNormReLU2d.
 
     Shapes: x and residual (N, C, H, W) -> (N, C, H, W). Errors: those of `fasttricks.bn_add_relu`.
+
+    Examples:
+        >>> bn = fasttricks.nn.BatchNormAddReLU2d(8, zero_init=True)
+        >>> x, shortcut = torch.randn(2, 2, 8, 5, 5)
+        >>> torch.equal(bn(x, shortcut), shortcut.relu())
+        True
     """
 
     zero_init = False

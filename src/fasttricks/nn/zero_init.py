@@ -31,6 +31,13 @@ def zero_init_last(model: nn.Module) -> int:
 
     Raises:
         ValueError: the model has no residual block that is known, or a block's last BatchNorm has no weight.
+
+    Examples:
+        >>> model = fasttricks.models.build("resnet18d", num_classes=10, width=8)
+        >>> fasttricks.zero_init_last(model)
+        8
+        >>> model.layer1[0].bn2.weight.any()
+        tensor(False)
     """
     weights: dict[int, torch.Tensor] = {}
     for name, module in model.named_modules():

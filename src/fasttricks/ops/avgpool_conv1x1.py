@@ -48,6 +48,13 @@ def avgpool_conv1x1(
     Raises:
         ValueError: a wrong shape, stride or device, or an output that would be empty (H or W of 1 without ceil_mode).
         TypeError: not a tensor, an integer dtype, or dtypes that differ.
+
+    Examples:
+        >>> x, weight = torch.randn(2, 4, 7, 7), torch.randn(8, 4, 1, 1)
+        >>> fasttricks.avgpool_conv1x1(x, weight).shape
+        torch.Size([2, 8, 3, 3])
+        >>> fasttricks.avgpool_conv1x1(x, weight, ceil_mode=True).shape
+        torch.Size([2, 8, 4, 4])
     """
     x, weight, bias = _autocast(x, weight, bias)
     _check(x, weight, bias, stride, ceil_mode)

@@ -57,6 +57,13 @@ def bn_relu(
         ValueError: a wrong shape or device, one value per channel in training, evaluation without running statistics,
             a negative or non-finite eps, a non-finite momentum.
         TypeError: not a tensor, or a dtype that is not accepted.
+
+    Examples:
+        >>> x = torch.randn(2, 4, 8, 8, requires_grad=True)
+        >>> y = fasttricks.bn_relu(x, torch.ones(4), torch.zeros(4))
+        >>> expected = torch.relu(torch.nn.functional.batch_norm(x, None, None, training=True))
+        >>> torch.allclose(y, expected, atol=1e-5)
+        True
     """
     return _call(
         "bn_relu", x, None, weight, bias, running_mean, running_var, training, momentum, eps, group, num_batches_tracked
@@ -87,6 +94,12 @@ def bn_add_relu(
     Args:
         residual: the shape, dtype and device of x; any strides.
         The others, the result and the errors: see `bn_relu`.
+
+    Examples:
+        >>> x, residual = torch.randn(2, 2, 4, 8, 8)
+        >>> y = fasttricks.bn_add_relu(x, residual, torch.zeros(4))  # zero gamma: the block is its shortcut
+        >>> torch.equal(y, residual.relu())
+        True
     """
     if not isinstance(residual, torch.Tensor):
         raise TypeError(f"bn_add_relu: residual is a {type(residual).__name__}; accepted: a tensor")

@@ -81,6 +81,12 @@ def sgd_check(
 
     Raises:
         TypeError, ValueError: an argument of another type, dtype, shape or device.
+
+    Examples:
+        >>> found_inf = torch.zeros(())
+        >>> fasttricks.sgd_check([torch.ones(3), torch.tensor([1.0, float("inf")])], found_inf)
+        >>> found_inf
+        tensor(1.)
     """
     if not isinstance(found_inf, Tensor) or found_inf.dtype != torch.float32 or found_inf.numel() != 1:
         raise ValueError("found_inf must be an fp32 tensor of one element")
@@ -148,6 +154,12 @@ def sgd_step(
 
     Raises:
         TypeError, ValueError: an argument of another type, dtype, shape or device, or a value out of range.
+
+    Examples:
+        >>> param, grad = torch.ones(3), torch.full((3,), 2.0)
+        >>> fasttricks.sgd_step([param], [grad], lr=0.1)
+        >>> param
+        tensor([0.8000, 0.8000, 0.8000])
     """
     if not params:
         return

@@ -26,6 +26,12 @@ def param_groups(model: nn.Module, weight_decay: float, no_bias_decay: bool = Tr
 
     Raises:
         ValueError: weight_decay is negative or not finite, or the model has no parameters.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+        >>> groups = fasttricks.optim.param_groups(model, weight_decay=1e-4)
+        >>> [(len(group["params"]), group["weight_decay"]) for group in groups]
+        [(1, 0.0001), (3, 0.0)]
     """
     if not (math.isfinite(weight_decay) and weight_decay >= 0):
         raise ValueError(f"weight_decay is {weight_decay}; accepted: a finite number >= 0")
@@ -53,6 +59,10 @@ def linear_scaled_lr(base_lr: float, batch: int, base_batch: int = 256) -> float
 
     Raises:
         ValueError: base_lr is negative or not finite, or a batch is below 1.
+
+    Examples:
+        >>> fasttricks.optim.linear_scaled_lr(0.1, batch=1024)
+        0.4
     """
     if not (math.isfinite(base_lr) and base_lr >= 0):
         raise ValueError(f"base_lr is {base_lr}; accepted: a finite number >= 0")

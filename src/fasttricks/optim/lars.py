@@ -35,6 +35,12 @@ class FusedLARS(FusedOptimizer):
 
     Raises:
         TypeError, ValueError: as FusedSGD; trust_coefficient is not above 0.
+
+    Examples:
+        >>> model = nn.Linear(4, 2)
+        >>> optimizer = fasttricks.optim.FusedLARS(model.parameters(), lr=3.2, weight_decay=1e-4)
+        >>> model(torch.randn(8, 4)).square().mean().backward()
+        >>> optimizer.step()
     """
 
     def __init__(

@@ -34,6 +34,16 @@ class LossScaler:
 
     Raises:
         ValueError: a scale or a factor is out of range.
+
+    Examples:
+        >>> weight = nn.Parameter(torch.ones(1).half())
+        >>> optimizer = fasttricks.optim.FusedSGD([weight], lr=0.1)
+        >>> scaler = fasttricks.optim.LossScaler(init_scale=1024.0)
+        >>> scaler.scale(weight * float("inf")).backward()  # an overflow
+        >>> scaler.step(optimizer)
+        >>> scaler.update()
+        >>> weight.item(), scaler.get_scale()
+        (1.0, 512.0)
     """
 
     def __init__(

@@ -28,6 +28,11 @@ class warmup_cosine:
 
     Raises:
         ValueError: not 0 <= warmup_steps <= total_steps, or min_factor is outside [0, 1].
+
+    Examples:
+        >>> factor = fasttricks.optim.warmup_cosine(warmup_steps=2, total_steps=10)
+        >>> [round(factor(step), 3) for step in (0, 1, 2, 6, 10)]
+        [0.5, 1.0, 1.0, 0.5, 0.0]
     """
 
     warmup_steps: int
@@ -60,6 +65,11 @@ class warmup_step:
 
     Raises:
         ValueError: warmup_steps is negative, milestones do not ascend, or gamma is not above 0 and finite.
+
+    Examples:
+        >>> factor = fasttricks.optim.warmup_step(warmup_steps=2, milestones=(30, 60))
+        >>> [round(factor(step), 3) for step in (0, 1, 29, 30, 60)]
+        [0.5, 1.0, 1.0, 0.1, 0.01]
     """
 
     warmup_steps: int

@@ -32,6 +32,14 @@ class FusedSGD(FusedOptimizer):
     Raises:
         TypeError: a parameter is complex, sparse or not of a floating dtype; an option is of another type.
         ValueError: an option is negative or not finite, nesterov without momentum or with dampening.
+
+    Examples:
+        >>> model = nn.Linear(4, 2).half()
+        >>> optimizer = fasttricks.optim.FusedSGD(model.parameters(), lr=0.1, momentum=0.9)
+        >>> model(torch.randn(8, 4).half()).float().square().mean().backward()
+        >>> optimizer.step()
+        >>> optimizer.state[model.weight]["master"].dtype
+        torch.float32
     """
 
     def __init__(

@@ -48,6 +48,14 @@ def fuse(
     Raises:
         TypeError: model is no nn.Module.
         ValueError: model is scripted; or strict, and a pair is left. Nothing is changed then.
+
+    Examples:
+        >>> block = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        >>> model = fasttricks.fuse(block)
+        >>> model is block, type(block[1]).__name__
+        (True, 'BatchNorm2d')
+        >>> fasttricks.fusions(model).counts
+        Counter({'bn_relu': 1})
     """
     _check(model, "fuse")
     wanted = {BN_RELU: bn_relu, BN_ADD_RELU: bn_add_relu, POOL_CONV: avgpool_conv1x1}
@@ -61,7 +69,13 @@ def fuse(
 
 
 def unfuse(model: Model) -> Model:
-    """Undoes `fuse`, in place: every block has its original class again. Returns the model."""
+    """Undoes `fuse`, in place: every block has its original class again. Returns the model.
+
+    Examples:
+        >>> model = fasttricks.fuse(nn.Sequential(nn.BatchNorm2d(8), nn.ReLU()))
+        >>> type(fasttricks.unfuse(model)) is nn.Sequential
+        True
+    """
     _check(model, "unfuse")
     for module in model.modules():
         if hasattr(type(module), "_fasttricks_original"):
@@ -71,7 +85,15 @@ def unfuse(model: Model) -> Model:
 
 @contextlib.contextmanager
 def unfused(model: Model) -> Iterator[Model]:
-    """Within this context model is as before `fuse`, for tools that read its modules or their source."""
+    """Within this context model is as before `fuse`, for tools that read its modules or their source.
+
+    Examples:
+        >>> model = fasttricks.fuse(nn.Sequential(nn.BatchNorm2d(8), nn.ReLU())).eval()
+        >>> with fasttricks.unfused(model):
+        ...     exported = torch.export.export(model, (torch.randn(2, 8, 4, 4),))
+        >>> any("fasttricks" in str(node.target) for node in exported.graph.nodes)
+        False
+    """
     _check(model, "unfused")
     fused = [(module, type(module)) for module in model.modules() if hasattr(type(module), "_fasttricks_original")]
     unfuse(model)
@@ -87,6 +109,11 @@ def fusions(model: nn.Module) -> Fusions:
 
     Returns:
         One `Fusion` for each BatchNorm and each 2x2 pool with its convolution; prints as a table.
+
+    Examples:
+        >>> model = nn.Sequential(nn.BatchNorm2d(8), nn.ReLU(), nn.BatchNorm2d(8), nn.SiLU())
+        >>> fasttricks.fusions(fasttricks.fuse(model)).counts
+        Counter({'bn_relu': 1})
     """
     _check(model, "fusions")
     _, rows = _analyse(model, dict.fromkeys((BN_RELU, BN_ADD_RELU, POOL_CONV), True), None)

@@ -18,6 +18,10 @@ class Fusion:
             such pair.
         reason: why it does not run as one op; "" if it does.
         fused: whether it does.
+
+    Examples:
+        >>> fasttricks.patch.Fusion("layer1.0.bn1", "bn_relu").fused
+        True
     """
 
     name: str
@@ -30,7 +34,15 @@ class Fusion:
 
 
 class Fusions(Sequence[Fusion]):
-    """A list of `Fusion` that prints as a table; `counts` says how many of each kind are fused."""
+    """A list of `Fusion` that prints as a table; `counts` says how many of each kind are fused.
+
+    Examples:
+        >>> model = fasttricks.fuse(nn.Sequential(nn.BatchNorm2d(8), nn.ReLU()))
+        >>> print(fasttricks.fusions(model))
+        name  kind     fused
+        0     bn_relu  yes
+        fused: 1 bn_relu; left as they are: 0
+    """
 
     def __init__(self, rows: list[Fusion]) -> None:
         self._rows = rows
