@@ -2,6 +2,7 @@
 
     python benchmarks/report.py RAW.json RESULT.json     condenses a pytest-benchmark file, then does the next two
     python benchmarks/report.py                          rewrites the marked tables and draws the pictures again
+    python benchmarks/report.py --runs RUN...            first takes the curves of runs into results/digits.json
 
 Kept of every case: the best time in milliseconds and the case's own figures (ratios to its peers, bytes or FLOP per
 second); of the machine: processor, cores, torch. A table is the text between ``<!-- NAME -->`` and ``<!-- /NAME -->``
@@ -10,6 +11,7 @@ in a page; a picture carries the digest of the figures that it was drawn from, a
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import math
@@ -26,7 +28,7 @@ import fasttricks
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 ASSETS = ROOT / "docs" / "assets"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "gallery.md")
 BLUE, ORANGE, GREY = "#3b6fb6", "#e0882f", "#9a9a9a"
 
 
@@ -53,6 +55,20 @@ def condense(raw: dict) -> dict:
     }
     about = {"processor": processor, "cores": raw["machine_info"]["cpu"]["count"], "torch": torch.__version__}
     return {"machine": {**about, "isa": fasttricks.info()["cpu_isa"]}, "cases": cases}
+
+
+def condense_runs(folders: Sequence[Path]) -> dict:
+    """Loss and accuracy by epoch of each run, and its recipe; no times, which belong to one machine in one hour."""
+    runs = {}
+    for folder in folders:
+        with (folder / "log.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        columns = ("train_loss", "val_loss", "val_top1")
+        runs[folder.name] = {
+            "recipe": json.loads((folder / "recipe.json").read_text()),
+            **{name: [round(float(row[name]), 5) for row in rows] for name in columns},
+        }
+    return runs
 
 
 def load(name: str) -> Any:
@@ -172,7 +188,26 @@ def traffic_table() -> str:
     return _markdown(["op", "CUDA: bytes / formula", "launches", "Triton: bytes / formula", "launches"], rows)
 
 
-TABLES = {"speed": speed_table, "cases": case_table, "traffic": traffic_table}
+def accuracy_table() -> str:
+    """The runs of results/digits.json, one column per run."""
+    runs = load("digits.json")
+    recipes = [run["recipe"] for run in runs.values()]
+
+    def row(title: str, cell: Callable[[dict], str], of: Sequence[dict]) -> list[str]:
+        return [title, *(cell(item) for item in of)]
+
+    rows = [
+        row("model", lambda r: f"{r['model']}, width {r['width'] or 64}", recipes),
+        row("modules", lambda r: "fused" if r["fused"] else "eager", recipes),
+        row("batch", lambda r: str(r["batch_size"]), recipes),
+        row("precision", lambda r: r["precision"], recipes),
+        row("top-1, last epoch", lambda r: f"{r['val_top1'][-1]:.2f}", list(runs.values())),
+        row("top-1, best epoch", lambda r: f"{max(r['val_top1']):.2f}", list(runs.values())),
+    ]
+    return _markdown(["", *runs], rows)
+
+
+TABLES = {"speed": speed_table, "cases": case_table, "traffic": traffic_table, "accuracy": accuracy_table}
 
 
 def rendered(page: str) -> str:
@@ -238,6 +273,24 @@ def draw_cases(figure: Any) -> None:
     panels[-1].set_xlabel("milliseconds (best round)", fontsize=8)
 
 
+def draw_curves(figure: Any) -> None:
+    """Loss and validation accuracy by epoch of the runs in results/digits.json."""
+    figure.set_size_inches(10, 3.8)
+    loss, top1 = figure.subplots(1, 2)
+    for color, (name, run) in zip((ORANGE, BLUE), load("digits.json").items(), strict=True):
+        epochs = range(1, len(run["train_loss"]) + 1)
+        loss.plot(epochs, run["train_loss"], color=color, label=f"{name}, training")
+        loss.plot(epochs, run["val_loss"], color=color, linestyle="--", label=f"{name}, validation")
+        top1.plot(epochs, run["val_top1"], color=color, label=name)
+    loss.set(xlabel="epoch", ylabel="loss", yscale="log")
+    top1.set(xlabel="epoch", ylabel="validation top-1, %")
+    for axes in (loss, top1):
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+
+
 class Picture(NamedTuple):
     """A picture's result file and what draws it."""
 
@@ -248,6 +301,7 @@ class Picture(NamedTuple):
 PICTURES = {
     "speed.png": Picture("cpu.json", draw_speed),
     "cases.png": Picture("cpu.json", draw_cases),
+    "curves.png": Picture("digits.json", draw_curves),
 }
 
 
@@ -267,7 +321,10 @@ def draw(name: str) -> None:
 
 
 def main() -> None:
-    if sys.argv[1:]:
+    if sys.argv[1:2] == ["--runs"]:
+        runs = condense_runs([Path(folder) for folder in sys.argv[2:]])
+        (RESULTS / "digits.json").write_text(json.dumps(runs, indent=1) + "\n")
+    elif sys.argv[1:]:
         source, target = map(Path, sys.argv[1:])
         result = condense(json.loads(source.read_text()))
         target.write_text(json.dumps(result, indent=1) + "\n")

@@ -13,7 +13,7 @@ SCRIPTS = sorted((Path(__file__).resolve().parent.parent / "examples").glob("*.p
 
 
 def test_there_are_scripts() -> None:
-    assert [path.name for path in SCRIPTS] == ["lightning_module.py", "own_loop.py"]
+    assert [path.name for path in SCRIPTS] == ["lightning_module.py", "own_loop.py", "torchvision_model.py"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
