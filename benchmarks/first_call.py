@@ -38,11 +38,11 @@ def step(layout: torch.memory_format) -> None:
     for channels, size in BN:
         x = aot.meta((BATCH, channels, size, size), torch.float16, layout)
         w, b = (torch.empty(channels, device="meta") for _ in range(2))
-        y, mean, var = bn_relu.bn_relu_forward(x, w, b, 1e-5)
+        running = torch.empty_like(w), torch.empty_like(w), torch.empty((), dtype=torch.int64, device="meta")
+        y, mean, var = bn_relu.bn_relu_forward(x, w, b, 1e-5, *running)
         bn_relu.bn_relu_backward(y, x, None, w, b, mean, var, 1e-5, True, False)
-        y, mean, var, mask = bn_relu.bn_add_relu_forward(x, x, w, b, 1e-5)
+        y, mean, var, mask = bn_relu.bn_add_relu_forward(x, x, w, b, 1e-5, *running)
         bn_relu.bn_relu_backward(y, x, mask, w, b, mean, var, 1e-5, True, True)
-        bn_relu.bn_update_stats_(mean, var, mean, var, 100, 0.1)
     for channels, size in POOL:
         x = aot.meta((BATCH, channels, size, size), torch.float16, layout)
         weight = torch.empty(2 * channels, channels, 1, 1, dtype=torch.float16, device="meta")

@@ -3,6 +3,8 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <cmath>
+#include <limits>
 #include <optional>
 #include <vector>
 
@@ -28,6 +30,24 @@ inline MemoryFormat bn_layout(const Tensor& x) {
                         : MemoryFormat::Contiguous;
 }
 
+// Whether t is dense in this layout, without a copy.
+inline bool bn_dense(const Tensor& t, MemoryFormat layout) {
+  const int64_t dims = t.dim();
+  const auto sizes = t.sizes(), strides = t.strides();
+  int64_t dense = 1;
+  const auto next = [&](int64_t d) {
+    if (sizes[d] != 1 && strides[d] != dense) return false;
+    dense *= sizes[d];
+    return true;
+  };
+  if (t.numel() == 0) return true;
+  const bool channels_last = layout != MemoryFormat::Contiguous;
+  if (channels_last && !next(1)) return false;
+  for (int64_t d = dims - 1; d >= 0; --d)
+    if (!(channels_last && d == 1) && !next(d)) return false;
+  return true;
+}
+
 // The tensors of one call, dense; keeps alive what kernels are given pointers to. x is a matrix of rows x channels
 // (inner is 1) or of rows x channels x inner.
 struct BnCall {
@@ -42,10 +62,11 @@ struct BnCall {
     FT_CHECK(op, x.dim() >= 2 && x.dim() <= 5, "x has shape ", shape_of(x),
              "; accepted: 2 to 5 dimensions (N, C, ...)");
     check_floating(op, "x", x);
-    FT_CHECK(op, eps >= 0, "eps is ", eps, "; accepted: zero or more");
+    FT_CHECK(op, eps >= 0 && eps < std::numeric_limits<double>::infinity(), "eps is ", eps,
+             "; accepted: 0 or more, finite");
     statistics_type = accumulate_type(x.scalar_type());
     layout = bn_layout(x);
-    x = torch::stable::contiguous(x, layout);
+    if (!bn_dense(x, layout)) x = torch::stable::contiguous(x, layout);
     channels = x.size(1);
     values = empty() ? 0 : x.numel() / channels;
     const bool by_rows = layout != MemoryFormat::Contiguous || values == x.size(0);
@@ -60,19 +81,24 @@ struct BnCall {
     check_dtype(op, name, t, x.scalar_type());
     bool same = t.dim() == x.dim();
     for (int64_t d = 0; same && d < x.dim(); ++d) same = t.size(d) == x.size(d);
-    FT_CHECK(op, same, name, " has shape ", shape_of(t), "; accepted: that of x, ", shape_of(x));
-    return keep(torch::stable::contiguous(t, layout));
+    FT_CHECK(op, same, name, " has shape ", shape_of(t), "; accepted: ", shape_of(x), ", the shape of x");
+    return bn_dense(t, layout) ? t.const_data_ptr() : keep(torch::stable::contiguous(t, layout));
   }
 
+  // Of any floating dtype that the type of the statistics holds exactly.
   void check_per_channel(const char* name, const Tensor& t) const {
     check_same_device(op, name, t, x);
-    check_floating(op, name, t);
+    const ScalarType type = t.scalar_type();
+    FT_CHECK(op, is_floating(type) && (type != ScalarType::Double || statistics_type == type), name, " has dtype ",
+             name_of(type), "; accepted: float16, bfloat16, float32",
+             statistics_type == ScalarType::Double ? ", float64" : "");
     FT_CHECK(op, t.dim() == 1 && t.size(0) == channels, name, " has shape ", shape_of(t), "; accepted: (", channels,
              ",), the channels of x");
   }
   // In the type of the statistics.
   const void* per_channel(const char* name, const Tensor& t) {
     check_per_channel(name, t);
+    if (t.scalar_type() == statistics_type && bn_dense(t, MemoryFormat::Contiguous)) return t.const_data_ptr();
     return keep(torch::stable::contiguous(torch::stable::to(t, statistics_type)));
   }
 
@@ -83,6 +109,7 @@ struct BnCall {
     check_dtype(op, "mask", *mask, ScalarType::Byte);
     FT_CHECK(op, mask->dim() == 1 && mask->size(0) == mask_bytes(), "mask has shape ", shape_of(*mask), "; accepted: (",
              mask_bytes(), ",), a bit for each element of x");
+    if (bn_dense(*mask, MemoryFormat::Contiguous)) return static_cast<const uint8_t*>(mask->const_data_ptr());
     return static_cast<const uint8_t*>(keep(torch::stable::contiguous(*mask)));
   }
   int64_t mask_bytes() const { return (x.numel() + 7) / 8; }
@@ -91,10 +118,6 @@ struct BnCall {
     FT_CHECK(op, !need || mask.has_value() || empty(),
              "need_dresidual is true and mask is None; accepted: the mask that the forward op gave");
   }
-  void check_count(int64_t count) const {
-    FT_CHECK(op, count > 0 || empty(), "count is ", count, "; accepted: a positive number of values per channel");
-  }
-
   Tensor new_like_x() const {
     return torch::stable::empty(x.sizes(), x.scalar_type(), std::nullopt, x.device(), std::nullopt, layout);
   }
@@ -105,25 +128,61 @@ struct BnCall {
   }
 };
 
+// The running statistics that an op moves, and by how much.
+struct BnRunningStatistics {
+  MaybeTensor mean, var, batches;  // batches: num_batches_tracked
+  std::optional<double> momentum;  // none: the cumulative average
+
+  void check_numbers(const char* op, const Tensor& x) const {
+    FT_CHECK(op, mean.has_value() == var.has_value(), mean.has_value() ? "running_var" : "running_mean",
+             " is None and the other is not; accepted: both, or neither");
+    FT_CHECK(op, !momentum.has_value() || std::abs(*momentum) < std::numeric_limits<double>::infinity(), "momentum is ",
+             momentum.value_or(0), "; accepted: a finite number");
+    FT_CHECK(op, momentum.has_value() || !mean.has_value() || batches.has_value(),
+             "momentum is None and num_batches_tracked is None; accepted: one of the two given");
+    if (!batches.has_value()) return;
+    check_same_device(op, "num_batches_tracked", *batches, x);
+    check_dtype(op, "num_batches_tracked", *batches, ScalarType::Long);
+    FT_CHECK(op, batches->numel() == 1, "num_batches_tracked has shape ", shape_of(*batches),
+             "; accepted: (), a number");
+  }
+  void check(const BnCall& call) const {
+    check_numbers(call.op, call.x);
+    if (!mean.has_value()) return;
+    call.check_per_channel("running_mean", *mean);
+    call.check_per_channel("running_var", *var);
+  }
+  int64_t* batches_data() const {
+    return batches.has_value() ? static_cast<int64_t*>(batches->mutable_data_ptr()) : nullptr;
+  }
+};
+
 // What bn_update_stats_ accepts.
-inline void check_update_stats(const Tensor& running_mean, const Tensor& running_var, const Tensor& mean,
-                               const Tensor& var, int64_t count) {
+inline void check_update_stats(const BnRunningStatistics& running, const Tensor& mean, const Tensor& var,
+                               const Tensor& count) {
   const char* op = "bn_update_stats_";
-  FT_CHECK(op, count >= 0, "count is ", count, "; accepted: zero or more values per channel");
-  FT_CHECK(op, mean.dim() == 1 && var.dim() == 1 && mean.size(0) == var.size(0), "mean has shape ", shape_of(mean),
-           " and var ", shape_of(var), "; accepted: (C,) both");
-  const auto check = [&](const char* name, const Tensor& running, const Tensor& now) {
-    check_floating(op, name, running);
-    check_same_device(op, name, running, now);
-    FT_CHECK(op, running.dim() == 1 && running.size(0) == now.size(0), name, " has shape ", shape_of(running),
-             "; accepted: (", now.size(0), ",), that of the new statistics");
+  running.check_numbers(op, mean);
+  FT_CHECK(op, mean.dim() == 1, "mean has shape ", shape_of(mean), "; accepted: (C,)");
+  const auto check = [&](const char* name, const Tensor& t) {
+    check_floating(op, name, t);
+    check_same_device(op, name, t, mean);
+    FT_CHECK(op, t.dim() == 1 && t.size(0) == mean.size(0), name, " has shape ", shape_of(t), "; accepted: (",
+             mean.size(0), ",), the channels of mean");
   };
-  check("running_mean", running_mean, mean);
-  check("running_var", running_var, var);
+  check("mean", mean);
+  check("var", var);
+  check("running_mean", *running.mean);
+  check("running_var", *running.var);
+  check_same_device(op, "count", count, mean);
+  check_dtype(op, "count", count, ScalarType::Double);
+  FT_CHECK(op, count.numel() == 1, "count has shape ", shape_of(count), "; accepted: (), a number");
 }
 
-// The biased variance times this is the unbiased one. One value has none: the modules refuse it in training, the raw op
-// keeps the biased one.
-inline double unbiased_factor(int64_t count) { return count > 1 ? double(count) / double(count - 1) : 1.0; }
+// Batch statistics of one value are no statistics.
+inline void check_several_values(const BnCall& call) {
+  FT_CHECK(
+      call.op, call.values != 1, "x has shape ", shape_of(call.x),
+      ": Expected more than 1 value per channel for batch statistics; accepted: two or more, or running statistics");
+}
 
 }  // namespace fasttricks

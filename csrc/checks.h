@@ -1,7 +1,9 @@
-// Argument checks of the raw ops: each error names the op, the argument, what was given and what is accepted.
+// Argument checks of the raw ops: each error names the op, the argument, what was given and what is accepted, in the
+// words of src/fasttricks/checks.py.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/DeviceType.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
@@ -17,7 +19,22 @@ using torch::stable::Tensor;
 inline std::string shape_of(const Tensor& t) {
   std::string s = "(";
   for (int64_t i = 0; i < t.dim(); ++i) s += (i ? ", " : "") + std::to_string(t.size(i));
-  return s + ")";
+  return s + (t.dim() == 1 ? ",)" : ")");
+}
+
+// As Python prints it: cpu, cuda:0, meta.
+inline std::string device_of(const Tensor& t) {
+  const auto device = t.device();
+  switch (device.type()) {
+    case torch::headeronly::DeviceType::CPU:
+      return "cpu";
+    case torch::headeronly::DeviceType::CUDA:
+      return "cuda:" + std::to_string(device.index());
+    case torch::headeronly::DeviceType::Meta:
+      return "meta";
+    default:
+      return "another device";
+  }
 }
 
 inline const char* name_of(ScalarType t) {
@@ -62,7 +79,7 @@ inline void check_dtype(const char* op, const char* arg, const Tensor& t, Scalar
 }
 
 inline void check_same_device(const char* op, const char* arg, const Tensor& t, const Tensor& x) {
-  FT_CHECK(op, t.device() == x.device(), arg, " is on another device than the first tensor argument");
+  FT_CHECK(op, t.device() == x.device(), arg, " is on ", device_of(t), "; accepted: the device of x, ", device_of(x));
 }
 
 }  // namespace fasttricks

@@ -8,10 +8,15 @@
 
 FT_LIBRARY(FT_LIBRARY_NAME, m) {
   // bn_relu, bn_add_relu: see csrc/math/bn.h for the formulas. mean and var are biased, float32 (float64 for float64).
-  m.def("bn_relu_forward(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor y, Tensor mean, Tensor var)");
-  m.def(
-      "bn_add_relu_forward(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps)"
-      " -> (Tensor y, Tensor mean, Tensor var, Tensor mask)");
+  // The forward ops move the running statistics themselves: what recomputes a part of the forward pass moves them too.
+#define FT_RUNNING                                                                                      \
+  " Tensor(a!)? running_mean=None, Tensor(b!)? running_var=None, Tensor(c!)? num_batches_tracked=None," \
+  " float? momentum=0.1)"
+  m.def("bn_relu_forward(Tensor x, Tensor? weight, Tensor? bias, float eps," FT_RUNNING
+        " -> (Tensor y, Tensor mean, Tensor var)");
+  m.def("bn_add_relu_forward(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps," FT_RUNNING
+        " -> (Tensor y, Tensor mean, Tensor var, Tensor mask)");
+#undef FT_RUNNING
   m.def("bn_relu_apply(Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, float eps) -> Tensor");
   m.def(
       "bn_add_relu_apply(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, float eps)"
@@ -22,15 +27,16 @@ FT_LIBRARY(FT_LIBRARY_NAME, m) {
       " float eps, bool training, bool need_dresidual)"
       " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)");
   m.def(
-      "bn_relu_backward_reduce(Tensor dy, Tensor x, Tensor? mask, Tensor? weight, Tensor? bias, Tensor mean, Tensor "
-      "var,"
-      " float eps) -> (Tensor dweight, Tensor dbias)");
+      "bn_relu_backward_reduce(Tensor dy, Tensor x, Tensor? mask, Tensor? weight, Tensor? bias, Tensor mean,"
+      " Tensor var, float eps) -> (Tensor dweight, Tensor dbias)");
+  // mean_dweight, mean_dbias: dweight and dbias divided by M, the number of values per channel over all replicas.
   m.def(
       "bn_relu_backward_apply(Tensor dy, Tensor x, Tensor? mask, Tensor? weight, Tensor? bias, Tensor mean, Tensor var,"
-      " float eps, Tensor dweight, Tensor dbias, int count, bool need_dresidual) -> (Tensor dx, Tensor dresidual)");
+      " float eps, Tensor mean_dweight, Tensor mean_dbias, bool need_dresidual) -> (Tensor dx, Tensor dresidual)");
+  // count: M, a float64 scalar on the device, so that merged statistics need not wait for it.
   m.def(
-      "bn_update_stats_(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, int count,"
-      " float momentum) -> ()");
+      "bn_update_stats_(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, Tensor count,"
+      " Tensor(c!)? num_batches_tracked=None, float? momentum=0.1) -> ()");
 
   m.def("cpu_isa() -> str");  // the instruction set in use
   // Why the CUDA kernels cannot run on this device (an older driver, no code for the card); "" if they can.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import Tensor
 from triton import cdiv, next_power_of_2
 
 from ..layout import layout_of
-from ..reference.bn_relu import accumulate_dtype
+from ..ops.bn_relu_checks import check_apply, check_backward, check_forward, check_update, check_x
+from ..reference.bn_relu import accumulate_dtype, values_per_channel
 from . import bn_relu_kernels as kernels
 from . import launch as launching
 from . import tune
@@ -101,32 +103,6 @@ class Shape:
         return (blocks, splits), arguments, constants
 
 
-def _check(x: Tensor, **others: Tensor | None) -> None:
-    if x.dim() < 2 or x.dtype not in launching.DTYPES:
-        raise ValueError(
-            f"x has shape {tuple(x.shape)} and dtype {x.dtype}; accepted: (N, C, ...), "
-            "float16, bfloat16, float32, float64"
-        )
-    for name, t in others.items():
-        if t is None:
-            continue
-        if t.device != x.device:
-            raise ValueError(f"{name} is on {t.device}; accepted: the device of x, {x.device}")
-        if name in ("residual", "dy"):
-            if t.shape != x.shape or t.dtype != x.dtype:
-                raise ValueError(
-                    f"{name} has shape {tuple(t.shape)} and dtype {t.dtype}; accepted: those of x, "
-                    f"{tuple(x.shape)}, {x.dtype}"
-                )
-        elif name == "mask":
-            if t.dtype != torch.uint8 or t.shape != (cdiv(x.numel(), 8),) or not t.is_contiguous():
-                raise ValueError(
-                    f"mask has shape {tuple(t.shape)} and dtype {t.dtype}; accepted: uint8, a bit an element"
-                )
-        elif t.shape != (x.shape[1],):
-            raise ValueError(f"{name} has shape {tuple(t.shape)}; accepted: ({x.shape[1]},), the channels of x")
-
-
 def _channels(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
@@ -144,14 +120,14 @@ def _blocks(channels: int) -> tuple[int]:
 
 
 def _laid_out(x: Tensor) -> tuple[Tensor, torch.memory_format]:
-    """x, checked and dense in the layout that its results have, and that layout."""
-    _check(x)
+    """x, dense in the layout that its results have, and that layout."""
     layout = layout_of(x)
     return _like_x(x, layout), layout
 
 
 def bn_stats(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of every channel; zeros of an empty x."""
+    check_x("bn_stats", x)
     return _stats(*_laid_out(x))
 
 
@@ -182,7 +158,6 @@ def _apply(
     x: Tensor, layout: torch.memory_format, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
     mean: Tensor, var: Tensor, eps: float, skip: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    _check(x, residual=residual, weight=weight, bias=bias, mean=mean, var=var)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout)
     mask = None if residual is None else torch.empty(cdiv(x.numel(), 8), dtype=torch.uint8, device=x.device)
     if x.numel() == 0:
@@ -203,21 +178,33 @@ def _apply(
     return y, mask
 
 
-def bn_relu_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """y and the statistics of the batch."""
+def bn_relu_forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, running_mean: Tensor | None = None,
+    running_var: Tensor | None = None, num_batches_tracked: Tensor | None = None, momentum: float | None = 0.1,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """y and the statistics of the batch, which move the running ones."""
+    moved = running_mean, running_var, num_batches_tracked, momentum
+    check_forward("bn_relu_forward", x, None, weight, bias, eps, *moved)
     x, layout = _laid_out(x)
     mean, var = _stats(x, layout)
-    return _apply(x, layout, None, weight, bias, mean, var, eps, skip=True)[0], mean, var
+    y, _ = _apply(x, layout, None, weight, bias, mean, var, eps, skip=True)
+    _update(running_mean, running_var, mean, var, values_per_channel(x), num_batches_tracked, momentum)
+    return y, mean, var
 
 
 def bn_add_relu_forward(
-    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, the statistics of the batch and the bit mask of the ReLU."""
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
+    running_mean: Tensor | None = None, running_var: Tensor | None = None, num_batches_tracked: Tensor | None = None,
+    momentum: float | None = 0.1,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """y, the statistics of the batch, which move the running ones, and the bit mask of the ReLU."""
+    moved = running_mean, running_var, num_batches_tracked, momentum
+    check_forward("bn_add_relu_forward", x, residual, weight, bias, eps, *moved)
     x, layout = _laid_out(x)
     mean, var = _stats(x, layout)
     y, mask = _apply(x, layout, residual, weight, bias, mean, var, eps, skip=True)
     assert mask is not None
+    _update(running_mean, running_var, mean, var, values_per_channel(x), num_batches_tracked, momentum)
     return y, mean, var, mask
 
 
@@ -225,6 +212,7 @@ def bn_relu_apply(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float
 ) -> Tensor:
     """y with given statistics; x is always read, as it may hold Inf or NaN that they do not know of."""
+    check_apply("bn_relu_apply", x, None, weight, bias, mean, var, eps)
     return _apply(*_laid_out(x), None, weight, bias, mean, var, eps, skip=False)[0]
 
 
@@ -232,6 +220,7 @@ def bn_add_relu_apply(
     x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """y and bit mask with given statistics."""
+    check_apply("bn_add_relu_apply", x, residual, weight, bias, mean, var, eps)
     y, mask = _apply(*_laid_out(x), residual, weight, bias, mean, var, eps, skip=False)
     assert mask is not None
     return y, mask
@@ -244,7 +233,7 @@ def _inputs(
     return {
         "dy": _like_x(dy, layout),
         "x": _like_x(x, layout),
-        "mask": mask,
+        "mask": None if mask is None else mask.contiguous(),
         "weight": _channels(weight),
         "bias": _channels(bias),
         "mean": mean.to(accumulate_dtype(x.dtype)).contiguous(),
@@ -257,7 +246,7 @@ def bn_relu_backward_reduce(
     var: Tensor, eps: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dweight and dbias, in the type of the statistics."""
-    _check(x, dy=dy, mask=mask, weight=weight, bias=bias, mean=mean, var=var)
+    check_backward("bn_relu_backward_reduce", dy, x, mask, weight, bias, mean, var, eps)
     dweight, dbias = _per_channel(x), _per_channel(x)
     if x.numel() == 0:
         return dweight.zero_(), dbias.zero_()
@@ -312,18 +301,12 @@ def _backward_apply(
     return dx, dresidual
 
 
-def _check_residual(mask: Tensor | None, need_dresidual: bool) -> None:
-    if need_dresidual and mask is None:
-        raise ValueError("need_dresidual is True and mask is None; accepted: True only with the mask of bn_add_relu")
-
-
 def bn_relu_backward(
     dy: Tensor, x: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None, mean: Tensor,
     var: Tensor, eps: float, training: bool, need_dresidual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dx, dresidual (empty unless asked for), dweight and dbias."""
-    _check(x, dy=dy, mask=mask, weight=weight, bias=bias, mean=mean, var=var)
-    _check_residual(mask, need_dresidual)
+    check_backward("bn_relu_backward", dy, x, mask, weight, bias, mean, var, eps, need_dresidual)
     layout = layout_of(x)
     inputs = _inputs(dy, x, mask, weight, bias, mean, var)
     dweight, dbias = _per_channel(x), _per_channel(x)
@@ -338,48 +321,69 @@ def bn_relu_backward(
 
 def bn_relu_backward_apply(
     dy: Tensor, x: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None, mean: Tensor,
-    var: Tensor, eps: float, dweight: Tensor, dbias: Tensor, count: int, need_dresidual: bool,
+    var: Tensor, eps: float, mean_dweight: Tensor, mean_dbias: Tensor, need_dresidual: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dx and dresidual from sums over `count` values a channel, which may lie on other devices too."""
-    _check(x, dy=dy, mask=mask, weight=weight, bias=bias, mean=mean, var=var, dweight=dweight, dbias=dbias)
-    _check_residual(mask, need_dresidual)
+    """dx and dresidual from sums, divided by the values per channel, which may lie on other devices too."""
+    sums = {"mean_dweight": mean_dweight, "mean_dbias": mean_dbias}
+    check_backward("bn_relu_backward_apply", dy, x, mask, weight, bias, mean, var, eps, need_dresidual, **sums)
     inputs = _inputs(dy, x, mask, weight, bias, mean, var)
-    return _backward_apply(inputs, layout_of(x), eps, dweight, dbias, count, True, need_dresidual)
+    return _backward_apply(inputs, layout_of(x), eps, mean_dweight, mean_dbias, 1, True, need_dresidual)
 
 
 def bn_update_stats_(
-    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, count: int, momentum: float
-) -> None:
+    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, count: Tensor,
+    num_batches_tracked: Tensor | None = None, momentum: float | None = 0.1,
+) -> None:  # fmt: skip
+    """Moves the running statistics by those of `count` values per channel, a number on the device."""
+    check_update(running_mean, running_var, mean, var, count, num_batches_tracked, momentum)
+    _update(running_mean, running_var, mean.contiguous(), var.contiguous(), count, num_batches_tracked, momentum)
+
+
+def _update(
+    running_mean: Tensor | None, running_var: Tensor | None, mean: Tensor, var: Tensor, count: int | Tensor,
+    batches: Tensor | None, momentum: float | None,
+) -> None:  # fmt: skip
     """running = (1 - momentum) * running + momentum * batch, with the unbiased variance; nothing of an empty batch."""
-    if not (running_mean.is_contiguous() and running_var.is_contiguous()):
-        raise ValueError("running_mean and running_var: accepted: contiguous tensors")
-    if count == 0 or mean.numel() == 0:
+    on_device = isinstance(count, Tensor)
+    channels = mean.numel() if running_mean is not None and (on_device or count > 0) else 0
+    if channels == 0 and batches is None:
         return
 
     def double(name: str, value: float) -> dict[str, float]:
         whole = float(torch.tensor(value, dtype=torch.float32, device="cpu"))
         return {name: whole, f"{name}_rest": value - whole}
 
-    channels = mean.numel()
     tensors = {
-        "running_mean": running_mean,
-        "running_var": running_var,
-        "mean": mean.contiguous(),
-        "var": var.contiguous(),
+        "running_mean": running_mean if channels else None,
+        "running_var": running_var if channels else None,
+        "mean": mean,
+        "var": var,
+        "count": count if on_device else None,
+        "batches": batches,
     }
-    numbers = {**double("move", momentum), **double("bessel", count / max(count - 1, 1))}
+    strides = {
+        "mean_stride": 1 if running_mean is None else running_mean.stride(0),
+        "var_stride": 1 if running_var is None else running_var.stride(0),
+    }
+    bessel = 1.0 if isinstance(count, Tensor) else count / max(count - 1, 1)
+    numbers = {**double("move", 0.0 if momentum is None else momentum), **double("bessel", bessel)}
+    constants = {"CUMULATIVE": momentum is None, "BLOCK": CHANNEL_BLOCK}
     launching.launch(
-        kernels.bn_update_stats_kernel,
-        _blocks(channels),
-        {**tensors, "channels": channels, **numbers},
-        {"BLOCK": CHANNEL_BLOCK},
-        WARPS,
+        kernels.bn_update_stats_kernel, (1,), {**tensors, "channels": channels, **strides, **numbers}, constants, WARPS
     )
 
 
-for implementation in (
-    bn_stats, bn_relu_forward, bn_add_relu_forward, bn_relu_apply, bn_add_relu_apply, bn_relu_backward,
-    bn_relu_backward_reduce, bn_relu_backward_apply,
-):  # fmt: skip
-    launching.define(implementation)
-launching.define(bn_update_stats_, ("running_mean", "running_var"))
+_MOVED = ("running_mean", "running_var", "num_batches_tracked")
+_OPS: tuple[tuple[Callable[..., Any], tuple[str, ...]], ...] = (
+    (bn_stats, ()),
+    (bn_relu_forward, _MOVED),
+    (bn_add_relu_forward, _MOVED),
+    (bn_relu_apply, ()),
+    (bn_add_relu_apply, ()),
+    (bn_relu_backward, ()),
+    (bn_relu_backward_reduce, ()),
+    (bn_relu_backward_apply, ()),
+    (bn_update_stats_, _MOVED),
+)
+for implementation, mutates in _OPS:
+    launching.define(implementation, mutates)

@@ -314,18 +314,37 @@ def bn_backward_apply_kernel(
 
 @triton.jit(do_not_specialize=["channels", "move", "move_rest", "bessel", "bessel_rest"])
 def bn_update_stats_kernel(
-    running_mean, running_var, mean, var, channels, move, move_rest, bessel, bessel_rest, BLOCK: tl.constexpr
+    running_mean, running_var, mean, var, count, batches, channels, mean_stride, var_stride, move, move_rest, bessel,
+    bessel_rest, CUMULATIVE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """running = (1 - move) * running + move * batch, var times bessel. A number and its rest make up a double."""
-    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    valid = channel < channels
-    m = tl.load(mean + channel, mask=valid, other=0.0)
-    v = tl.load(var + channel, mask=valid, other=0.0)
-    step = tl.cast(move, m.dtype) + tl.cast(move_rest, m.dtype)
-    v *= tl.cast(bessel, m.dtype) + tl.cast(bessel_rest, m.dtype)
-    old_mean = tl.load(running_mean + channel, mask=valid, other=0.0).to(m.dtype)
-    old_var = tl.load(running_var + channel, mask=valid, other=0.0).to(m.dtype)
-    new_mean = (1 - step) * old_mean + step * m
-    new_var = (1 - step) * old_var + step * v
-    tl.store(running_mean + channel, new_mean.to(running_mean.dtype.element_ty), mask=valid)
-    tl.store(running_var + channel, new_var.to(running_var.dtype.element_ty), mask=valid)
+    """running = (1 - move) * running + move * batch, var times bessel; CUMULATIVE: move is 1 / the number of batches.
+
+    One program, so that the number of batches moves after all have read it. A number and its rest make up a double;
+    without `count`, a number on the device, bessel is given.
+    """
+    number = mean.dtype.element_ty
+    step = tl.cast(move, number) + tl.cast(move_rest, number)
+    unbiased = tl.cast(bessel, number) + tl.cast(bessel_rest, number)
+    if batches is not None:
+        after = tl.load(batches) + 1
+        if CUMULATIVE:
+            step = (1.0 / after.to(tl.float64)).to(number)
+        tl.debug_barrier()
+        tl.store(batches, after)
+    last = channels
+    if count is not None:
+        values = tl.load(count)
+        last = channels * (values > 0).to(tl.int32)
+        unbiased = (values / tl.maximum(values - 1, 1.0)).to(number)
+    for first in range(0, channels, BLOCK):
+        channel = first + tl.arange(0, BLOCK)
+        valid = channel < last
+        m = tl.load(mean + channel, mask=valid, other=0.0)
+        v = tl.load(var + channel, mask=valid, other=0.0) * unbiased
+        mean_at, var_at = running_mean + channel * mean_stride, running_var + channel * var_stride
+        old_mean = tl.load(mean_at, mask=valid, other=0.0).to(m.dtype)
+        old_var = tl.load(var_at, mask=valid, other=0.0).to(m.dtype)
+        new_mean = (1 - step) * old_mean + step * m
+        new_var = (1 - step) * old_var + step * v
+        tl.store(mean_at, new_mean.to(running_mean.dtype.element_ty), mask=valid)
+        tl.store(var_at, new_var.to(running_var.dtype.element_ty), mask=valid)

@@ -35,10 +35,11 @@ def test_last_sample_past_two_to_the_31(layout: torch.memory_format) -> None:
     y[-1, :, :-4], y[:-1] = 0, 0  # becomes dy, zero but for the end
     dweight, dbias = ops.bn_relu_backward_reduce(y, x, None, weight, bias, mean, var, 1e-5)
     torch.testing.assert_close(dbias.double(), y[-1, :, -4:].double().sum((1, 2)), rtol=1e-5, atol=0)
-    dx = ops.bn_relu_backward_apply(y, x, None, weight, bias, mean, var, 1e-5, dweight, dbias, x.numel() // 2, False)[0]
+    means = dweight / (x.numel() // 2), dbias / (x.numel() // 2)
+    dx = ops.bn_relu_backward_apply(y, x, None, weight, bias, mean, var, 1e-5, *means, False)[0]
     part = ops.bn_relu_backward_apply(
         y[-1:].clone(memory_format=torch.preserve_format),
         last,
-        *(None, weight, bias, mean, var, 1e-5, dweight, dbias, x.numel() // 2, False),
+        *(None, weight, bias, mean, var, 1e-5, *means, False),
     )[0]
     assert torch.equal(dx[-1:, :, -4:], part[:, :, -4:])

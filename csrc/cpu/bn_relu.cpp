@@ -3,9 +3,12 @@
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "bn_relu_call.h"
@@ -65,7 +68,10 @@ struct Call : BnCall {
     return made;
   }
 
-  Tensor new_per_channel() const { return torch::stable::new_zeros(x, {arguments.channels}, statistics_type); }
+  Tensor new_per_channel() const {  // zeros of an empty x: no pass writes them
+    return empty() ? torch::stable::new_zeros(x, {arguments.channels}, statistics_type)
+                   : torch::stable::new_empty(x, {arguments.channels}, statistics_type);
+  }
 
   Tensor new_mask() {
     Tensor made = torch::stable::new_zeros(x, {mask_bytes()}, ScalarType::Byte);
@@ -186,23 +192,78 @@ Tensor new_output(Call& call) {
   return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor> bn_relu_forward(Tensor x, MaybeTensor weight, MaybeTensor bias, double eps) {
+template <class R, class N>
+void move_statistic(Tensor& running, const Tensor& now, double factor, double momentum) {
+  using A = std::conditional_t<std::is_same_v<R, double>, double, float>;
+  R* const to = static_cast<R*>(running.mutable_data_ptr());
+  const N* const from = static_cast<const N*>(now.const_data_ptr());
+  const int64_t channels = now.size(0), stride = running.stride(0), now_stride = now.stride(0);
+  for (int64_t c = 0; c < channels; ++c) {
+    const A value = A(double(from[c * now_stride]) * factor);
+    to[c * stride] = R(bn_update(A(to[c * stride]), value, A(momentum)));
+  }
+}
+
+// f(T()) with the C++ type of such elements.
+template <class F>
+void with_type(ScalarType type, F f) {
+  switch (type) {
+    case ScalarType::Double:
+      return f(double());
+    case ScalarType::Half:
+      return f(torch::headeronly::Half());
+    case ScalarType::BFloat16:
+      return f(torch::headeronly::BFloat16());
+    default:
+      return f(float());
+  }
+}
+
+void move_statistics(BnRunningStatistics& running, const Tensor& mean, const Tensor& var, double count) {
+  int64_t* const batches = running.batches_data();
+  if (batches) ++*batches;
+  if (!running.mean.has_value() || count == 0) return;
+  const double momentum =
+      bn_momentum(!running.momentum.has_value(), running.momentum.value_or(0), batches ? *batches : 1);
+  const auto move = [momentum](Tensor& r, const Tensor& now, double factor) {
+    with_type(r.scalar_type(), [&](auto to) {
+      with_type(now.scalar_type(),
+                [&](auto from) { move_statistic<decltype(to), decltype(from)>(r, now, factor, momentum); });
+    });
+  };
+  move(*running.mean, mean, 1.0);
+  move(*running.var, var, bn_unbiased_factor(count));
+}
+
+std::tuple<Tensor, Tensor, Tensor> bn_relu_forward(Tensor x, MaybeTensor weight, MaybeTensor bias, double eps,
+                                                   MaybeTensor running_mean, MaybeTensor running_var,
+                                                   MaybeTensor num_batches_tracked, std::optional<double> momentum) {
   Call call("bn_relu_forward", x, eps);
+  BnRunningStatistics running{running_mean, running_var, num_batches_tracked, momentum};
   call.affine(weight, bias);
+  running.check(call);
+  check_several_values(call);
   auto [mean, var] = new_statistics(call);
   Tensor y = new_output(call);
   call.run(kBnStatistics | kBnApply);
+  move_statistics(running, mean, var, double(call.values));
   return {y, mean, var};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_relu_forward(Tensor x, Tensor residual, MaybeTensor weight,
-                                                               MaybeTensor bias, double eps) {
+                                                               MaybeTensor bias, double eps, MaybeTensor running_mean,
+                                                               MaybeTensor running_var, MaybeTensor num_batches_tracked,
+                                                               std::optional<double> momentum) {
   Call call("bn_add_relu_forward", x, eps);
+  BnRunningStatistics running{running_mean, running_var, num_batches_tracked, momentum};
   call.affine(weight, bias);
   call.arguments.residual = call.like_x("residual", residual);
+  running.check(call);
+  check_several_values(call);
   auto [mean, var] = new_statistics(call);
   Tensor y = new_output(call), mask = call.new_mask();
   call.run(kBnStatistics | kBnApply);
+  move_statistics(running, mean, var, double(call.values));
   return {y, mean, var, mask};
 }
 
@@ -282,42 +343,22 @@ std::tuple<Tensor, Tensor> bn_relu_backward_reduce(Tensor dy, Tensor x, MaybeTen
 }
 
 std::tuple<Tensor, Tensor> bn_relu_backward_apply(Tensor dy, Tensor x, MaybeTensor mask, MaybeTensor weight,
-                                                  MaybeTensor bias, Tensor mean, Tensor var, double eps, Tensor dweight,
-                                                  Tensor dbias, int64_t count, bool need_dresidual) {
+                                                  MaybeTensor bias, Tensor mean, Tensor var, double eps,
+                                                  Tensor mean_dweight, Tensor mean_dbias, bool need_dresidual) {
   Call call = backward_call("bn_relu_backward_apply", dy, x, mask, weight, bias, mean, var, eps);
-  call.check_count(count);
-  call.arguments.dweight = const_cast<void*>(call.per_channel("dweight", dweight));
-  call.arguments.dbias = const_cast<void*>(call.per_channel("dbias", dbias));
-  call.arguments.count = double(count);
+  call.arguments.dweight = const_cast<void*>(call.per_channel("mean_dweight", mean_dweight));
+  call.arguments.dbias = const_cast<void*>(call.per_channel("mean_dbias", mean_dbias));
+  call.arguments.count = 1;
   auto gradients = new_gradients(call, mask, need_dresidual);
   call.run(kBnBackward);
   return gradients;
 }
 
-// The running statistics are C values: the general ops of torch serve, in the running tensor's own type and strides.
-void blend(Tensor& running, const Tensor& now, double factor, double momentum) {
-  const ScalarType type = accumulate_type(running.scalar_type());
-  Tensor blended = torch::stable::clone(torch::stable::contiguous(torch::stable::to(running, type)));
-  const Tensor fresh = torch::stable::contiguous(torch::stable::to(now, type));
-  for (int64_t c = 0; c < now.size(0); ++c) {
-    if (type == ScalarType::Double) {
-      double* r = static_cast<double*>(blended.mutable_data_ptr());
-      r[c] = bn_update(r[c], static_cast<const double*>(fresh.const_data_ptr())[c] * factor, momentum);
-    } else {
-      float* r = static_cast<float*>(blended.mutable_data_ptr());
-      const double value = double(static_cast<const float*>(fresh.const_data_ptr())[c]) * factor;
-      r[c] = bn_update(r[c], float(value), float(momentum));
-    }
-  }
-  torch::stable::copy_(running, blended);
-}
-
-void bn_update_stats_(Tensor running_mean, Tensor running_var, Tensor mean, Tensor var, int64_t count,
-                      double momentum) {
-  check_update_stats(running_mean, running_var, mean, var, count);
-  if (count == 0) return;
-  blend(running_mean, mean, 1.0, momentum);
-  blend(running_var, var, unbiased_factor(count), momentum);
+void bn_update_stats_(Tensor running_mean, Tensor running_var, Tensor mean, Tensor var, Tensor count,
+                      MaybeTensor num_batches_tracked, std::optional<double> momentum) {
+  BnRunningStatistics running{running_mean, running_var, num_batches_tracked, momentum};
+  check_update_stats(running, mean, var, count);
+  move_statistics(running, mean, var, *static_cast<const double*>(count.const_data_ptr()));
 }
 
 }  // namespace

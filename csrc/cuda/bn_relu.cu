@@ -30,6 +30,28 @@ ParamType param_type(ScalarType type) {
                                         : ParamType::kFloat;
 }
 
+// count: values per channel, on the device; null: `values`.
+void move_statistics(BnRunningStatistics& running, const Tensor& mean, const Tensor& var, const double* count,
+                     int64_t values, cudaStream_t stream) {
+  BnUpdate update{};
+  update.count = count;
+  update.values = values;
+  update.batches = running.batches_data();
+  update.cumulative = !running.momentum.has_value();
+  update.momentum = running.momentum.value_or(0);
+  const auto one = [](Tensor& r, const Tensor& now) {
+    return BnRunning{r.mutable_data_ptr(), now.const_data_ptr(),        r.stride(0),
+                     now.stride(0),        param_type(r.scalar_type()), param_type(now.scalar_type())};
+  };
+  int channels = 0;
+  if (running.mean.has_value() && (count || values)) {
+    channels = int(mean.size(0));
+    update.mean = one(*running.mean, mean);
+    update.var = one(*running.var, var);
+  }
+  if (channels || update.batches) bn_update_stats_run(update, channels, stream);
+}
+
 // A call as the kernels take it.
 struct Call : BnCall {
   OnDevice on;
@@ -52,7 +74,8 @@ struct Call : BnCall {
     const auto one = [this](const char* name, const MaybeTensor& given, const void*& at, ParamType& type) {
       if (!given.has_value()) return;
       check_per_channel(name, *given);
-      at = keep(torch::stable::contiguous(*given));
+      at = bn_dense(*given, MemoryFormat::Contiguous) ? given->const_data_ptr()
+                                                      : keep(torch::stable::contiguous(*given));
       type = param_type(given->scalar_type());
     };
     one("weight", weight, weight_data, weight_type);
@@ -87,13 +110,18 @@ struct Call : BnCall {
   }
 
   // y, mean, var and, with a residual, the mask.
-  std::tuple<Tensor, Tensor, Tensor, Tensor> new_forward(const MaybeTensor& residual) {
+  std::tuple<Tensor, Tensor, Tensor, Tensor> new_forward(const MaybeTensor& residual, BnRunningStatistics running) {
     const void* z = residual.has_value() ? like_x("residual", *residual) : nullptr;
+    running.check(*this);
+    check_several_values(*this);
     Tensor mean = new_per_channel(), var = new_per_channel();
     mean_data = mean.const_data_ptr();
     var_data = var.const_data_ptr();
     Tensor y = new_like_x(), mask = torch::stable::new_empty(x, {z ? mask_bytes() : 0}, ScalarType::Byte);
-    if (empty()) return {y, mean, var, mask};
+    if (empty()) {
+      move_statistics(running, mean, var, nullptr, 0, on.stream);
+      return {y, mean, var, mask};
+    }
     Tensor partial = new_partial();
     with_type(x.scalar_type(), [&](auto t) {
       using T = decltype(t);
@@ -103,6 +131,7 @@ struct Call : BnCall {
                      static_cast<A*>(var.mutable_data_ptr()), static_cast<T*>(y.mutable_data_ptr()),
                      z ? static_cast<uint8_t*>(mask.mutable_data_ptr()) : nullptr, on.stream);
     });
+    move_statistics(running, mean, var, nullptr, values, on.stream);
     return {y, mean, var, mask};
   }
 
@@ -165,18 +194,23 @@ struct Call : BnCall {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor> bn_relu_forward(Tensor x, MaybeTensor weight, MaybeTensor bias, double eps) {
+std::tuple<Tensor, Tensor, Tensor> bn_relu_forward(Tensor x, MaybeTensor weight, MaybeTensor bias, double eps,
+                                                   MaybeTensor running_mean, MaybeTensor running_var,
+                                                   MaybeTensor num_batches_tracked, std::optional<double> momentum) {
   Call call("bn_relu_forward", x, eps);
   call.affine(weight, bias);
-  auto [y, mean, var, mask] = call.new_forward(std::nullopt);
+  auto [y, mean, var, mask] =
+      call.new_forward(std::nullopt, {running_mean, running_var, num_batches_tracked, momentum});
   return {y, mean, var};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_relu_forward(Tensor x, Tensor residual, MaybeTensor weight,
-                                                               MaybeTensor bias, double eps) {
+                                                               MaybeTensor bias, double eps, MaybeTensor running_mean,
+                                                               MaybeTensor running_var, MaybeTensor num_batches_tracked,
+                                                               std::optional<double> momentum) {
   Call call("bn_add_relu_forward", x, eps);
   call.affine(weight, bias);
-  return call.new_forward(residual);
+  return call.new_forward(residual, {running_mean, running_var, num_batches_tracked, momentum});
 }
 
 Tensor bn_relu_apply(Tensor x, MaybeTensor weight, MaybeTensor bias, Tensor mean, Tensor var, double eps) {
@@ -237,27 +271,21 @@ std::tuple<Tensor, Tensor> bn_relu_backward_reduce(Tensor dy, Tensor x, MaybeTen
 }
 
 std::tuple<Tensor, Tensor> bn_relu_backward_apply(Tensor dy, Tensor x, MaybeTensor mask, MaybeTensor weight,
-                                                  MaybeTensor bias, Tensor mean, Tensor var, double eps, Tensor dweight,
-                                                  Tensor dbias, int64_t count, bool need_dresidual) {
+                                                  MaybeTensor bias, Tensor mean, Tensor var, double eps,
+                                                  Tensor mean_dweight, Tensor mean_dbias, bool need_dresidual) {
   BackwardCall call("bn_relu_backward_apply", dy, x, mask, weight, bias, mean, var, eps);
-  call.check_count(count);
   call.check_need_dresidual(need_dresidual, mask);
-  const void* dweight_data = call.per_channel("dweight", dweight);
-  const void* dbias_data = call.per_channel("dbias", dbias);
-  return call.new_gradients(call.dy, call.bits, dweight_data, dbias_data, count, need_dresidual);
+  const void* dweight_data = call.per_channel("mean_dweight", mean_dweight);
+  const void* dbias_data = call.per_channel("mean_dbias", mean_dbias);
+  return call.new_gradients(call.dy, call.bits, dweight_data, dbias_data, 1, need_dresidual);
 }
 
-void bn_update_stats_(Tensor running_mean, Tensor running_var, Tensor mean, Tensor var, int64_t count,
-                      double momentum) {
-  check_update_stats(running_mean, running_var, mean, var, count);
-  if (count == 0 || mean.size(0) == 0) return;
+void bn_update_stats_(Tensor running_mean, Tensor running_var, Tensor mean, Tensor var, Tensor count,
+                      MaybeTensor num_batches_tracked, std::optional<double> momentum) {
+  BnRunningStatistics running{running_mean, running_var, num_batches_tracked, momentum};
+  check_update_stats(running, mean, var, count);
   OnDevice on(mean);
-  const auto running = [](Tensor& r, const Tensor& now, double factor) {
-    return BnRunning{r.mutable_data_ptr(),        now.const_data_ptr(),         r.stride(0), now.stride(0), factor,
-                     param_type(r.scalar_type()), param_type(now.scalar_type())};
-  };
-  bn_update_stats_run(running(running_mean, mean, 1.0), running(running_var, var, unbiased_factor(count)),
-                      int(mean.size(0)), momentum, on.stream);
+  move_statistics(running, mean, var, static_cast<const double*>(count.const_data_ptr()), 0, on.stream);
 }
 
 }  // namespace

@@ -350,35 +350,48 @@ struct BnRunning {
   void* running;
   const void* now;
   int64_t stride, now_stride;
-  double factor;  // of `now`
   ParamType type, now_type;
 };
-struct BnRunningPair {
-  BnRunning of[2];
+struct BnUpdate {
+  BnRunning mean, var;
+  const double* count;  // values per channel; null: `values`
+  int64_t values;
+  int64_t* batches;  // the number of batches; may be null
+  bool cumulative;   // all batches weigh the same, whatever the momentum
+  double momentum;
 };
 
 template <typename R, typename A>
-FT_DEVICE void update_running(const BnRunning& r, int c, double momentum) {
+FT_DEVICE void update_running(const BnRunning& r, int c, double factor, double momentum) {
   R* at = static_cast<R*>(r.running) + c * r.stride;
-  const double now = load_param<double>(r.now, r.now_type, c * r.now_stride) * r.factor;
+  const double now = load_param<double>(r.now, r.now_type, c * r.now_stride) * factor;
   store(at, R(bn_update(A(load(at)), A(now), A(momentum))));
 }
-
-// running = (1 - momentum) * running + momentum * factor * now, a statistic a row of blocks.
-__global__ void __launch_bounds__(kBnThreads)
-    bn_update_stats(FT_PARAMETER(BnRunningPair) pair, int channels, double momentum) {
-  const BnRunning& r = pair.of[blockIdx.y];
-  const int c = int(blockIdx.x) * kBnThreads + int(threadIdx.x);
-  if (c >= channels) return;
+FT_DEVICE void update_running(const BnRunning& r, int c, double factor, double momentum) {
   switch (r.type) {
     case ParamType::kFloat:
-      return update_running<float, float>(r, c, momentum);
+      return update_running<float, float>(r, c, factor, momentum);
     case ParamType::kDouble:
-      return update_running<double, double>(r, c, momentum);
+      return update_running<double, double>(r, c, factor, momentum);
     case ParamType::kHalf:
-      return update_running<Half, float>(r, c, momentum);
+      return update_running<Half, float>(r, c, factor, momentum);
     case ParamType::kBFloat16:
-      return update_running<BFloat16, float>(r, c, momentum);
+      return update_running<BFloat16, float>(r, c, factor, momentum);
+  }
+}
+
+// Moves the running statistics and the number of batches; one block, so that all read that number before it moves.
+inline constexpr int kBnUpdateThreads = 512;
+__global__ void __launch_bounds__(kBnUpdateThreads) bn_update_stats(FT_PARAMETER(BnUpdate) u, int channels) {
+  const int64_t batches = u.batches ? load(u.batches) + 1 : 1;
+  const double momentum = bn_momentum(u.cumulative, u.momentum, batches);
+  const double count = u.count ? load(u.count) : double(u.values);
+  __syncthreads();
+  if (u.batches && threadIdx.x == 0) store(u.batches, batches);
+  if (count == 0) return;
+  for (int c = int(threadIdx.x); c < channels; c += kBnUpdateThreads) {
+    update_running(u.mean, c, 1.0, momentum);
+    update_running(u.var, c, bn_unbiased_factor(count), momentum);
   }
 }
 

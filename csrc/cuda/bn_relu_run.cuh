@@ -119,10 +119,8 @@ void bn_backward_run(const T* dy, const T* x, const uint8_t* mask, const BnParam
                         count, s, d, dx, dresidual, stream);
 }
 
-inline void bn_update_stats_run(const BnRunning& mean, const BnRunning& var, int channels, double momentum,
-                                cudaStream_t stream) {
-  launch(&bn_update_stats, dim3(unsigned(ceil_div(channels, kBnThreads)), 2), kBnThreads, 0, stream,
-         BnRunningPair{{mean, var}}, channels, momentum);
+inline void bn_update_stats_run(const BnUpdate& update, int channels, cudaStream_t stream) {
+  launch(&bn_update_stats, dim3(1), kBnUpdateThreads, 0, stream, update, channels);
 }
 
 }  // namespace fasttricks::cuda

@@ -25,7 +25,7 @@ namespace fasttricks {
 
 template <class A>
 FT_HD A bn_rstd(A var, double eps) {
-  return A(1.0 / sqrt((var > A(0) || var != var ? double(var) : 0.0) + eps));
+  return A(1.0 / sqrt(double(var) + eps));
 }
 
 // The factors of the dx formula: dx = scale * (dz - shift + (x - mean) * slope).
@@ -44,6 +44,14 @@ FT_HD BnBackward<A> bn_backward_factors(A weight, A rstd, A dweight, A dbias, do
 template <class A>
 FT_HD A bn_update(A running, A now, A momentum) {
   return (A(1) - momentum) * running + momentum * now;
+}
+
+// The biased variance times this is the unbiased one; of one value it stays biased.
+FT_HD double bn_unbiased_factor(double count) { return count > 1 ? count / (count - 1) : 1.0; }
+
+// The factor of the new statistics after so many batches; cumulative: all batches weigh the same.
+FT_HD double bn_momentum(bool cumulative, double momentum, int64_t batches) {
+  return cumulative ? 1.0 / double(batches) : momentum;
 }
 
 }  // namespace fasttricks

@@ -88,7 +88,9 @@ def bn_launches(dtype: torch.dtype, layout: torch.memory_format, shape: tuple[in
     bn_relu.bn_relu_apply(x, w, b, mean, var, EPS)
     bn_relu.bn_relu_backward(x, x, None, w, b, mean, var, EPS, True, False)
     bn_relu.bn_relu_backward(x, x, mask, w, b, mean, var, EPS, True, True)
-    bn_relu.bn_update_stats_(mean, var, mean, var, 100, 0.1)
+    batches = torch.empty((), dtype=torch.int64, device="meta")
+    bn_relu.bn_relu_forward(x, w, b, EPS, mean, var, batches)
+    bn_relu.bn_update_stats_(mean, var, mean, var, batches.double(), batches, None)
 
 
 def variant(launched: Launch) -> tuple[Any, ...]:

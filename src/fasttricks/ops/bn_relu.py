@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 from torch import distributed
+from torch.autograd import forward_ad
 
 from ..backends import loaded_namespaces, ops_for
 from ..layout import layout_of
 from ..reference import bn_relu as plain
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_ACCEPTED = "float16, bfloat16, float32, float64"
+from .bn_relu_checks import check_apply, check_backward, check_forward, check_public, check_update, check_x
 
 
 def bn_relu(
@@ -40,8 +39,8 @@ def bn_relu(
     Args:
         x: (N, C, ...), 2 to 5 dimensions, float16, bfloat16, float32 or float64. NCHW and NHWC (`channels_last`)
             run as they are, and y and the gradient of x have the same layout; other strides are copied once.
-        weight, bias: (C,) or None (ones, zeros); float32 or the dtype of x, and so the running statistics. Sums are
-            float32, float64 for float64.
+        weight, bias: (C,) or None (ones, zeros); float16, bfloat16, float32 (or float64, for x of float64), and so
+            the running statistics. Sums are float32, float64 for float64.
         running_mean, running_var: (C,), changed in place in training; both None: batch statistics only.
         training: whether to use batch statistics.
         momentum, eps: as in torch.nn.BatchNorm2d; a momentum of None is the cumulative average, of factor
@@ -54,8 +53,8 @@ def bn_relu(
         y: the shape, dtype and layout of x.
 
     Raises:
-        ValueError: a wrong shape or device, one value per channel in training, evaluation without running statistics,
-            a negative or non-finite eps, a non-finite momentum.
+        ValueError: a wrong shape or device, batch statistics of one value per channel, evaluation without running
+            statistics, a negative or non-finite eps, a non-finite momentum.
         TypeError: not a tensor, or a dtype that is not accepted.
 
     Examples:
@@ -92,7 +91,9 @@ def bn_add_relu(
     read for its statistics only, and the gradient of x is exactly zero.
 
     Args:
-        residual: the shape, dtype and device of x; any strides.
+        residual: on the device of x, of a shape that is, or broadcasts to, that of x; any strides. Of another dtype
+            than x both are cast to the dtype that torch promotes them to, which is then that of y; gradients have the
+            dtype of their tensor.
         The others, the result and the errors: see `bn_relu`.
 
     Examples:
@@ -131,104 +132,146 @@ def _call(
     momentum: float | None,
     eps: float,
     group: distributed.ProcessGroup | None,
-    num_batches_tracked: torch.Tensor | None,
+    batches: torch.Tensor | None,
 ) -> torch.Tensor:
-    if training and num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
-    if momentum is None:
-        if not training or running_mean is None or running_var is None:
-            momentum = 0.0
-        elif num_batches_tracked is None:
-            raise ValueError(f"{op}: momentum is None and num_batches_tracked is None; accepted: one of the two given")
-        else:
-            now = (running_mean.clone(), running_var.clone())
-            y = _call(op, x, residual, weight, bias, *now, training, 1.0, eps, group, None)
-            factor = 1.0 / num_batches_tracked.to(running_mean.dtype)
-            with torch.no_grad():
-                for buffer, new in zip((running_mean, running_var), now, strict=True):
-                    buffer.copy_((1.0 - factor) * buffer + factor * new)
-            return y
-    _check(op, x, residual, weight, bias, running_mean, running_var, training, momentum, eps)
-    count = x.numel() // x.shape[1] if x.shape[1] else 0
-    if training and group is not None:
+    tensors = (x, residual, weight, bias, running_mean, running_var)
+    if torch.compiler.is_compiling():  # checked once, while the graph is made
+        check_public(op, *tensors, training, momentum, eps, batches, group is None)
+        return _run(op, *tensors, training, momentum, eps, group, batches)
+    try:
+        return _run(op, *tensors, training, momentum, eps, group, batches)
+    except Exception:  # the raw ops check too: here the error names the argument as the caller knows it
+        check_public(op, *tensors, training, momentum, eps, batches, group is None)
+        raise
+
+
+def _run(
+    op: str, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor | None, bias: torch.Tensor | None,
+    running_mean: torch.Tensor | None, running_var: torch.Tensor | None, training: bool, momentum: float | None,
+    eps: float, group: distributed.ProcessGroup | None, batches: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
+    if group is not None and training:
         from .bn_relu_sync import synchronised
 
-        return synchronised(op, x, residual, weight, bias, running_mean, running_var, momentum, eps, group)
-    if training and count == 1:
-        raise ValueError(
-            f"{op}: x has shape {tuple(x.shape)}: Expected more than 1 value per channel when training; accepted: two "
-            "values per channel or more, or training=False"
-        )
+        statistics = (running_mean, running_var)
+        check_public(op, x, residual, weight, bias, *statistics, training, momentum, eps, batches, several=False)
+        if residual is not None:
+            x, residual = _as_one(x, residual)
+        return synchronised(op, x, residual, weight, bias, *statistics, momentum, eps, group, batches)
     ops = ops_for(op, x.device)
     if ops is None:
+        check_public(op, x, residual, weight, bias, running_mean, running_var, training, momentum, eps, batches)
+        if residual is not None:
+            x, residual = _as_one(x, residual)
         return plain.bn_add_relu(
-            x, residual, weight, bias, running_mean, running_var, training=training, momentum=momentum, eps=eps
+            x, residual, weight, bias, running_mean, running_var, training=training, momentum=momentum, eps=eps,
+            num_batches_tracked=batches,
+        )  # fmt: skip
+    if residual is not None and (residual.dtype != x.dtype or residual.shape != x.shape):
+        check_public(op, x, residual, weight, bias, running_mean, running_var, training, momentum, eps, batches)
+        x, residual = _as_one(x, residual)
+    constants = (ops, training, momentum, eps, running_mean, running_var, batches)
+    if torch.compiler.is_compiling() or _transformed() or torch.jit.is_tracing():
+        return _raw(x, residual, weight, bias, constants)[0]
+    if torch.is_grad_enabled():
+        return _Fused.apply(x, residual, weight, bias, constants, False)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _raw(x, residual, weight, bias, constants)[0]
+
+
+def _as_one(x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both as torch's addition sees them: of one dtype, and of the shape of x."""
+    dtype = torch.promote_types(x.dtype, residual.dtype)
+    return x.to(dtype), residual.to(dtype).expand(x.shape)
+
+
+def _transformed() -> bool:
+    """Whether derivatives or batches are taken by other means than autograd's graph: torch.func, forward mode."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+# what a call has besides tensors that may need gradients: ops, training, momentum, eps, running_mean, running_var,
+# num_batches_tracked; as one argument it costs autograd.Function the least
+_Constants = tuple[Any, bool, float | None, float, Any, Any, Any]
+
+
+def _raw(x: Any, residual: Any, weight: Any, bias: Any, constants: _Constants) -> tuple[Any, Any, Any, Any]:
+    """y, the statistics that it has, and a residual's mask, by the raw op that serves."""
+    ops, training, momentum, eps, mean, var, batches = constants
+    mask = None
+    if training and residual is None:
+        y, mean, var = ops.bn_relu_forward.default(x, weight, bias, eps, mean, var, batches, momentum)
+    elif training:
+        y, mean, var, mask = ops.bn_add_relu_forward.default(
+            x, residual, weight, bias, eps, mean, var, batches, momentum
         )
-    if not training:
-        assert running_mean is not None
-        assert running_var is not None
-        if residual is None:
-            return ops.bn_relu_apply(x, weight, bias, running_mean, running_var, eps)
-        return ops.bn_add_relu_apply(x, residual, weight, bias, running_mean, running_var, eps)[0]
-    if residual is None:
-        y, mean, var = ops.bn_relu_forward(x, weight, bias, eps)
+    elif residual is None:
+        y = ops.bn_relu_apply.default(x, weight, bias, mean, var, eps)
     else:
-        y, mean, var, _ = ops.bn_add_relu_forward(x, residual, weight, bias, eps)
-    if running_mean is not None and running_var is not None:
-        ops.bn_update_stats_(running_mean, running_var, mean, var, count, momentum)
-    return y
+        y, mask = ops.bn_add_relu_apply.default(x, residual, weight, bias, mean, var, eps)
+    return y, mean, var, mask
 
 
-def _check(
-    op: str,
-    x: torch.Tensor,
-    residual: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    running_mean: torch.Tensor | None,
-    running_var: torch.Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-) -> None:
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"{op}: x is a {type(x).__name__}; accepted: a tensor")
-    if x.dtype not in DTYPES:
-        raise TypeError(f"{op}: x has dtype {x.dtype}; accepted: {_ACCEPTED}")
-    if not 2 <= x.dim() <= 5:
-        raise ValueError(f"{op}: x has shape {tuple(x.shape)}; accepted: 2 to 5 dimensions (N, C, ...)")
-    if residual is not None:
-        if residual.dtype != x.dtype:
-            raise TypeError(f"{op}: residual has dtype {residual.dtype}; accepted: the dtype of x, {x.dtype}")
-        if residual.shape != x.shape:
-            raise ValueError(
-                f"{op}: residual has shape {tuple(residual.shape)}; accepted: the shape of x, {tuple(x.shape)}"
+class _Fused(torch.autograd.Function):
+    """All four ops as one node of autograd's graph. whole: all outputs of the raw op, else y alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, residual: Any, weight: Any, bias: Any, constants: _Constants, whole: bool) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            y, mean, var, mask = _raw(x, residual, weight, bias, constants)
+        ctx.save_for_backward(x, weight, bias, mean, var, mask)
+        ctx.constants = constants
+        if not whole:
+            return y
+        ctx.set_materialize_grads(False)
+        others = [t for t in ((mean, var, mask) if constants[1] else (mask,)) if t is not None]
+        ctx.mark_non_differentiable(*others)
+        return (y, *others) if others else y
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor | None, *unused: Any) -> tuple[Any, ...]:
+        if dy is None:
+            return (None,) * 6
+        x, weight, bias, mean, var, mask = ctx.saved_tensors
+        ops, training, _, eps, *_ = ctx.constants
+        need_dx, need_dresidual, need_dweight, need_dbias, *_ = ctx.needs_input_grad
+        if torch.is_grad_enabled() or _transformed():  # these gradients will be differentiated
+            passes = None if mask is None else unpack_mask(mask, x)
+            dx, dresidual, dweight, dbias = plain.backward(dy, x, None, weight, bias, mean, var, eps, training, passes)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                dx, dresidual, dweight, dbias = ops.bn_relu_backward.default(
+                    dy, x, mask, weight, bias, mean, var, eps, training, need_dresidual
+                )
+        if weight is not None and weight.dtype != dweight.dtype:
+            dweight = dweight.to(weight.dtype)
+        if bias is not None and bias.dtype != dbias.dtype:
+            dbias = dbias.to(bias.dtype)
+        return (
+            dx if need_dx else None,
+            dresidual if need_dresidual else None,
+            dweight if need_dweight else None,
+            dbias if need_dbias else None,
+            None,
+            None,
+        )
+
+
+def _composed(x: Any, residual: Any, weight: Any, bias: Any, constants: _Constants) -> tuple[Any, Any, Any, Any]:
+    """As `_raw`, in torch's own differentiable ops."""
+    ops, training, momentum, eps, mean, var, batches = constants
+    if training:
+        running_mean, running_var = mean, var
+        mean, var = plain.statistics(x)
+        if running_mean is not None:
+            count = torch.full((), plain.values_per_channel(x), dtype=torch.float64, device=x.device)
+            ops.bn_update_stats_.default(
+                running_mean, running_var, mean.detach(), var.detach(), count, batches, momentum
             )
-        if residual.device != x.device:
-            raise ValueError(f"{op}: residual is on {residual.device}; accepted: the device of x, {x.device}")
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    named = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
-    for name, t in named.items():
-        if t is None:
-            continue
-        if not isinstance(t, torch.Tensor):
-            raise TypeError(f"{op}: {name} is a {type(t).__name__}; accepted: a tensor or None")
-        if t.dtype not in (wide, x.dtype):
-            accepted = f"{wide} or the dtype of x, {x.dtype}" if wide != x.dtype else f"{wide}"
-            raise TypeError(f"{op}: {name} has dtype {t.dtype}; accepted: {accepted}")
-        if tuple(t.shape) != (x.shape[1],):
-            raise ValueError(f"{op}: {name} has shape {tuple(t.shape)}; accepted: ({x.shape[1]},), the channels of x")
-        if t.device != x.device:
-            raise ValueError(f"{op}: {name} is on {t.device}; accepted: the device of x, {x.device}")
-    if (running_mean is None) != (running_var is None):
-        missing = "running_mean" if running_mean is None else "running_var"
-        raise ValueError(f"{op}: {missing} is None and the other is not; accepted: both, or neither")
-    if not training and running_mean is None:
-        raise ValueError(f"{op}: training is False and running_mean, running_var are None; accepted: both given")
-    if not 0 <= eps < float("inf"):
-        raise ValueError(f"{op}: eps is {eps}; accepted: zero or more, finite")
-    if not abs(momentum) < float("inf"):
-        raise ValueError(f"{op}: momentum is {momentum}; accepted: a finite number")
+        elif batches is not None:
+            batches.add_(1)
+    y = plain.apply(x, residual, weight, bias, mean, var, eps)
+    return y, mean, var, None if residual is None else pack_mask(~(y <= 0), x)
 
 
 def _like(x: torch.Tensor) -> torch.Tensor:
@@ -243,6 +286,15 @@ def _mask(x: torch.Tensor) -> torch.Tensor:
     return x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8)
 
 
+def pack_mask(passes: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The bit mask of bn_add_relu from booleans of the shape of x."""
+    dense = passes if layout_of(x) == torch.contiguous_format else passes.movedim(1, -1)
+    flat = dense.reshape(-1)
+    padded = torch.nn.functional.pad(flat, (0, -flat.shape[0] % 8)).view(-1, 8)
+    powers = 1 << torch.arange(8, device=x.device)
+    return (padded * powers).sum(1).to(torch.uint8)
+
+
 def unpack_mask(mask: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """The bit mask of bn_add_relu as booleans of the shape of x (the layout of bits is the memory order of y)."""
     bits = (mask.unsqueeze(1) >> torch.arange(8, device=mask.device, dtype=torch.uint8)) & 1
@@ -252,114 +304,167 @@ def unpack_mask(mask: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return flat.view(x.shape[0], *x.shape[2:], x.shape[1]).movedim(-1, 1)
 
 
-def _fake_forward(x: torch.Tensor, weight: Any, bias: Any, eps: float) -> tuple[torch.Tensor, ...]:
-    return _like(x), _per_channel(x), _per_channel(x)
-
-
-def _fake_add_forward(x: torch.Tensor, residual: Any, weight: Any, bias: Any, eps: float) -> tuple[torch.Tensor, ...]:
-    return _like(x), _per_channel(x), _per_channel(x), _mask(x)
-
-
-def _fake_apply(x: torch.Tensor, weight: Any, bias: Any, mean: Any, var: Any, eps: float) -> torch.Tensor:
-    return _like(x)
-
-
-def _fake_add_apply(
-    x: torch.Tensor, residual: Any, weight: Any, bias: Any, mean: Any, var: Any, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return _like(x), _mask(x)
-
-
-def _fake_stats(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return _per_channel(x), _per_channel(x)
-
-
 def _fake_gradients(x: torch.Tensor, need_dresidual: bool) -> tuple[torch.Tensor, torch.Tensor]:
     return _like(x), _like(x) if need_dresidual else x.new_empty(0)
 
 
-def _fake_backward(dy: Any, x: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
-    return *_fake_gradients(x, rest[-1]), _per_channel(x), _per_channel(x)
+def _fake_forward(x: Any, weight: Any, bias: Any, eps: float, *moved: Any) -> tuple[torch.Tensor, ...]:
+    check_forward("bn_relu_forward", x, None, weight, bias, eps, *moved)
+    return _like(x), _per_channel(x), _per_channel(x)
 
 
-def _fake_backward_reduce(dy: Any, x: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
+def _fake_add_forward(
+    x: Any, residual: Any, weight: Any, bias: Any, eps: float, *moved: Any
+) -> tuple[torch.Tensor, ...]:
+    check_forward("bn_add_relu_forward", x, residual, weight, bias, eps, *moved)
+    return _like(x), _per_channel(x), _per_channel(x), _mask(x)
+
+
+def _fake_apply(x: Any, weight: Any, bias: Any, mean: Any, var: Any, eps: float) -> torch.Tensor:
+    check_apply("bn_relu_apply", x, None, weight, bias, mean, var, eps)
+    return _like(x)
+
+
+def _fake_add_apply(
+    x: Any, residual: Any, weight: Any, bias: Any, mean: Any, var: Any, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    check_apply("bn_add_relu_apply", x, residual, weight, bias, mean, var, eps)
+    return _like(x), _mask(x)
+
+
+def _fake_stats(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    check_x("bn_stats", x)
     return _per_channel(x), _per_channel(x)
 
 
-def _fake_backward_apply(dy: Any, x: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
-    return _fake_gradients(x, rest[-1])
+def _fake_backward(
+    dy: Any, x: Any, mask: Any, weight: Any, bias: Any, mean: Any, var: Any, eps: float, training: bool, need: bool
+) -> tuple[torch.Tensor, ...]:
+    check_backward("bn_relu_backward", dy, x, mask, weight, bias, mean, var, eps, need)
+    return *_fake_gradients(x, need), _per_channel(x), _per_channel(x)
 
 
-def _fake_update(running_mean: Any, running_var: Any, mean: Any, var: Any, count: int, momentum: float) -> None:
-    return None
+def _fake_backward_reduce(dy: Any, x: Any, *rest: Any) -> tuple[torch.Tensor, ...]:
+    check_backward("bn_relu_backward_reduce", dy, x, *rest)
+    return _per_channel(x), _per_channel(x)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any, residual: bool, training: bool) -> None:
-    """Saves x, weight, bias, mean, variance and a residual's mask; never the running statistics in training."""
-    x, *rest = inputs
-    if residual:
-        rest = rest[1:]
-    weight, bias = rest[:2]
-    mean, var = (output[1], output[2]) if training else rest[2:4]
-    mask = (output[3] if training else output[1]) if residual else None
-    constants = [t for t in ((mean, var) if training else ()) if t is not None] + ([mask] if mask is not None else [])
-    ctx.mark_non_differentiable(*constants)
-    ctx.set_materialize_grads(False)
-    ctx.eps, ctx.residual, ctx.training_statistics = rest[-1], residual, training
-    ctx.save_for_backward(x, weight, bias, mean, var, mask)
+def _fake_backward_apply(
+    dy: Any, x: Any, mask: Any, weight: Any, bias: Any, mean: Any, var: Any, eps: float, mean_dweight: Any,
+    mean_dbias: Any, need: bool,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    sums = {"mean_dweight": mean_dweight, "mean_dbias": mean_dbias}
+    check_backward("bn_relu_backward_apply", dy, x, mask, weight, bias, mean, var, eps, need, **sums)
+    return _fake_gradients(x, need)
+
+
+def _fake_update(
+    running_mean: Any, running_var: Any, mean: Any, var: Any, count: Any, batches: Any = None,
+    momentum: float | None = 0.1,
+) -> None:  # fmt: skip
+    check_update(running_mean, running_var, mean, var, count, batches, momentum)
+
+
+FAKES: dict[str, Callable[..., Any]] = {
+    "bn_relu_forward": _fake_forward,
+    "bn_add_relu_forward": _fake_add_forward,
+    "bn_relu_apply": _fake_apply,
+    "bn_add_relu_apply": _fake_add_apply,
+    "bn_stats": _fake_stats,
+    "bn_relu_backward": _fake_backward,
+    "bn_relu_backward_reduce": _fake_backward_reduce,
+    "bn_relu_backward_apply": _fake_backward_apply,
+    "bn_update_stats_": _fake_update,
+}
+_registrations: list[torch.library.Library] = []  # their kernels go with them
 
 
 def register(namespace: str) -> None:
-    """Gives the ops of a namespace with these schemas (fasttricks, fasttricks_triton) their fakes and autograd."""
+    """Gives the ops of a namespace with these schemas (fasttricks, fasttricks_triton) their fakes and derivatives.
+
+    torch.library.register_autograd takes no op that mutates, so that the kernels for autograd are written here.
+    """
     ops = getattr(torch.ops, namespace)
-
-    def backward(ctx: Any, dy: torch.Tensor | None, *unused: Any) -> tuple[torch.Tensor | None, ...]:
-        x, weight, bias, mean, var, mask = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        after = () if ctx.training_statistics else (None, None)
-        if dy is None:
-            return (None,) * len(needs)
-        need_residual = ctx.residual and needs[1]
-        if torch.is_grad_enabled():  # create_graph=True: these gradients will be differentiated
-            passes = None if mask is None else unpack_mask(mask, x)
-            dx, dresidual, dweight, dbias = plain.backward(
-                dy, x, None, weight, bias, mean, var, ctx.eps, ctx.training_statistics, passes
-            )
-        else:
-            dx, dresidual, dweight, dbias = ops.bn_relu_backward(
-                dy, x, mask, weight, bias, mean, var, ctx.eps, ctx.training_statistics, need_residual
-            )
-        affine = (
-            None if weight is None or not needs[1 + ctx.residual] else dweight.to(weight.dtype),
-            None if bias is None or not needs[2 + ctx.residual] else dbias.to(bias.dtype),
-        )
-        first = (dx if needs[0] else None, *((dresidual if need_residual else None,) if ctx.residual else ()))
-        return *first, *affine, *after, None
-
-    fakes: dict[str, Callable[..., Any]] = {
-        "bn_relu_forward": _fake_forward,
-        "bn_add_relu_forward": _fake_add_forward,
-        "bn_relu_apply": _fake_apply,
-        "bn_add_relu_apply": _fake_add_apply,
-        "bn_stats": _fake_stats,
-        "bn_relu_backward": _fake_backward,
-        "bn_relu_backward_reduce": _fake_backward_reduce,
-        "bn_relu_backward_apply": _fake_backward_apply,
-        "bn_update_stats_": _fake_update,
-    }
-    for name, fake in fakes.items():
+    library = torch.library.Library(namespace, "IMPL")
+    _registrations.append(library)
+    for name, fake in FAKES.items():
         torch.library.register_fake(f"{namespace}::{name}", fake)
 
-    def autograd(name: str, residual: bool, training: bool) -> None:
-        def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            _setup(ctx, inputs, output, residual, training)
+    def differentiable(name: str, ordered: Callable[..., tuple[tuple[Any, Any, Any, Any], _Constants]]) -> None:
+        """ordered: the op's arguments as those of `_raw`, the tensors and the constants."""
+        op = getattr(ops, name).default
+        outputs = len(op._schema.returns)
 
-        torch.library.register_autograd(f"{namespace}::{name}", backward, setup_context=setup)
+        def chosen(results: tuple[Any, ...]) -> Any:
+            y, mean, var, mask = results
+            return {1: y, 2: (y, mask), 3: (y, mean, var), 4: results}[outputs]
 
-    autograd("bn_relu_forward", residual=False, training=True)
-    autograd("bn_add_relu_forward", residual=True, training=True)
-    autograd("bn_relu_apply", residual=False, training=False)
-    autograd("bn_add_relu_apply", residual=True, training=False)
+        def autograd(*given: Any) -> Any:
+            tensors, constants = ordered(*given)
+            if _transformed():
+                return chosen(_composed(*tensors, constants))
+            if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+                return _Fused.apply(*tensors, constants, True)
+            with torch._C._AutoDispatchBelowAutograd():
+                return op(*given)
+
+        def batched(*given: Any) -> Any:
+            tensors, constants = ordered(*given)
+            return chosen(_composed(*tensors, constants))
+
+        library.impl(name, autograd, "Autograd")
+        library.impl(name, batched, "FuncTorchBatched")
+
+    def add_forward(
+        x: Any, residual: Any, weight: Any, bias: Any, eps: float, mean: Any = None, var: Any = None,
+        batches: Any = None, momentum: float | None = 0.1,
+    ) -> tuple[tuple[Any, Any, Any, Any], _Constants]:  # fmt: skip
+        return (x, residual, weight, bias), (ops, True, momentum, eps, mean, var, batches)
+
+    def add_apply(
+        x: Any, residual: Any, weight: Any, bias: Any, mean: Any, var: Any, eps: float
+    ) -> tuple[tuple[Any, Any, Any, Any], _Constants]:
+        return (x, residual, weight, bias), (ops, False, None, eps, mean, var, None)
+
+    differentiable("bn_relu_forward", lambda x, *rest: add_forward(x, None, *rest))
+    differentiable("bn_add_relu_forward", add_forward)
+    differentiable("bn_relu_apply", lambda x, *rest: add_apply(x, None, *rest))
+    differentiable("bn_add_relu_apply", add_apply)
+
+    def opaque(name: str) -> None:
+        op = getattr(ops, name).default
+
+        def refuse() -> None:
+            raise RuntimeError(
+                f"{namespace}::{name} has no derivative and no rule for torch.func; accepted: "
+                "fasttricks.bn_relu and fasttricks.bn_add_relu, which have"
+            )
+
+        def autograd(*given: Any) -> Any:
+            if _transformed():
+                refuse()
+            with torch._C._AutoDispatchBelowAutograd():
+                return op(*given)
+
+        library.impl(name, autograd, "Autograd")
+        library.impl(name, lambda *given: refuse(), "FuncTorchBatched")
+
+    for name in ("bn_stats", "bn_relu_backward", "bn_relu_backward_reduce", "bn_relu_backward_apply"):
+        opaque(name)
+
+    update = ops.bn_update_stats_.default
+
+    def update_autograd(*given: Any) -> None:  # of no derivative: the running statistics are constants
+        with torch._C._AutoDispatchBelowAutograd():
+            update(*given)
+
+    def update_batched(
+        running_mean: Any, running_var: Any, mean: Any, var: Any, count: Any, n: Any = None, m: Any = 0.1
+    ) -> None:
+        plain.update_statistics(running_mean, running_var, mean, var, count, n, m)
+
+    library.impl("bn_update_stats_", update_autograd, "Autograd")
+    library.impl("bn_update_stats_", update_batched, "FuncTorchBatched")
 
 
 for loaded in loaded_namespaces():

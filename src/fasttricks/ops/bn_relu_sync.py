@@ -11,7 +11,7 @@ from ..backends import ops_for
 from ..reference import bn_relu as plain
 
 
-def merge(parts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
+def merge(parts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Mean, biased variance and count of the whole, from rows of [mean (C), M2 (C), count] per rank, in float64.
 
     Chan, Golub and LeVeque 1979: M2 = sum of M2_i + n_i * (mean_i - mean)^2; a rank with no value weighs nothing.
@@ -21,47 +21,55 @@ def merge(parts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
     total = count.sum()
     whole = (mean * count).sum(0) / total.clamp(min=1)
     spread = (m2 + count * (mean - whole).square()).sum(0) / total.clamp(min=1)
-    return whole, spread, int(total)
+    return whole, spread, total
 
 
 class _SynchronisedBatchNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, op: str, x: Any, residual: Any, weight: Any, bias: Any, eps: float, group: Any) -> Any:
+    def forward(
+        ctx: Any, op: str, x: Any, residual: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any,
+        momentum: float | None, eps: float, group: Any, batches: Any,
+    ) -> Any:  # fmt: skip
         ops = ops_for(op, x.device)
         if ops is None:
             raise RuntimeError(f"fasttricks.{op}: group was given, but no kernels are loaded for {x.device}")
-        local = x.numel() // x.shape[1]
+        local = plain.values_per_channel(x)
         mean, var = ops.bn_stats(x)
         mine = torch.cat([mean.double(), var.double() * local, mean.new_full((1,), local, dtype=torch.float64)])
         parts = mine.new_empty(distributed.get_world_size(group), mine.numel())
         distributed.all_gather_into_tensor(parts.view(-1), mine, group=group)
-        whole, spread, count = merge(parts)
-        if count == 1:
+        whole, spread, total = merge(parts)
+        # of one value over all ranks none of them has more, and only there the device is waited for
+        if local <= 1 and int(total) == 1:
             raise ValueError(
-                f"{op}: x has shape {tuple(x.shape)} and the other ranks none: Expected more than 1 value per channel "
-                "when training; accepted: two values per channel or more over all ranks"
+                f"{op}: x has shape {tuple(x.shape)} and one value per channel over all ranks: Expected more than 1 "
+                "value per channel for batch statistics; accepted: two or more, or running statistics"
             )
         mean, var = whole.to(mean.dtype), spread.to(var.dtype)
+        if running_mean is not None:
+            ops.bn_update_stats_(running_mean, running_var, mean, var, total, batches, momentum)
+        elif batches is not None:
+            batches.add_(1)
         if residual is None:
             y, mask = ops.bn_relu_apply(x, weight, bias, mean, var, eps), None
         else:
             y, mask = ops.bn_add_relu_apply(x, residual, weight, bias, mean, var, eps)
-        ctx.save_for_backward(x, weight, bias, mean, var, mask)
-        ctx.ops, ctx.eps, ctx.group, ctx.count = ops, eps, group, count
-        ctx.mark_non_differentiable(mean, var)
-        ctx.set_materialize_grads(True)
-        return y, mean, var, count
+        ctx.save_for_backward(x, weight, bias, mean, var, mask, total)
+        ctx.constants = ops, eps, group
+        return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: torch.Tensor, *unused: Any) -> tuple[Any, ...]:
-        x, weight, bias, mean, var, mask = ctx.saved_tensors
-        dweight, dbias = ctx.ops.bn_relu_backward_reduce(dy, x, mask, weight, bias, mean, var, ctx.eps)
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
+        x, weight, bias, mean, var, mask, total = ctx.saved_tensors
+        ops, eps, group = ctx.constants
+        dweight, dbias = ops.bn_relu_backward_reduce(dy, x, mask, weight, bias, mean, var, eps)
         sums = torch.stack([dweight, dbias])
-        distributed.all_reduce(sums, group=ctx.group)  # of dx; dweight and dbias stay local, as DDP averages them
+        distributed.all_reduce(sums, group=group)  # of dx; dweight and dbias stay local, as DDP averages them
+        means = (sums / total.clamp(min=1)).to(sums.dtype)
         needs = ctx.needs_input_grad
-        dx, dresidual = ctx.ops.bn_relu_backward_apply(
-            dy, x, mask, weight, bias, mean, var, ctx.eps, sums[0], sums[1], max(1, ctx.count), needs[2]
+        dx, dresidual = ops.bn_relu_backward_apply(
+            dy, x, mask, weight, bias, mean, var, eps, means[0], means[1], needs[2]
         )
         return (
             None,
@@ -69,8 +77,7 @@ class _SynchronisedBatchNorm(torch.autograd.Function):
             dresidual if needs[2] else None,
             dweight.to(weight.dtype) if needs[3] else None,
             dbias.to(bias.dtype) if needs[4] else None,
-            None,
-            None,
+            *(None,) * 6,
         )
 
 
@@ -82,12 +89,15 @@ def synchronised(
     bias: torch.Tensor | None,
     running_mean: torch.Tensor | None,
     running_var: torch.Tensor | None,
-    momentum: float,
+    momentum: float | None,
     eps: float,
     group: distributed.ProcessGroup,
+    batches: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The op in training, its statistics over all ranks: one all_gather forward, one all_reduce backward."""
-    y, mean, var, count = _SynchronisedBatchNorm.apply(op, x, residual, weight, bias, eps, group)
-    if running_mean is not None and running_var is not None:
-        plain.update_statistics(running_mean, running_var, mean, var, count, momentum)
-    return y
+    """The op in training, its statistics over all ranks: one all_gather forward, one all_reduce backward.
+
+    The number of values stays on the device: nothing waits for it but a rank that has at most one per channel itself.
+    """
+    return _SynchronisedBatchNorm.apply(
+        op, x, residual, weight, bias, running_mean, running_var, momentum, eps, group, batches
+    )

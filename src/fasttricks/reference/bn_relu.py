@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -13,6 +15,11 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _per_channel(t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return t.to(accumulate_dtype(like.dtype)).reshape(-1, *[1] * (like.dim() - 2))
+
+
+def values_per_channel(x: torch.Tensor) -> int:
+    """The number of values that a channel's statistics are of."""
+    return x.shape[0] * math.prod(x.shape[2:])
 
 
 def statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,21 +54,37 @@ def apply(
 
 
 def update_statistics(
-    running_mean: torch.Tensor,
-    running_var: torch.Tensor,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
     mean: torch.Tensor,
     var: torch.Tensor,
-    count: int,
-    momentum: float,
+    count: int | torch.Tensor,
+    num_batches_tracked: torch.Tensor | None,
+    momentum: float | None,
 ) -> None:
-    """running = (1 - momentum) * running + momentum * new, the variance unbiased; nothing for an empty batch."""
-    if count == 0:
-        return
-    unbiased = var * (count / (count - 1)) if count > 1 else var
+    """running = (1 - momentum) * running + momentum * new, the variance unbiased; an empty batch only counts.
+
+    momentum: None is 1 / num_batches_tracked, the cumulative average.
+    """
     with torch.no_grad():
-        for running, new in ((running_mean, mean), (running_var, unbiased)):
-            dtype = accumulate_dtype(running.dtype)
-            running.copy_((1 - momentum) * running.to(dtype) + momentum * new.to(dtype))
+        batches = None if num_batches_tracked is None else num_batches_tracked + 1
+        if running_mean is not None and running_var is not None and not (isinstance(count, int) and count == 0):
+            factor: float | torch.Tensor
+            if momentum is not None:
+                factor = momentum
+            else:
+                assert batches is not None
+                factor = 1.0 / batches.to(accumulate_dtype(running_mean.dtype))
+            bessel: float | torch.Tensor
+            if isinstance(count, torch.Tensor):
+                factor, bessel = torch.where(count > 0, factor, 0.0), count / (count - 1).clamp(min=1)
+            else:
+                bessel = count / max(count - 1, 1)
+            for running, new in ((running_mean, mean), (running_var, var * bessel)):
+                dtype = accumulate_dtype(running.dtype)
+                running.copy_((1 - factor) * running.to(dtype) + factor * new.to(dtype))
+        if num_batches_tracked is not None:
+            num_batches_tracked.add_(1)
 
 
 def bn_add_relu(
@@ -73,8 +96,9 @@ def bn_add_relu(
     running_var: torch.Tensor | None = None,
     *,
     training: bool = True,
-    momentum: float = 0.1,
+    momentum: float | None = 0.1,
     eps: float = 1e-5,
+    num_batches_tracked: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As `fasttricks.bn_add_relu`; a residual of None is left out."""
     if not training:
@@ -82,9 +106,9 @@ def bn_add_relu(
         assert running_var is not None
         return apply(x, residual, weight, bias, running_mean, running_var, eps)
     mean, var = statistics(x)
-    if running_mean is not None and running_var is not None:
-        count = x.numel() // x.shape[1] if x.shape[1] else 0
-        update_statistics(running_mean, running_var, mean.detach(), var.detach(), count, momentum)
+    update_statistics(
+        running_mean, running_var, mean.detach(), var.detach(), values_per_channel(x), num_batches_tracked, momentum
+    )
     return apply(x, residual, weight, bias, mean, var, eps)
 
 
@@ -122,7 +146,7 @@ def backward(
     scale = rstd if weight is None else rstd * weight.to(dtype)
     inner = dz
     if training:
-        count = max(1, x.numel() // max(1, x.shape[1]))
+        count = max(1, values_per_channel(x))
         inner = dz - _per_channel(dbias / count, x) - centred * _per_channel(rstd * dweight / count, x)
     dx = inner * _per_channel(scale, x)
     return dx.to(x.dtype), dz.to(x.dtype), dweight, dbias

@@ -1,0 +1,149 @@
+"""What bn_relu, bn_add_relu and their raw ops accept; the C++ ops refuse the same, in the same words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..checks import FLOATS, check_device, check_dtype, check_finite, check_shape, check_tensor
+
+
+def check_x(op: str, x: Any) -> None:
+    check_tensor(op, "x", x)
+    check_dtype(op, "x", x)
+    if not 2 <= x.dim() <= 5:
+        raise ValueError(f"{op}: x has shape {tuple(x.shape)}; accepted: 2 to 5 dimensions (N, C, ...)")
+
+
+def _check_like_x(op: str, name: str, t: Any, x: torch.Tensor) -> None:
+    check_tensor(op, name, t)
+    check_device(op, name, t, x)
+    check_dtype(op, name, t, (x.dtype,))
+    check_shape(op, name, t, x.shape, "the shape of x")
+
+
+def _check_per_channel(op: str, x: torch.Tensor, optional: bool = True, **named: Any) -> None:
+    """(C,), of any floating dtype that the dtype of the sums holds exactly."""
+    accepted = FLOATS if x.dtype == torch.float64 else FLOATS[:3]
+    for name, t in named.items():
+        check_tensor(op, name, t, optional)
+        if t is not None:
+            check_device(op, name, t, x)
+            check_dtype(op, name, t, accepted)
+            check_shape(op, name, t, x.shape[1:2], "the channels of x")
+
+
+def _check_scalar(op: str, name: str, t: Any, x: torch.Tensor, dtype: torch.dtype) -> None:
+    check_tensor(op, name, t)
+    check_device(op, name, t, x)
+    check_dtype(op, name, t, (dtype,))
+    if t.numel() != 1:
+        raise ValueError(f"{op}: {name} has shape {tuple(t.shape)}; accepted: (), a number")
+
+
+def _check_running(
+    op: str, x: torch.Tensor, running_mean: Any, running_var: Any, batches: Any, momentum: float | None
+) -> None:
+    if (running_mean is None) != (running_var is None):
+        missing = "running_mean" if running_mean is None else "running_var"
+        raise ValueError(f"{op}: {missing} is None and the other is not; accepted: both, or neither")
+    if momentum is not None:
+        check_finite(op, "momentum", momentum)
+    elif running_mean is not None and batches is None:
+        raise ValueError(f"{op}: momentum is None and num_batches_tracked is None; accepted: one of the two given")
+    if batches is not None:
+        _check_scalar(op, "num_batches_tracked", batches, x, torch.int64)
+
+
+def _check_several_values(op: str, x: torch.Tensor) -> None:
+    values = x.shape[0]
+    for size in x.shape[2:]:
+        values = values * size
+    if values == 1 and x.shape[1] > 0:
+        raise ValueError(
+            f"{op}: x has shape {tuple(x.shape)}: Expected more than 1 value per channel for batch statistics; "
+            "accepted: two or more, or running statistics"
+        )
+
+
+def _check_affine(op: str, x: Any, weight: Any, bias: Any, eps: float) -> None:
+    check_x(op, x)
+    _check_per_channel(op, x, weight=weight, bias=bias)
+    check_finite(op, "eps", eps, least=0)
+
+
+def check_forward(
+    op: str, x: Any, residual: Any, weight: Any, bias: Any, eps: float, running_mean: Any = None,
+    running_var: Any = None, batches: Any = None, momentum: float | None = 0.1, several: bool = True,
+) -> None:  # fmt: skip
+    """Batch statistics; residual None: bn_relu. `several`: whether one value per channel is refused."""
+    _check_affine(op, x, weight, bias, eps)
+    if residual is not None:
+        _check_like_x(op, "residual", residual, x)
+    _check_running(op, x, running_mean, running_var, batches, momentum)
+    _check_per_channel(op, x, running_mean=running_mean, running_var=running_var)
+    if several:
+        _check_several_values(op, x)
+
+
+def check_apply(op: str, x: Any, residual: Any, weight: Any, bias: Any, mean: Any, var: Any, eps: float) -> None:
+    """Given statistics."""
+    _check_affine(op, x, weight, bias, eps)
+    if residual is not None:
+        _check_like_x(op, "residual", residual, x)
+    _check_per_channel(op, x, optional=False, mean=mean, var=var)
+
+
+def check_backward(
+    op: str, dy: Any, x: Any, mask: Any, weight: Any, bias: Any, mean: Any, var: Any, eps: float,
+    need_dresidual: bool = False, **sums: Any,
+) -> None:  # fmt: skip
+    """Any of the backward ops; sums: what bn_relu_backward_apply is given."""
+    _check_affine(op, x, weight, bias, eps)
+    _check_like_x(op, "dy", dy, x)
+    _check_per_channel(op, x, optional=False, mean=mean, var=var, **sums)
+    if mask is not None:
+        check_device(op, "mask", mask, x)
+        check_dtype(op, "mask", mask, (torch.uint8,))
+        check_shape(op, "mask", mask, ((x.numel() + 7) // 8,), "a bit for each element of x")
+    elif need_dresidual and x.numel() > 0:
+        raise ValueError(f"{op}: need_dresidual is true and mask is None; accepted: the mask that the forward op gave")
+
+
+def check_update(
+    running_mean: Any, running_var: Any, mean: Any, var: Any, count: Any, batches: Any, momentum: float | None
+) -> None:
+    op = "bn_update_stats_"
+    _check_running(op, mean, running_mean, running_var, batches, momentum)
+    if mean.dim() != 1:
+        raise ValueError(f"{op}: mean has shape {tuple(mean.shape)}; accepted: (C,)")
+    for name, t in {"mean": mean, "var": var, "running_mean": running_mean, "running_var": running_var}.items():
+        check_dtype(op, name, t)
+        check_device(op, name, t, mean)
+        check_shape(op, name, t, mean.shape, "the channels of mean")
+    _check_scalar(op, "count", count, mean, torch.float64)
+
+
+def _broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:
+    return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(shape[::-1], to[::-1], strict=False))
+
+
+def check_public(
+    op: str, x: Any, residual: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any, training: bool,
+    momentum: float | None, eps: float, batches: Any, several: bool = True,
+) -> None:  # fmt: skip
+    """What `fasttricks.bn_relu` and `fasttricks.bn_add_relu` accept."""
+    check_forward(op, x, None, weight, bias, eps, running_mean, running_var, batches, momentum, training and several)
+    if residual is not None:
+        check_tensor(op, "residual", residual)
+        check_device(op, "residual", residual, x)
+        check_dtype(op, "residual", residual)
+        if not _broadcasts(residual.shape, x.shape):
+            raise ValueError(
+                f"{op}: residual has shape {tuple(residual.shape)}; accepted: the shape of x, {tuple(x.shape)}, or "
+                "one that broadcasts to it"
+            )
+    if not training and running_mean is None:
+        raise ValueError(f"{op}: training is False and running_mean, running_var are None; accepted: both given")
