@@ -47,6 +47,6 @@ def check_device(op: str, name: str, t: torch.Tensor, x: torch.Tensor) -> None:
 
 def check_finite(op: str, name: str, value: float, least: float = -math.inf) -> None:
     """ValueError unless value is finite and at least `least`."""
-    if not least <= value or math.isinf(value):
-        accepted = "a finite number" if math.isinf(least) else f"{least:g} or more, finite"
+    if not (least <= value and -math.inf < value < math.inf):  # comparisons, which torch.compile traces
+        accepted = "a finite number" if least == -math.inf else f"{least:g} or more, finite"
         raise ValueError(f"{op}: {name} is {value}; accepted: {accepted}")
