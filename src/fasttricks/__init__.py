@@ -8,6 +8,7 @@ from .ops.avgpool_conv1x1 import avgpool_conv1x1
 from .ops.bn_relu import bn_add_relu, bn_relu
 from .ops.sgd import sgd_check, sgd_step
 from .patch import fuse, fusions, unfuse, unfused
+from .recomputation import recompute
 
 __all__ = [
     "avgpool_conv1x1",
@@ -19,6 +20,7 @@ __all__ = [
     "info",
     "nn",
     "optim",
+    "recompute",
     "sgd_check",
     "sgd_step",
     "unfuse",

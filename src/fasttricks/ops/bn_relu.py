@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.autograd import forward_ad
 
 from ..backends import loaded_namespaces, ops_for
 from ..layout import layout_of
+from ..recomputation import current
 from ..reference import bn_relu as plain
 from .bn_relu_checks import check_apply, check_backward, check_forward, check_public, check_update, check_x
 
@@ -212,6 +214,11 @@ def _raw(x: Any, residual: Any, weight: Any, bias: Any, constants: _Constants) -
     return y, mean, var, mask
 
 
+def _again(ops: Any, eps: float, x: Any, residual: Any, weight: Any, bias: Any, mean: Any, var: Any) -> torch.Tensor:
+    """y once more, from the statistics that it had."""
+    return _raw(x, residual, weight, bias, (ops, False, None, eps, mean, var, None))[0]
+
+
 class _Fused(torch.autograd.Function):
     """All four ops as one node of autograd's graph. whole: all outputs of the raw op, else y alone."""
 
@@ -222,6 +229,10 @@ class _Fused(torch.autograd.Function):
         ctx.save_for_backward(x, weight, bias, mean, var, mask)
         ctx.constants = constants
         if not whole:
+            if (outputs := current()) is not None:
+                outputs.add(
+                    y, functools.partial(_again, constants[0], constants[3]), x, residual, weight, bias, mean, var
+                )
             return y
         ctx.set_materialize_grads(False)
         others = [t for t in ((mean, var, mask) if constants[1] else (mask,)) if t is not None]

@@ -16,6 +16,7 @@ import torch
 from torch import fx, nn
 
 from ..nn import run
+from ..recomputation import recompute
 from . import match
 from .trace import CONTAINER, DEFAULT, TENSOR, Kinds, Signature, Untraceable, kind_of, original_class, trace
 
@@ -204,6 +205,19 @@ def _reduce_as_original(self: nn.Module, protocol: int) -> tuple[Any, ...]:
 
 def _state_of(module: nn.Module) -> Any:
     return module.__getstate__() if hasattr(module, "__getstate__") else module.__dict__.copy()
+
+
+def recomputing_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class of a whole model, which `fuse` has changed or not, with each forward pass within `recompute()`."""
+    inner = cls.forward
+
+    @functools.wraps(inner)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with recompute():
+            return inner(self, *args, **kwargs)
+
+    base = getattr(cls, "_fasttricks_original", cls)
+    return _subclass(base, forward, getattr(cls, "_fasttricks_pairs", {}))
 
 
 # ---- timm's BatchNorm that holds its ReLU ----

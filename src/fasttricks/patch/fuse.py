@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..nn import run
-from .block import Allowed, Plan, fingerprint, fused_class, fused_norm_act_class, has_relu, plan
+from .block import Allowed, Plan, fingerprint, fused_class, fused_norm_act_class, has_relu, plan, recomputing_class
 from .match import BN_ADD_RELU, BN_RELU, NOT_WANTED, POOL_CONV, Left
 from .report import Fusion, Fusions
 from .trace import Untraceable, original_class
@@ -27,6 +27,7 @@ def fuse(
     avgpool_conv1x1: bool = True,
     filter_fn: Filter | None = None,
     strict: bool = False,
+    recompute: bool = False,
 ) -> Model:
     """Runs each BatchNorm with its ReLU, or addition and ReLU, and each 2x2 pool with its 1x1 convolution as one op.
 
@@ -41,6 +42,7 @@ def fuse(
         bn_relu, bn_add_relu, avgpool_conv1x1: which kinds of pairs.
         filter_fn: called with the BatchNorm (or the 1x1 convolution) and its name; False leaves that pair as it is.
         strict: raise if a pair is left as it is for another reason than these arguments.
+        recompute: run every forward pass of the model within `fasttricks.recompute()`, which saves memory.
 
     Returns:
         The same model. `fasttricks.fusions(model)` says what was done, and why anything was left.
@@ -65,6 +67,8 @@ def fuse(
     unfuse(model)
     for module, cls in changes:
         module.__class__ = cls
+    if recompute:
+        model.__class__ = recomputing_class(type(model))  # type: ignore[assignment]
     return model
 
 

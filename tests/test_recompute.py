@@ -1,0 +1,215 @@
+"""recompute: the backward pass rebuilds outputs instead of keeping them; gradients are equal bit for bit."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import fasttricks
+from fasttricks.nn import BatchNormAddReLU2d, BatchNormReLU2d
+
+
+class Block(nn.Module):
+    def __init__(self, channels: int, shortcut: bool = False) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 1)
+        self.bn1 = BatchNormReLU2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.bn2 = BatchNormAddReLU2d(channels)
+        self.shortcut = nn.Sequential(nn.Conv2d(channels, channels, 1), nn.BatchNorm2d(channels)) if shortcut else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = x if self.shortcut is None else self.shortcut(x)
+        return self.bn2(self.conv2(self.bn1(self.conv1(x))), residual)
+
+
+def network(channels: int = 4) -> nn.Sequential:
+    """Blocks in a row, so that an output is rebuilt from outputs that are rebuilt themselves."""
+    blocks = [Block(channels, shortcut=True), Block(channels), Block(channels)]
+    return nn.Sequential(nn.Conv2d(3, channels, 3), BatchNormReLU2d(channels), nn.MaxPool2d(2), *blocks)
+
+
+def gradients(model: nn.Module, x: Tensor, forward: Callable[[Tensor], Tensor] | None = None) -> list[Tensor]:
+    model.zero_grad()
+    x = x.clone().requires_grad_()
+    (forward or model)(x).float().square().mean().backward()
+    return [x.grad, *[p.grad for p in model.parameters()]]
+
+
+def within(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        with fasttricks.recompute():
+            return model(x)
+
+    return forward
+
+
+def equal(some: list[Tensor], others: list[Tensor]) -> bool:
+    return len(some) == len(others) and all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
+
+
+def live_bytes(run: Callable[[], object]) -> int:
+    """Bytes allocated by run, and not freed while its result lives."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        kept = run()
+    del kept
+    return sum(event.self_cpu_memory_usage for event in profile.events())
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_gradients_are_equal_to_the_last_bit(dtype: torch.dtype, layout: torch.memory_format) -> None:
+    model = network().to(dtype=dtype, memory_format=layout)
+    twin = copy.deepcopy(model)
+    x = torch.randn(3, 3, 17, 15, dtype=dtype).to(memory_format=layout)
+    assert equal(gradients(twin, x, within(twin)), gradients(model, x))
+    assert equal(list(twin.buffers()), list(model.buffers()))
+
+
+@pytest.mark.parametrize("mode", ["zero weight", "frozen", "eval"])
+def test_other_modes(mode: str) -> None:
+    model = network()
+    for norm in [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]:
+        if mode == "zero weight":
+            nn.init.zeros_(norm.weight)
+        if mode == "frozen":
+            norm.bias.requires_grad_(False)
+    model.train(mode != "eval")
+    x = torch.randn(3, 3, 17, 15)
+
+    def run(forward: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        model.zero_grad()
+        forward(x).square().mean().backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    assert equal(run(within(model)), run(model))
+
+
+def test_what_is_kept() -> None:
+    """Of each output that a convolution reads, nothing; the input of the op is saved as before."""
+    x = torch.randn(4, 8, 32, 32)
+    conv = nn.Conv2d(8, 8, 1, bias=False)
+    model = nn.Sequential(nn.Conv2d(8, 8, 1, bias=False), BatchNormReLU2d(8), conv)
+    size = x.numel() * x.element_size()
+
+    def mean(forward: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
+        return lambda: forward(x).mean()
+
+    mean(model)()  # what the first call alone allocates
+    plain, rebuilt = live_bytes(mean(model)), live_bytes(mean(within(model)))
+    assert plain == pytest.approx(2 * size, rel=0.05)
+    assert rebuilt == pytest.approx(size, rel=0.05)
+
+
+def test_an_output_that_was_changed_in_place_is_kept() -> None:
+    norm, conv = BatchNormReLU2d(4), nn.Conv2d(4, 4, 1)
+
+    def run(x: Tensor) -> Tensor:
+        y = norm(x)
+        y.mul_(2)
+        return conv(y)
+
+    x = torch.randn(2, 4, 5, 5)
+    want = gradients(conv, x, run)
+
+    def rebuilt(x: Tensor) -> Tensor:
+        with fasttricks.recompute():
+            return run(x)
+
+    assert equal(gradients(conv, x, rebuilt), want)
+
+
+def test_changes_in_place_are_errors_as_they_are_without() -> None:
+    norm, conv = BatchNormReLU2d(4), nn.Conv2d(4, 4, 1)
+    for changed in (lambda x: x, lambda x: norm.weight):
+        x = torch.randn(2, 4, 5, 5).requires_grad_() * 1
+        with fasttricks.recompute():
+            y = conv(norm(x))
+        with torch.no_grad():
+            changed(x).mul_(2)
+        with pytest.raises(RuntimeError, match="changed in place"):
+            y.sum().backward()
+
+
+def test_twice_through_one_graph() -> None:
+    model, x = network(), torch.randn(3, 3, 17, 15)
+    with fasttricks.recompute():
+        loss = model(x).square().mean()
+    parameters = list(model.parameters())
+    first = torch.autograd.grad(loss, parameters, retain_graph=True)
+    assert equal(list(torch.autograd.grad(loss, parameters)), list(first))
+
+
+def test_double_backward() -> None:
+    model, x = network().double(), torch.randn(2, 3, 9, 9, dtype=torch.float64, requires_grad=True)
+
+    def second(forward: Callable[[Tensor], Tensor]) -> Tensor:
+        (first,) = torch.autograd.grad(forward(x).square().mean(), x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), x)[0]
+
+    torch.testing.assert_close(second(within(model)), second(model))
+
+
+def test_inside_checkpoints_and_autocast() -> None:
+    model = network()
+
+    def checkpointed(x: Tensor) -> Tensor:
+        return checkpoint(model, x, use_reentrant=False)
+
+    def autocast(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(x)
+
+    x = torch.randn(3, 3, 17, 15)
+    for forward in (checkpointed, autocast):
+
+        def rebuilt(x: Tensor, forward: Callable[[Tensor], Tensor] = forward) -> Tensor:
+            with fasttricks.recompute():
+                return forward(x)
+
+        assert equal(gradients(model, x, rebuilt), gradients(model, x, forward))
+
+
+def test_compiled_graphs_are_as_without() -> None:
+    model, x = network(), torch.randn(3, 3, 17, 15)
+    torch._dynamo.reset()
+    compiled = torch.compile(within(model), backend="aot_eager", fullgraph=True)
+    want = gradients(model, x)
+    for a, b in zip(gradients(model, x, compiled), want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_fuse_with_recompute() -> None:
+    torchvision = pytest.importorskip("torchvision")
+    model = torchvision.models.resnet18(num_classes=5)
+    fused = fasttricks.fuse(copy.deepcopy(model))
+    rebuilt = fasttricks.fuse(copy.deepcopy(model), recompute=True)
+    x = torch.randn(2, 3, 64, 64)
+    want = gradients(fused, x)
+    assert equal(gradients(rebuilt, x), want)
+    assert equal(gradients(copy.deepcopy(rebuilt), x)[1:], gradients(copy.deepcopy(fused), x)[1:])
+    assert type(fasttricks.unfuse(rebuilt)) is type(model)
+
+
+@pytest.mark.parametrize("name", ["torchvision/resnet50", "resnet50d", "torchvision/densenet121"])
+def test_saved_bytes_of_whole_models(name: str) -> None:
+    """At most 0.6 of what eager torch keeps, whose ReLUs work in place."""
+    from fasttricks.models import build
+
+    model = build(name, fused=False)
+    x = torch.randn(2, 3, 96, 96)
+    eager = live_bytes(lambda: model(x).sum())
+    rebuilt = fasttricks.fuse(build(name), recompute=True)
+    assert live_bytes(lambda: rebuilt(x).sum()) <= 0.6 * eager
+
+
+def test_no_module_is_no_context() -> None:
+    with fasttricks.recompute(), fasttricks.recompute():  # the inner one joins the outer one
+        y = F.relu(torch.randn(3, requires_grad=True))
+    y.sum().backward()
