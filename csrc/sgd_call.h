@@ -4,8 +4,10 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cmath>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -50,25 +52,35 @@ inline bool sgd_dense(const Tensor& t) {
 
 // ---- checks ----
 
-inline void sgd_check_tensor(const char* op, const char* arg, size_t i, const Tensor& t, const Tensor& first) {
-  check_floating(op, arg, t);
-  FT_CHECK(op, t.device() == first.device(), arg, "[", i, "] is on another device than the first tensor");
+// Returns the dtype. `first` is the tensor that says on which device all are.
+inline ScalarType sgd_check_tensor(const char* op, const char* arg, size_t i, const Tensor& t, const Tensor& first) {
+  const ScalarType type = t.scalar_type();
+  FT_CHECK(op, is_floating(type), arg, "[", i, "] has dtype ", name_of(type),
+           "; accepted: float16, bfloat16, float32, float64");
+  FT_CHECK(op, &t == &first || t.device() == first.device(), arg, "[", i,
+           "] is on another device than the first tensor");
   FT_CHECK(op, t.dim() <= kSgdMaxDims, arg, "[", i, "] has ", t.dim(), " dimensions; accepted: at most ", kSgdMaxDims);
+  return type;
 }
 
 inline void sgd_check_beside(const char* op, const char* arg, size_t i, const Tensor& t, const Tensor& param,
-                             ScalarType type) {
-  sgd_check_tensor(op, arg, i, t, param);
-  FT_CHECK(op, t.scalar_type() == type, arg, "[", i, "] has dtype ", name_of(t.scalar_type()),
-           "; accepted: ", name_of(type));
+                             ScalarType want) {
+  const ScalarType type = sgd_check_tensor(op, arg, i, t, param);
+  FT_CHECK(op, type == want, arg, "[", i, "] has dtype ", name_of(type), "; accepted: ", name_of(want));
   FT_CHECK(op, sgd_same_sizes(t, param), arg, "[", i, "] has shape ", shape_of(t), "; accepted: ", shape_of(param),
            ", the parameter's");
 }
 
 inline void sgd_check_written(const char* op, const char* arg, size_t i, const Tensor& t) {
+  if (t.is_contiguous()) return;
   for (int64_t d = 0; d < t.dim(); ++d)
     FT_CHECK(op, t.size(d) <= 1 || t.stride(d) != 0 || t.numel() == 0, arg, "[", i,
              "] is an expanded tensor: several of its elements are one place in memory, which cannot be written");
+}
+
+inline void sgd_check_number(const char* op, const char* arg, double value, double least) {
+  FT_CHECK(op, std::isfinite(value) && value >= least, arg, " is ", value, "; accepted: a finite number",
+           least == 0.0 ? " >= 0" : "");
 }
 
 inline void sgd_check_count(const char* op, const char* arg, size_t count, size_t want) {
@@ -120,9 +132,9 @@ void for_checked(const std::vector<Tensor>& grads, const std::vector<Tensor>& pa
   if (!weight_sq.has_value()) return;
   size_t next = 0;
   for (size_t i = 0; i < params.size(); ++i) {
-    sgd_check_tensor(op, "params", i, params[i], found_inf);
+    const ScalarType type = sgd_check_tensor(op, "params", i, params[i], found_inf);
     const Tensor* master = nullptr;
-    if (is_half(params[i].scalar_type())) {
+    if (is_half(type)) {
       FT_CHECK(op, next < masters.size(), "masters has ", masters.size(),
                " tensors; accepted: one for each half parameter");
       master = &masters[next];
@@ -149,7 +161,7 @@ struct SgdStepCall {
   const std::vector<bool>&nesterov, &maximize;
   const std::vector<double>& trust_coefficient;
   const MaybeTensor &grad_scale, &found_inf, &grad_sq, &weight_sq;
-  double max_norm;
+  double max_norm, eps;
 
   static constexpr const char* op = "sgd_step";
 
@@ -172,6 +184,14 @@ struct SgdStepCall {
       FT_CHECK(op, size >= 0, "group_sizes has ", size, "; accepted: at least 0");
       sized += size;
     }
+    for (const auto& [arg, values, least] :
+         {std::tuple<const char*, const std::vector<double>*, double>{"momentum", &momentum, 0.0},
+          {"dampening", &dampening, -INFINITY},
+          {"weight_decay", &weight_decay, 0.0},
+          {"trust_coefficient", &trust_coefficient, 0.0}})
+      for (double value : *values) sgd_check_number(op, arg, value, least);
+    sgd_check_number(op, "eps", eps, 0.0);
+    sgd_check_number(op, "max_norm", max_norm, 0.0);
     FT_CHECK(op, size_t(sized) == params.size(), "group_sizes add up to ", sized, "; accepted: ", params.size(),
              ", the number of params");
     if (params.empty()) return;
@@ -190,12 +210,12 @@ struct SgdStepCall {
       FT_CHECK(op, trust_coefficient[g] <= 0 || (grad_sq.has_value() && weight_sq.has_value()),
                "grad_sq or weight_sq is None; accepted with trust_coefficient: what sgd_check wrote");
       for (int64_t j = 0; j < group_sizes[g]; ++j, ++i) {
-        sgd_check_tensor(op, "params", i, params[i], params[0]);
+        const ScalarType type = sgd_check_tensor(op, "params", i, params[i], params[0]);
         sgd_check_tensor(op, "grads", i, grads[i], params[0]);
         FT_CHECK(op, sgd_same_sizes(params[i], grads[i]), "grads[", i, "] has shape ", shape_of(grads[i]),
                  "; accepted: ", shape_of(params[i]), ", the parameter's");
         sgd_check_written(op, "params", i, params[i]);
-        const ScalarType computed = accumulate_type(params[i].scalar_type());
+        const ScalarType computed = accumulate_type(type);
         const auto beside = [&](const char* arg, std::vector<Tensor>& list, size_t& next) {
           FT_CHECK(op, next < list.size(), arg, " has ", list.size(),
                    " tensors; accepted: one for each parameter that needs one");
@@ -204,16 +224,18 @@ struct SgdStepCall {
           return &list[next++];
         };
         SgdStepped t{i, g, params[i], grads[i], nullptr, nullptr, nullptr};
-        if (is_half(params[i].scalar_type())) t.master = beside("masters", masters, next_master);
+        if (is_half(type)) t.master = beside("masters", masters, next_master);
         if (momentum[g] != 0.0) {
           const size_t at = next_buffer;
           t.buffer = beside("momentum_buffers", buffers, next_buffer);
           FT_CHECK(op, at < steps.size(), "steps has ", steps.size(),
                    " tensors; accepted: one for each momentum buffer");
           t.steps = &steps[at];
-          const std::string name = "steps[" + std::to_string(at) + "]";
-          check_dtype(op, name.c_str(), *t.steps, ScalarType::Float);
-          sgd_check_scalar(op, name.c_str(), *t.steps, params[0]);
+          FT_CHECK(op, t.steps->numel() == 1, "steps[", at, "] has shape ", shape_of(*t.steps),
+                   "; accepted: one element");
+          FT_CHECK(op, t.steps->scalar_type() == ScalarType::Float, "steps[", at, "] has dtype ",
+                   name_of(t.steps->scalar_type()), "; accepted: float32");
+          sgd_check_tensor(op, "steps", at, *t.steps, params[0]);
         }
         use(t);
       }

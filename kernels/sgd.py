@@ -1,4 +1,4 @@
-"""sgd_check and sgd_step in Triton: checks, tables, launch plans and registration. sgd_kernels.py has the formulas."""
+"""sgd_check and sgd_step in Triton: tables, launch plans and registration. sgd_kernels.py has the formulas."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from triton import cdiv
 
-from ..reference.bn_relu import accumulate_dtype
-from ..reference.sgd import is_half
+from ..ops.sgd_call import CheckCall, StepCall, Stepped, is_half
 from . import launch as launching
 from . import sgd_kernels as kernels
 
@@ -91,89 +90,6 @@ class Packed:
     def copy_back(self) -> None:
         for target, copy in self._copies:
             target.copy_(copy)
-
-
-# ---- checks ----
-
-
-def _check_device(op: str, name: str, t: Tensor, device: torch.device) -> None:
-    if t.device != device:
-        launching.fail(op, name, f"is on {t.device}", f"{device}, where the first tensor is")
-
-
-def _check_dtype(op: str, name: str, t: Tensor, *accepted: torch.dtype) -> None:
-    if t.dtype not in accepted:
-        mine, *names = (str(d).removeprefix("torch.") for d in (t.dtype, *accepted))
-        launching.fail(op, name, f"has dtype {mine}", ", ".join(names))
-
-
-def _check_shape(op: str, name: str, t: Tensor, param: Tensor) -> None:
-    if t.shape != param.shape:
-        launching.fail(op, name, f"has shape {tuple(t.shape)}", f"{tuple(param.shape)}, the parameter's")
-
-
-def _check_tensor(op: str, name: str, t: Tensor, device: torch.device) -> None:
-    _check_dtype(op, name, t, *launching.DTYPES)
-    _check_device(op, name, t, device)
-
-
-def _check_written(op: str, name: str, t: Tensor) -> None:
-    if t.is_contiguous() or t.numel() == 0:
-        return
-    if any(stride == 0 and size > 1 for stride, size in zip(t.stride(), t.shape, strict=True)):
-        launching.fail(
-            op, name, "is expanded: several of its elements are one place in memory", "tensors that can be written"
-        )
-
-
-def _check_scalar(
-    op: str, name: str, t: Tensor | None, device: torch.device, dtypes: tuple[torch.dtype, ...] = (torch.float32,)
-) -> None:
-    if t is None:
-        return
-    if t.numel() != 1:
-        launching.fail(op, name, f"has shape {tuple(t.shape)}", "one element")
-    _check_dtype(op, name, t, *dtypes)
-    _check_device(op, name, t, device)
-
-
-def _check_squares(op: str, name: str, t: Tensor | None, count: int, exactly: bool, device: torch.device) -> None:
-    if t is None:
-        return
-    _check_dtype(op, name, t, torch.float64)
-    _check_device(op, name, t, device)
-    if t.dim() != 1 or t.numel() < count or (exactly and t.numel() != count) or not t.is_contiguous():
-        more = "" if exactly else " or longer"
-        launching.fail(op, name, f"has shape {tuple(t.shape)}", f"({count},){more}, contiguous")
-
-
-def _check_count(op: str, name: str, values: Sequence[Any], want: int, of: str) -> None:
-    if len(values) != want:
-        launching.fail(op, name, f"has {len(values)} {of}", f"{want}, one for each that needs one")
-
-
-class Beside:
-    """A list with a tensor for each parameter that needs one, in order."""
-
-    def __init__(self, op: str, name: str, tensors: Sequence[Tensor]) -> None:
-        self.op, self.name, self.tensors, self.taken = op, name, tensors, 0
-
-    def next(self, param: Tensor, dtype: torch.dtype, written: bool) -> Tensor:
-        """The parameter's, checked: of its shape, and of this dtype."""
-        i = self.taken
-        if i == len(self.tensors):
-            launching.fail(self.op, self.name, f"has {i} tensors", "one for each parameter that needs one")
-        self.taken += 1
-        t, name = self.tensors[i], f"{self.name}[{i}]"
-        _check_dtype(self.op, name, t, dtype)
-        _check_device(self.op, name, t, param.device)
-        _check_shape(self.op, name, t, param)
-        if written:
-            _check_written(self.op, name, t)
-        return t
-
-    def end(self) -> None:
-        _check_count(self.op, self.name, self.tensors, self.taken, "tensors")
 
 
 # ---- tables and plans ----
@@ -289,24 +205,19 @@ def sgd_check(
     weight_sq: Tensor | None,
 ) -> None:
     """See fasttricks.sgd_check; the arguments of the raw op."""
-    op, device = "sgd_check", found_inf.device
-    _check_scalar(op, "found_inf", found_inf, device)
-    _check_squares(op, "grad_sq", grad_sq, len(grads), True, device)
-    _check_squares(op, "weight_sq", weight_sq, len(params), True, device)
+    CheckCall(grads, params, masters, found_inf, grad_sq, weight_sq).check()
+    device = found_inf.device
     items = []
     for i, grad in enumerate(grads):
-        _check_tensor(op, f"grads[{i}]", grad, device)
         dtype = launching.DTYPES.index(grad.dtype)
         items.append(Item((False, dtype, dtype, False), grad.numel(), 0, i, (*_packed([grad]), *[None] * 4)))
     if weight_sq is not None:
-        copies = Beside(op, "masters", masters)
+        rest = iter(masters)
         for i, param in enumerate(params):
-            _check_tensor(op, f"params[{i}]", param, device)
-            master = copies.next(param, torch.float32, False) if is_half(param) else None
+            master = next(rest) if is_half(param) else None
             dtype = launching.DTYPES.index(param.dtype)
             tensors = (None, *_packed([param, master]), None, None)
             items.append(Item((True, dtype, dtype, False), param.numel(), 0, i, tensors))
-        copies.end()
     if not items:
         return
     call = Call(items, (), (0.0, 0.0))
@@ -345,30 +256,14 @@ def sgd_step(
     weight_sq: Tensor | None,
 ) -> None:
     """See fasttricks.sgd_step; the arguments of the raw op."""
-    op = "sgd_step"
-    _check_count(op, "grads", grads, len(params), "tensors")
-    options = {
-        "lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay, "nesterov": nesterov,
-        "maximize": maximize, "trust_coefficient": trust_coefficient,
-    }  # fmt: skip
-    for name, values in options.items():
-        _check_count(op, name, values, len(group_sizes), "values")
-    if min(group_sizes, default=0) < 0:
-        launching.fail(op, "group_sizes", f"has {min(group_sizes)}", "at least 0")
-    if sum(group_sizes) != len(params):
-        launching.fail(op, "group_sizes", f"add up to {sum(group_sizes)}", f"{len(params)}, the number of params")
+    step = StepCall(
+        params, grads, momentum_buffers, steps, masters, group_sizes, lr, momentum, dampening, weight_decay, nesterov,
+        maximize, trust_coefficient, eps, lr_in_momentum, max_norm, grad_scale, found_inf, grad_sq, weight_sq,
+    )  # fmt: skip
+    step.check()
     if not params:
         return
-    device, lars = params[0].device, any(eta > 0 for eta in trust_coefficient)
-    _check_scalar(op, "grad_scale", grad_scale, device)
-    _check_scalar(op, "found_inf", found_inf, device)
-    _check_squares(op, "grad_sq", grad_sq, len(params), False, device)
-    _check_squares(op, "weight_sq", weight_sq, len(params), False, device)
-    if grad_sq is None and (max_norm > 0 or lars):
-        launching.fail(op, "grad_sq", "is None", "with max_norm or trust_coefficient: what sgd_check wrote")
-    if weight_sq is None and lars:
-        launching.fail(op, "weight_sq", "is None", "with trust_coefficient: what sgd_check wrote")
-    given = list(_stepped(params, grads, momentum_buffers, steps, masters, group_sizes, lr, momentum))
+    given = [_item(t) for t in step.tensors()]
     flags = [
         kernels.NESTEROV.value * nesterov[g]
         | kernels.MAXIMIZE.value * maximize[g]
@@ -386,7 +281,7 @@ def sgd_step(
     ]
     scalars: dict[str, Any] = {"grad_scale": grad_scale, "found_inf": found_inf}
     scalars |= {"grad_sq": grad_sq, "weight_sq": weight_sq, "norms": 0 if grad_sq is None else grad_sq.numel()}
-    modes = {"CLIP": max_norm > 0, "LARS": lars, "LR_IN_MOMENTUM": lr_in_momentum}
+    modes = {"CLIP": max_norm > 0, "LARS": any(trust_coefficient), "LR_IN_MOMENTUM": lr_in_momentum}
     # tensors that share memory are stepped one by one, all with the counts that they came with
     parts = [[t] for t in given] if _share_memory(params) or _repeated(steps) else [given]
     calls = []
@@ -405,33 +300,10 @@ def sgd_step(
         launching.launch(kernels.sgd_count_kernel, grid, arguments, {"BLOCK": COUNTS}, 4)
 
 
-def _stepped(
-    params: Sequence[Tensor], grads: Sequence[Tensor], momentum_buffers: Sequence[Tensor], steps: Sequence[Tensor],
-    masters: Sequence[Tensor], group_sizes: Sequence[int], lr: Sequence[Tensor], momentum: Sequence[float],
-) -> Iterator[Item]:  # fmt: skip
-    """The tensors to step, checked."""
-    op, device = "sgd_step", params[0].device
-    copies, buffers = Beside(op, "masters", masters), Beside(op, "momentum_buffers", momentum_buffers)
-    _check_count(op, "steps", steps, len(momentum_buffers), "tensors")
-    for i, step in enumerate(steps):
-        _check_scalar(op, f"steps[{i}]", step, device)
-    groups = [g for g, size in enumerate(group_sizes) for _ in range(size)]
-    for rate in lr:
-        _check_scalar(op, "lr", rate, device, (torch.float32, torch.float64))
-    for i, (g, param, grad) in enumerate(zip(groups, params, grads, strict=True)):
-        _check_tensor(op, f"params[{i}]", param, device)
-        _check_tensor(op, f"grads[{i}]", grad, device)
-        _check_shape(op, f"grads[{i}]", grad, param)
-        _check_written(op, f"params[{i}]", param)
-        computed = accumulate_dtype(param.dtype)
-        moves = momentum[g] != 0
-        master = copies.next(param, computed, True) if is_half(param) else None
-        buffer = buffers.next(param, computed, True) if moves else None
-        count = steps[buffers.taken - 1] if moves else None
-        key = (False, launching.DTYPES.index(param.dtype), launching.DTYPES.index(grad.dtype), moves)
-        yield Item(key, param.numel(), g, i, (grad, param, master, buffer, count))
-    copies.end()
-    buffers.end()
+def _item(t: Stepped) -> Item:
+    dtypes = launching.DTYPES.index(t.param.dtype), launching.DTYPES.index(t.grad.dtype)
+    tensors = t.grad, t.param, t.master, t.momentum_buffer, t.steps
+    return Item((False, *dtypes, t.momentum_buffer is not None), t.param.numel(), t.group, t.index, tensors)
 
 
 def _share_memory(params: Sequence[Tensor]) -> bool:

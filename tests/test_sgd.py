@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import fasttricks
-from fasttricks.backends import namespaces, not_loaded
+from fasttricks.backends import not_loaded
 from fasttricks.ops.sgd import sgd_check, sgd_step
 
 HALF = (torch.float16, torch.bfloat16)
@@ -325,73 +325,6 @@ def test_empty_lists(backend: str) -> None:
     found = torch.zeros(())
     sgd_check([], found)
     assert found == 0
-
-
-BAD = [
-    (dict(lr=math.nan), ValueError, "lr is nan"),
-    (dict(lr=-1.0), ValueError, "lr is -1"),
-    (dict(momentum=-0.1), ValueError, "momentum is -0.1"),
-    (dict(weight_decay=math.inf), ValueError, "weight_decay is inf"),
-    (dict(momentum=[0.1, 0.2]), ValueError, "momentum has 2 values"),
-    (dict(momentum=0.9), ValueError, "momentum_buffers has 0"),
-    (dict(grads=[torch.ones(2)]), ValueError, r"grads\[0\] has shape \(2,\)"),
-    (dict(grads=[]), ValueError, "grads has 0"),
-    (dict(grads=[torch.ones(3).to_sparse()]), TypeError, "layout"),
-    (dict(grads=[torch.ones(3, dtype=torch.complex64)]), TypeError, "complex64"),
-    (dict(params=[torch.ones(3, dtype=torch.int32)]), TypeError, "int32"),
-    (dict(params=[torch.ones(3, dtype=torch.float16)]), ValueError, "masters has 0"),
-    (dict(grads=[torch.ones(3, device="meta")]), ValueError, "meta"),
-    (dict(group_sizes=[2]), ValueError, "group_sizes"),
-    (dict(max_norm=1.0), ValueError, "grad_sq is None"),
-    (dict(max_norm=-1.0), ValueError, "max_norm is -1"),
-]
-
-
-@pytest.mark.parametrize(("change", "error", "message"), BAD)
-def test_bad_arguments(change: dict, error: type, message: str) -> None:
-    arguments = {"params": [torch.ones(3)], "grads": [torch.ones(3)], "lr": 0.1, **change}
-    params = arguments.pop("params")
-    before = params[0].clone()
-    with pytest.raises(error, match=message):
-        sgd_step(params, arguments.pop("grads"), **arguments)
-    assert torch.equal(params[0], before)
-
-
-@pytest.mark.parametrize("name", [name for name in ("cpu", "triton") if name not in not_loaded])
-def test_the_raw_op_checks_for_itself(name: str) -> None:
-    ops = getattr(torch.ops, namespaces[name])
-
-    def call(params: list, grads: list, buffers: list, steps: list, masters: list, **more: object) -> None:
-        arguments = {"sizes": [len(params)], "lr": [torch.tensor(0.1)], "mu": [0.9], **more}
-        tail = ([0.0], [0.0], [False], [False], [0.0], 0.0, False, 0.0, None, more.get("found_inf"), None, None)
-        ops.sgd_step(
-            params, grads, buffers, steps, masters, arguments["sizes"], arguments["lr"], arguments["mu"], *tail
-        )
-
-    a, z, half = torch.ones(3), torch.zeros(()), torch.ones(3).half()
-    bad = [
-        (([a], [], [a], [z], []), {}, "grads has 0 tensors"),
-        (([a], [torch.ones(4)], [a.clone()], [z], []), {}, r"grads\[0\] has shape \(4,?\)"),
-        (([a], [a.int()], [a.clone()], [z], []), {}, "int32"),
-        (([a], [a], [], [], []), {}, "momentum_buffers has 0"),
-        (([a], [a], [half.clone()], [z], []), {}, r"momentum_buffers\[0\] has dtype float16"),
-        (([half], [a], [a.clone()], [z], []), {}, "masters has 0"),
-        (([a], [a], [a.clone()], [z], [a.clone()]), {}, "masters has 1"),
-        (([a], [a], [a.clone()], [torch.zeros(2)], []), {}, r"steps\[0\]"),
-        (([a], [a], [a.clone()], [z], []), {"lr": [torch.zeros(2)]}, "lr has shape"),
-        (([a], [a], [a.clone()], [z], []), {"lr": []}, "lr has 0 values"),
-        (([a], [a], [a.clone()], [z], []), {"sizes": [2]}, "group_sizes add up to 2"),
-        (([a], [a], [a.clone()], [z], []), {"found_inf": torch.zeros(2)}, "found_inf has shape"),
-        (([torch.ones(1).expand(3)], [a], [a.clone()], [z], []), {}, "expanded"),
-    ]
-    for arguments, more, message in bad:
-        with pytest.raises((RuntimeError, ValueError), match=f"sgd_step: .*{message}"):
-            call(*arguments, **more)
-    assert (a == 1).all()
-    with pytest.raises((RuntimeError, ValueError), match="sgd_check: found_inf has shape"):
-        ops.sgd_check([a], [], [], torch.zeros(2), None, None)
-    with pytest.raises((RuntimeError, ValueError), match="sgd_check: grad_sq"):
-        ops.sgd_check([a], [], [], z, torch.zeros(2, dtype=torch.float64), None)
 
 
 def samples() -> dict[str, list[tuple]]:

@@ -238,7 +238,7 @@ void sgd_step(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector
               std::optional<Tensor> weight_sq) {
   const SgdStepCall call{params,    grads,     momentum_buffers, steps,    masters,  group_sizes,       lr,
                          momentum,  dampening, weight_decay,     nesterov, maximize, trust_coefficient, grad_scale,
-                         found_inf, grad_sq,   weight_sq,        max_norm};
+                         found_inf, grad_sq,   weight_sq,        max_norm, eps};
   std::vector<Stepped> all;
   std::vector<int64_t> numels;
   call.for_stepped([&](const SgdStepped& given) {

@@ -101,7 +101,7 @@ void sgd_step(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector
               MaybeTensor grad_scale, MaybeTensor found_inf, MaybeTensor grad_sq, MaybeTensor weight_sq) {
   const SgdStepCall call{params,    grads,     momentum_buffers, steps,    masters,  group_sizes,       lr,
                          momentum,  dampening, weight_decay,     nesterov, maximize, trust_coefficient, grad_scale,
-                         found_inf, grad_sq,   weight_sq,        max_norm};
+                         found_inf, grad_sq,   weight_sq,        max_norm, eps};
   check_how_many("sgd_step", params.size());
   std::vector<SgdStepped> all;
   call.for_stepped([&](const SgdStepped& t) { all.push_back(t); });

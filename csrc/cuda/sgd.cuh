@@ -132,7 +132,9 @@ __global__ void __launch_bounds__(kSgdThreads)
     return view.tensor(other) == tensor && bool(view.group(view.group_of_entry(other)).flags & kSgdWeight) == weight;
   };
   if (e > 0 && is_same(e - 1)) return;  // the warp of its first entry has it
-  double* const out = (weight ? header.weight_sq : header.grad_sq) + tensor;
+  double* const squares = weight ? header.weight_sq : header.grad_sq;
+  if (!squares) return;  // only the other's are wanted
+  double* const out = squares + tensor;
   double total = e == 0 && (header.flags & kSgdContinues) ? load(out) : 0;
   for (; e < header.entries && is_same(e); ++e) {
     const int64_t end = e + 1 < header.entries ? view.first_blocks()[e + 1] : blocks;

@@ -4,14 +4,13 @@
     buf = g on a parameter's first step, else mu * buf + (1 - damp) * g
     d = g + mu * buf if nesterov else buf;  p -= lr * d;  half_param = half(p)          p is the fp32 master
 
-This is torch.optim.SGD's arithmetic (foreach=False, fused=False) on the masters. What decides is read on the device:
-lr, the loss scale, found_inf, the norms and the per-parameter step counts, so that a step never waits for the host and
-can be captured in a CUDA graph.
+This is torch.optim.SGD's arithmetic (foreach=False, fused=False) on the masters. lr, the loss scale, found_inf, the
+norms and the per-parameter step counts are read on the device, so that a step never waits for the host and can be
+captured in a CUDA graph.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,43 +19,21 @@ from torch import Tensor
 
 from ..backends import loaded_namespaces, ops_for
 from ..reference import sgd as _reference
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def _kernel(name: str, device: torch.device) -> Any:
-    ops = ops_for("sgd", device)
-    return getattr(_reference if ops is None else ops, name)
+from .sgd_call import CheckCall, StepCall, check_number, fail, widest_dtype
 
 
-def check_raw(device: torch.device, *arguments: Any) -> None:
-    """The raw op on the backend of `device`; no checks but its own."""
-    _kernel("sgd_check", device)(*arguments)
+def run_check(call: CheckCall) -> None:
+    """sgd_check on the backend of its device, with no checks but the op's own."""
+    ops = ops_for("sgd_check", call.found_inf.device)
+    (_reference.sgd_check if ops is None else ops.sgd_check.default)(*call.arguments())
 
 
-def step_raw(device: torch.device, *arguments: Any) -> None:
-    """The raw op on the backend of `device`; no checks but its own."""
-    _kernel("sgd_step", device)(*arguments)
-
-
-def _check_list(name: str, tensors: Sequence[Tensor], device: torch.device) -> None:
-    for i, t in enumerate(tensors):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name}[{i}] is {type(t).__name__}; accepted: torch.Tensor")
-        if t.layout is not torch.strided:
-            raise TypeError(f"{name}[{i}] has layout {t.layout}; accepted: torch.strided (dense) tensors")
-        if t.dtype not in DTYPES:
-            raise TypeError(f"{name}[{i}] has dtype {t.dtype}; accepted: float16, bfloat16, float32, float64")
-        if t.device != device:
-            raise ValueError(f"{name}[{i}] is on {t.device}; accepted: {device}, where the first one is")
-
-
-def _check_shapes(name: str, tensors: Sequence[Tensor], params: Sequence[Tensor]) -> None:
-    if len(tensors) != len(params):
-        raise ValueError(f"{name} has {len(tensors)} tensors; accepted: {len(params)}, one for each that needs one")
-    for i, (t, p) in enumerate(zip(tensors, params, strict=True)):
-        if t.shape != p.shape:
-            raise ValueError(f"{name}[{i}] has shape {tuple(t.shape)}; accepted: {tuple(p.shape)}, its parameter's")
+def run_step(call: StepCall) -> None:
+    """sgd_step on the backend of its device, with no checks but the op's own."""
+    ops = ops_for("sgd_step", call.params[0].device)
+    (_reference.sgd_step if ops is None else ops.sgd_step.default)(*call.arguments())
+    if ops is not None and not torch.compiler.is_compiling():  # a graph that saved a parameter must notice the change
+        torch.autograd.graph.increment_version(call.params)
 
 
 @torch.no_grad()
@@ -73,11 +50,11 @@ def sgd_check(
 
     Args:
         grads: gradients of any shapes and strides, fp16, bf16, fp32 or fp64, on one device.
-        found_inf: fp32, one element; set to 1 on a non-finite value, otherwise left as it is.
-        grad_sq: fp64, (len(grads),); receives each gradient's sum of squares. found_inf is set, too, where one is not
-            finite (fp64 gradients beyond 1e154).
-        params, masters, weight_sq: for LARS. weight_sq, fp64 (len(params),), receives the sum of squares of each
-            weight: of its fp32 master where it is fp16 or bf16 (masters: one for each of those, in order).
+        found_inf: fp32, one element; set to 1 on a non-finite value, else unchanged.
+        grad_sq: (len(grads),), fp64 (fp32 on devices without fp64); receives each gradient's sum of squares. found_inf
+            is also set if a sum is not finite (fp64 gradients beyond 1e154).
+        params, masters, weight_sq: for LARS. weight_sq, (len(params),) and as grad_sq, receives the sum of squares of
+            each weight: of its fp32 master if it is fp16 or bf16 (masters: one for each of those, in order).
 
     Raises:
         TypeError, ValueError: an argument of another type, dtype, shape or device.
@@ -88,25 +65,21 @@ def sgd_check(
         >>> found_inf
         tensor(1.)
     """
-    if not isinstance(found_inf, Tensor) or found_inf.dtype != torch.float32 or found_inf.numel() != 1:
-        raise ValueError("found_inf must be an fp32 tensor of one element")
-    device = found_inf.device
-    for name, tensors in (("grads", grads), ("params", params), ("masters", masters)):
-        _check_list(name, tensors, device)
-    for name, out, like in (("grad_sq", grad_sq, grads), ("weight_sq", weight_sq, params)):
-        if out is not None and (out.dtype != torch.float64 or out.shape != (len(like),) or out.device != device):
-            raise ValueError(f"{name} must be an fp64 tensor of shape ({len(like)},) on {device}")
-    if weight_sq is not None:
-        _check_shapes("masters", masters, [p for p in params if _reference.is_half(p)])
-    check_raw(device, list(grads), list(params), list(masters), found_inf, grad_sq, weight_sq)
+    call = CheckCall(list(grads), list(params), list(masters), found_inf, grad_sq, weight_sq)
+    call.check()
+    run_check(call)
 
 
 def _per_group(name: str, value: Any, count: int) -> list[Any]:
     if not isinstance(value, (list, tuple)):
         return [value] * count
     if len(value) != count:
-        raise ValueError(f"{name} has {len(value)} values; accepted: one value, or one for each of the {count} groups")
+        fail("sgd_step", name, f"has {len(value)} values", f"one value, or one for each of the {count} groups")
     return list(value)
+
+
+def _numbers(name: str, value: Any, count: int, least: float | None = 0.0) -> list[float]:
+    return [check_number(name, v, "sgd_step", least) for v in _per_group(name, value, count)]
 
 
 @torch.no_grad()
@@ -133,15 +106,15 @@ def sgd_step(
     eps: float = 0.0,
     lr_in_momentum: bool = False,
 ) -> None:
-    """One SGD step over all parameters, in place; the formula stands at the top of this module.
+    """One SGD step over all parameters, in place. The module's docstring has the formula.
 
     Args:
         params: fp16, bf16, fp32 or fp64 tensors of any shapes and strides, on one device; dtypes may be mixed.
         grads: their gradients, of the same shapes; dtypes and strides may differ.
         momentum_buffers: for each parameter whose group has momentum, in order: fp32 (fp64 for fp64) of its shape.
-        steps: beside each momentum buffer its count of steps, fp32, one element; 0: this is the first (buf = g).
-        masters: for each fp16 and bf16 parameter, in order: its fp32 master. Where a parameter is no longer its rounded
-            master (it was changed from outside) the parameter's value is taken.
+        steps: for each momentum buffer its count of steps, fp32, one element; 0: this is the first (buf = g).
+        masters: for each fp16 and bf16 parameter, in order: its fp32 master. Where a parameter no longer equals its
+            rounded master (it was changed from outside) the parameter's value is taken.
         lr, momentum, dampening, weight_decay, nesterov, maximize, trust_coefficient: one value, or one for each group.
             lr: float, or a tensor of one element that is read on the device.
         group_sizes: how many of params make up each group, in order; default: all are one group.
@@ -161,73 +134,51 @@ def sgd_step(
         >>> param
         tensor([0.8000, 0.8000, 0.8000])
     """
-    if not params:
-        return
-    device = params[0].device
     sizes = [len(params)] if group_sizes is None else list(group_sizes)
-    if sum(sizes) != len(params) or min(sizes) < 0:
-        raise ValueError(f"group_sizes is {sizes}; accepted: sizes that add up to the {len(params)} parameters")
     count = len(sizes)
-    rates = [
-        r if isinstance(r, Tensor) else torch.full((), check_lr(r), dtype=torch.float64, device=device)
-        for r in _per_group("lr", lr, count)
-    ]
-    mu, damp = _per_group("momentum", momentum, count), _per_group("dampening", dampening, count)
-    decay, eta = (
-        _per_group("weight_decay", weight_decay, count),
-        _per_group("trust_coefficient", trust_coefficient, count),
+    if max_norm is not None and check_number("max_norm", max_norm, "sgd_step") == 0:
+        fail("sgd_step", "max_norm", "is 0", "None, or a finite number > 0")
+    device = params[0].device if len(params) and isinstance(params[0], Tensor) else torch.device("cpu")
+    call = StepCall(
+        *(list(params), list(grads), list(momentum_buffers), list(steps), list(masters), sizes),
+        lr=[_rate(rate, device) for rate in _per_group("lr", lr, count)],
+        momentum=_numbers("momentum", momentum, count),
+        dampening=_numbers("dampening", dampening, count, None),
+        weight_decay=_numbers("weight_decay", weight_decay, count),
+        nesterov=_per_group("nesterov", nesterov, count),
+        maximize=_per_group("maximize", maximize, count),
+        trust_coefficient=_numbers("trust_coefficient", trust_coefficient, count),
+        eps=check_number("eps", eps, "sgd_step"),
+        lr_in_momentum=lr_in_momentum,
+        max_norm=float(max_norm or 0),
+        grad_scale=grad_scale,
+        found_inf=found_inf,
+        grad_sq=grad_sq,
+        weight_sq=weight_sq,
     )
-    for name, values in (("momentum", mu), ("weight_decay", decay), ("trust_coefficient", eta)):
-        for value in values:
-            check_at_least_zero(name, value)
-    lists = {"params": params, "grads": grads, "momentum_buffers": momentum_buffers, "masters": masters}
-    for name, tensors in {**lists, "steps": steps, "lr": rates}.items():
-        _check_list(name, tensors, device)
-    _check_shapes("grads", grads, params)
-    starts = [sum(sizes[:k]) for k in range(count)]
-    moving = [p for k in range(count) if mu[k] != 0 for p in params[starts[k] : starts[k] + sizes[k]]]
-    _check_shapes("momentum_buffers", momentum_buffers, moving)
-    _check_shapes("masters", masters, [p for p in params if _reference.is_half(p)])
-    if len(steps) != len(moving):
-        raise ValueError(f"steps has {len(steps)} tensors; accepted: {len(moving)}, one for each momentum buffer")
-    if max_norm is not None and not (max_norm > 0 and math.isfinite(max_norm)):
-        raise ValueError(f"max_norm is {max_norm}; accepted: None, or a finite number above 0")
-    if grad_sq is None and (max_norm is not None or any(eta)):
-        raise ValueError("grad_sq is None; accepted with max_norm or trust_coefficient: what sgd_check wrote")
-    if weight_sq is None and any(eta):
-        raise ValueError("weight_sq is None; accepted with trust_coefficient: what sgd_check wrote")
-    step_raw(
-        device,
-        *(list(params), list(grads), list(momentum_buffers), list(steps), list(masters)),
-        *(sizes, rates, mu, damp, decay, _per_group("nesterov", nesterov, count)),
-        *(_per_group("maximize", maximize, count), eta, eps, lr_in_momentum, max_norm or 0.0),
-        *(grad_scale, found_inf, grad_sq, weight_sq),
-    )
+    call.check()
+    if call.params:
+        run_step(call)
 
 
-def check_lr(lr: float, where: str = "lr") -> float:
-    """lr as a float. Raises ValueError unless it is finite and at least 0."""
-    if not (math.isfinite(lr) and lr >= 0):
-        raise ValueError(f"{where} is {lr}; accepted: a finite number >= 0")
-    return float(lr)
+def _rate(lr: Any, device: torch.device) -> Tensor:
+    if isinstance(lr, Tensor):
+        return lr
+    return torch.full((), check_number("lr", lr, "sgd_step"), dtype=widest_dtype(device), device=device)
 
 
-def check_at_least_zero(name: str, value: float) -> None:
-    """Raises TypeError unless value is a number, ValueError unless it is finite and at least 0."""
-    if isinstance(value, Tensor) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} is {type(value).__name__}; accepted: a number")
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name} is {value}; accepted: a finite number >= 0")
+def _fake_check(*arguments: Any) -> None:
+    CheckCall(*arguments).check()
 
 
-def _fake(*arguments: Any) -> None:
-    """Both ops only mutate what they are given."""
+def _fake_step(*arguments: Any) -> None:
+    StepCall(*arguments).check()
 
 
 def register(namespace: str) -> None:
     """Gives the ops of a namespace with these schemas (fasttricks, fasttricks_triton) their fakes."""
-    for name in ("sgd_check", "sgd_step"):
-        torch.library.register_fake(f"{namespace}::{name}", _fake)
+    torch.library.register_fake(f"{namespace}::sgd_check", _fake_check)
+    torch.library.register_fake(f"{namespace}::sgd_step", _fake_step)
 
 
 for loaded in loaded_namespaces():

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from torch import nn
+
+from ..ops.sgd_call import check_number
 
 _NORMS = (
     nn.modules.batchnorm._NormBase,
@@ -16,15 +17,22 @@ _NORMS = (
 )
 
 
-def param_groups(model: nn.Module, weight_decay: float, no_bias_decay: bool = True) -> list[dict[str, Any]]:
+def param_groups(
+    model: nn.Module, weight_decay: float, no_bias_decay: bool = True, *, named: bool = False
+) -> list[dict[str, Any]]:
     """All parameters of `model` in groups for an optimizer: decayed weights, then those that are not decayed.
 
     With no_bias_decay, only the weights of convolutions, linear layers and the like are decayed; biases, the weight and
     bias of normalisation layers, and every other parameter of at most one dimension are not (He et al. 2019, "Bag of
-    Tricks for Image Classification with Convolutional Neural Networks", section 3.1). Every parameter is in exactly one
-    group, also a shared one; a group that would be empty is left out.
+    Tricks for Image Classification with Convolutional Neural Networks", section 3.1). What a parameter belongs to
+    decides, not its name: the BatchNorm of a shortcut that is called "downsample.1" is not decayed. Every parameter is
+    in exactly one group, also a shared one; a group that would be empty is left out.
+
+    Args:
+        named: also gives the groups torch's `param_names`, so that checkpoints with other groups load by name.
 
     Raises:
+        TypeError: weight_decay is no number.
         ValueError: weight_decay is negative or not finite, or the model has no parameters.
 
     Examples:
@@ -33,39 +41,42 @@ def param_groups(model: nn.Module, weight_decay: float, no_bias_decay: bool = Tr
         >>> [(len(group["params"]), group["weight_decay"]) for group in groups]
         [(1, 0.0001), (3, 0.0)]
     """
-    if not (math.isfinite(weight_decay) and weight_decay >= 0):
-        raise ValueError(f"weight_decay is {weight_decay}; accepted: a finite number >= 0")
-    decayed: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
+    check_number("weight_decay", weight_decay)
+    decayed: dict[str, nn.Parameter] = {}
+    others: dict[str, nn.Parameter] = {}
     seen: set[int] = set()
-    for module in model.modules():
+    for prefix, module in model.named_modules():
         for name, param in module.named_parameters(recurse=False):
             if id(param) in seen:
                 continue
             seen.add(id(param))
             plain = param.ndim <= 1 or name.endswith("bias") or isinstance(module, _NORMS)
-            (others if no_bias_decay and plain else decayed).append(param)
+            (others if no_bias_decay and plain else decayed)[f"{prefix}.{name}" if prefix else name] = param
     if not seen:
         raise ValueError(f"model ({type(model).__name__}) has no parameters")
+    groups = []
     # the second group says 0 itself: it must not inherit the optimizer's default
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    for params, decay in ((decayed, weight_decay), (others, 0.0)):
+        if params:
+            names = {"param_names": list(params)} if named else {}
+            groups.append({"params": list(params.values()), **names, "weight_decay": decay})
+    return groups
 
 
 def linear_scaled_lr(base_lr: float, batch: int, base_batch: int = 256) -> float:
     """base_lr * batch / base_batch (Goyal et al. 2017, "Accurate, Large Minibatch SGD", section 2.1).
 
-    `batch` is the number of images behind one step, over all processes.
+    `batch` is the number of images in one step, over all processes.
 
     Raises:
+        TypeError: base_lr is no number.
         ValueError: base_lr is negative or not finite, or a batch is below 1.
 
     Examples:
         >>> fasttricks.optim.linear_scaled_lr(0.1, batch=1024)
         0.4
     """
-    if not (math.isfinite(base_lr) and base_lr >= 0):
-        raise ValueError(f"base_lr is {base_lr}; accepted: a finite number >= 0")
+    check_number("base_lr", base_lr)
     if batch < 1 or base_batch < 1:
         raise ValueError(f"batch is {batch} and base_batch {base_batch}; accepted: at least 1")
     return base_lr * batch / base_batch

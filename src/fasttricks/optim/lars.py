@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..ops.sgd import check_at_least_zero
+from ..ops.sgd_call import check_number
 from .base import FusedOptimizer
+from .plan import Options
 
 
 class FusedLARS(FusedOptimizer):
@@ -20,7 +21,7 @@ class FusedLARS(FusedOptimizer):
     Parameters of at most one dimension (biases, weights and biases of BatchNorm) are not adapted (trust = 1), as in the
     ResNet-50 runs at batch 8K to 32K; a group with adapt_1d=True adapts them, too. What else holds of FusedSGD
     (masters, scaling, checkpoints, clipping) holds here. Every step measures the gradients: one that is not finite
-    stops the step, also without a loss scaler.
+    skips the step, also without a loss scaler.
 
     Args:
         params: parameters, named parameters, or groups of them.
@@ -31,7 +32,7 @@ class FusedLARS(FusedOptimizer):
         lr_in_momentum: True: the paper's momentum, as above. False: that of torch.optim.SGD, v = momentum * v + trust *
             (g + weight_decay * w), w -= lr * v; the two differ while lr changes.
         adapt_1d: whether parameters of at most one dimension are adapted.
-        max_grad_norm, shard_group, foreach, differentiable, fused: as in FusedSGD.
+        max_grad_norm, shard_group, unscale_in_step, foreach, differentiable, fused: as in FusedSGD.
 
     Raises:
         TypeError, ValueError: as FusedSGD; trust_coefficient is not above 0.
@@ -59,12 +60,12 @@ class FusedLARS(FusedOptimizer):
         maximize: bool = False,
         max_grad_norm: float | None = None,
         shard_group: Any | None = None,
+        unscale_in_step: bool = True,
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
     ) -> None:
-        check_at_least_zero("eps", eps)
-        self._eps = eps
+        self._eps = check_number("eps", eps)
         self._lr_in_momentum = lr_in_momentum
         defaults = {
             "lr": lr,
@@ -81,6 +82,7 @@ class FusedLARS(FusedOptimizer):
             defaults,
             max_grad_norm=max_grad_norm,
             shard_group=shard_group,
+            unscale_in_step=unscale_in_step,
             foreach=foreach,
             differentiable=differentiable,
             fused=fused,
@@ -88,17 +90,15 @@ class FusedLARS(FusedOptimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
-        check_at_least_zero("trust_coefficient", group["trust_coefficient"])
         if group["trust_coefficient"] == 0:
             raise ValueError("trust_coefficient is 0; accepted: a finite number above 0")
 
-    def _parts(self, group: dict[str, Any]) -> list[tuple[list[Tensor], float]]:
-        trust = float(group["trust_coefficient"])
-        if group["adapt_1d"]:
-            return [(group["params"], trust)]
-        layers = [p for p in group["params"] if p.ndim > 1]
-        others = [p for p in group["params"] if p.ndim <= 1]
-        return [(layers, trust), (others, 0.0)]
+    def _group_options(self, index: int, group: dict[str, Any]) -> list[Options]:
+        trust = check_number("trust_coefficient", group["trust_coefficient"])
+        return [self._options(index, group, trust), self._options(index, group)]
+
+    def _part_of(self, p: Tensor, group: dict[str, Any]) -> int:
+        return 0 if p.ndim > 1 or group["adapt_1d"] else 1
 
     def _measures(self) -> bool:
         return True

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.sgd import DTYPES, check_raw
+from ..ops.sgd_call import DTYPES
 from .base import FusedOptimizer
-from .distributed import agree_on_found_inf, local
+from .check import check_grads, unscale_grads_
 
 
 class LossScaler:
@@ -77,9 +77,9 @@ class LossScaler:
 
     def _tensors(self, device: torch.device, scale: float, growth_tracker: int) -> None:
         #: fp32, one element: the scale
-        self.loss_scale = torch.full((), scale, device=device)
+        self.loss_scale = torch.full((), scale, dtype=torch.float32, device=device)
         #: fp32, one element: not 0 if the last iteration's gradients were not finite; holds until the next iteration
-        self.found_inf = torch.zeros((), device=device)
+        self.found_inf = torch.zeros((), dtype=torch.float32, device=device)
         self._growth_tracker = torch.full((), growth_tracker, dtype=torch.int32, device=device)
 
     def _place(self, device: torch.device) -> None:
@@ -111,12 +111,7 @@ class LossScaler:
 
     @staticmethod
     def _grads(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-        """The gradients that the optimizer will use: a master's own, where it has one."""
-        if isinstance(optimizer, FusedOptimizer):
-            tensors = list(optimizer.master_params())
-        else:
-            tensors = [p for group in optimizer.param_groups for p in group["params"]]
-        grads = [p.grad for p in tensors if p.grad is not None]
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         for grad in grads:
             if grad.layout is not torch.strided or grad.dtype not in DTYPES:
                 raise RuntimeError(
@@ -148,29 +143,17 @@ class LossScaler:
         if self._stages.get(id(optimizer)) == "unscaled":
             raise RuntimeError("unscale_() has been called already on this optimizer since the last update()")
         inner = _inner(optimizer)
-        grads = self._grads(inner)
-        if any(g.dtype in (torch.float16, torch.bfloat16) for g in grads):
-            raise ValueError("unscale_() on fp16 or bf16 gradients; accepted: those of FusedSGD and FusedLARS, or fp32")
-        self._check(optimizer, grads)
-        for grad in grads:
-            inv_scale = self.loss_scale.double().reciprocal().to(grad.dtype)
-            local(grad).mul_(inv_scale.to(grad.device, non_blocking=True))
+        if isinstance(inner, FusedOptimizer):
+            inner.unscale_(self.loss_scale, self.found_inf, self._groups(optimizer))
+        else:
+            grads = self._grads(optimizer)
+            if any(g.dtype in (torch.float16, torch.bfloat16) for g in grads):
+                raise ValueError(
+                    "unscale_() on fp16 or bf16 gradients; accepted: those of FusedSGD and FusedLARS, or fp32"
+                )
+            check_grads(grads, self.found_inf, self._groups(optimizer))
+            unscale_grads_(grads, self.loss_scale)
         self._stages[id(optimizer)] = "unscaled"
-
-    def _check(self, optimizer: torch.optim.Optimizer, grads: list[Tensor]) -> None:
-        by_device: dict[torch.device, list[Tensor]] = {}
-        for grad in grads:
-            by_device.setdefault(grad.device, []).append(local(grad))
-        for device, tensors in by_device.items():
-            found = torch.zeros((), device=device)
-            check_raw(device, tensors, [], [], found, None, None)
-            self.found_inf.copy_(torch.maximum(self.found_inf, found.to(self.found_inf.device)))
-        # also where there are no gradients: the other ranks wait for this one
-        inner = _inner(optimizer)
-        groups = (
-            inner.agreeing(self._groups(optimizer)) if isinstance(inner, FusedOptimizer) else self._groups(optimizer)
-        )
-        agree_on_found_inf(self.found_inf, grads, groups)
 
     def _groups(self, optimizer: torch.optim.Optimizer) -> list[Any]:
         if self.process_group is None and _inner(optimizer) is not optimizer:
@@ -193,21 +176,12 @@ class LossScaler:
         unscaled = self._stages.get(id(optimizer)) == "unscaled"
         inner = _inner(optimizer)
         if isinstance(inner, FusedOptimizer):
-            if unscaled:
-                inner.found_inf = self.found_inf
-            else:
-                inner.grad_scale = self.loss_scale
-                inner._check_into = self.found_inf
-            inner._agree_in = self._groups(optimizer)
-            try:
+            scale = None if unscaled else self.loss_scale
+            with inner.scaled(scale, self.found_inf, self._groups(optimizer), check=not unscaled):
                 result = optimizer.step(*args, **kwargs)
-            finally:
-                inner._check_into, inner._agree_in = None, []
-                for name in ("grad_scale", "found_inf"):
-                    inner.__dict__.pop(name, None)
         elif getattr(optimizer, "_step_supports_amp_scaling", False):
             if not unscaled:
-                self._check(optimizer, self._grads(optimizer))
+                check_grads(self._grads(optimizer), self.found_inf, self._groups(optimizer))
             optimizer.grad_scale = None if unscaled else self.loss_scale  # type: ignore[attr-defined]
             optimizer.found_inf = self.found_inf  # type: ignore[attr-defined]
             try:
@@ -225,12 +199,12 @@ class LossScaler:
         """Ends the iteration: after an overflow the scale shrinks, after growth_interval steps without one it grows.
 
         Args:
-            new_scale: sets the scale to this instead.
+            new_scale: sets the scale to this instead; a number, or a tensor of one element.
         """
         if not self._enabled:
             return
         if new_scale is not None:
-            self.loss_scale.copy_(torch.as_tensor(new_scale))
+            self.loss_scale.fill_(new_scale)
         elif not self._stages:
             raise RuntimeError("update() without a step() or unscale_() before it")
         elif self.dynamic:

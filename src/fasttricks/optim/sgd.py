@@ -11,7 +11,7 @@ from .base import FusedOptimizer
 
 
 class FusedSGD(FusedOptimizer):
-    """torch.optim.SGD, with the same arguments, results, hooks and checkpoints, as one fused kernel a step.
+    """torch.optim.SGD, with the same arguments, results, hooks and checkpoints, as one fused kernel per step.
 
     fp32 and fp64 parameters are updated as torch.optim.SGD(foreach=False, fused=False) updates them. An fp16 or bf16
     parameter has an fp32 master and fp32 momentum: the master is updated as an fp32 parameter, then rounded into the
@@ -26,7 +26,11 @@ class FusedSGD(FusedOptimizer):
             holds the norm of the last step.
         shard_group: ranks that hold other parameters of the same model, as under ZeroRedundancyOptimizer: the norm
             and what is not finite are then those of all. Not needed with DDP or DTensors (FSDP2).
-        foreach, fused: accepted as torch.optim.SGD's; this class has one implementation a backend.
+        unscale_in_step: whether step() takes the scaled gradients of torch.amp.GradScaler, as that of
+            torch.optim.SGD(fused=True) does. False: GradScaler unscales them first and calls step() only if all are
+            finite, which waits for the device; for frameworks that clip in between (Lightning) or notice skipped steps
+            (Accelerate).
+        foreach, fused: accepted as torch.optim.SGD's; this class has one implementation per backend.
         differentiable: accepted as False.
 
     Raises:
@@ -54,6 +58,7 @@ class FusedSGD(FusedOptimizer):
         maximize: bool = False,
         max_grad_norm: float | None = None,
         shard_group: Any | None = None,
+        unscale_in_step: bool = True,
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
@@ -71,6 +76,7 @@ class FusedSGD(FusedOptimizer):
             defaults,
             max_grad_norm=max_grad_norm,
             shard_group=shard_group,
+            unscale_in_step=unscale_in_step,
             foreach=foreach,
             differentiable=differentiable,
             fused=fused,

@@ -1,4 +1,4 @@
-"""sgd_check and sgd_step in plain torch, with no host synchronisation: the fallback where there is no kernel."""
+"""sgd_check and sgd_step in plain torch, with no host synchronisation: the fallback if there is no kernel."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..ops.sgd_call import CheckCall, StepCall, is_half, widest_dtype
+
 
 def masters_as_seen(param: Tensor, master: Tensor) -> Tensor:
-    """The fp32 master, with param's value where param is no longer the rounded master (it was changed from outside)."""
+    """The fp32 master, with param's value where param no longer equals it rounded (it was changed from outside)."""
     return torch.where(master.to(param.dtype) == param, master, param.to(master.dtype))
-
-
-def is_half(t: Tensor) -> bool:
-    return t.dtype in (torch.float16, torch.bfloat16)
 
 
 def sgd_check(
@@ -26,9 +24,10 @@ def sgd_check(
     weight_sq: Tensor | None,
 ) -> None:
     """See fasttricks.sgd_check; the arguments of the raw op."""
+    CheckCall(grads, params, masters, found_inf, grad_sq, weight_sq).check()
 
     def square_sum(t: Tensor) -> Tensor:
-        return t.double().square().sum()
+        return t.to(widest_dtype(t.device)).square().sum()
 
     for i, grad in enumerate(grads):
         finite = torch.isfinite(grad).all()
@@ -65,57 +64,57 @@ def sgd_step(
     weight_sq: Tensor | None,
 ) -> None:
     """See fasttricks.sgd_step; the arguments of the raw op."""
+    call = StepCall(
+        params, grads, momentum_buffers, steps, masters, group_sizes, lr, momentum, dampening, weight_decay, nesterov,
+        maximize, trust_coefficient, eps, lr_in_momentum, max_norm, grad_scale, found_inf, grad_sq, weight_sq,
+    )  # fmt: skip
+    call.check()
     if not params:
         return
+    wide = widest_dtype(params[0].device)
     skip = found_inf.reshape(()) != 0 if found_inf is not None else None
-    inv_scale = None if grad_scale is None else grad_scale.reshape(()).double().reciprocal()
+    inv_scale = None if grad_scale is None else grad_scale.reshape(()).to(wide).reciprocal()
     clip = None
     if max_norm > 0:
-        if grad_sq is None:
-            raise ValueError("grad_sq is None; accepted with max_norm: the squared norms that sgd_check writes")
+        assert grad_sq is not None
         norm = grad_sq.sum().sqrt() * (1.0 if inv_scale is None else inv_scale)
         clip = (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
     def write(old: Tensor, new: Tensor) -> None:
         old.copy_(new if skip is None else torch.where(skip, old, new))
 
-    buffers, counts, copies = iter(momentum_buffers), list(steps), iter(masters)
-    counted = iter(counts)
-    i = 0
-    for k, size in enumerate(group_sizes):
-        for param, grad in zip(params[i : i + size], grads[i : i + size], strict=True):
-            master = next(copies) if is_half(param) else None
-            p = param if master is None else masters_as_seen(param, master)
-            rate = lr[k].reshape(()).to(torch.float64)
-            g = grad.to(p.dtype)
-            if inv_scale is not None:
-                g = g * inv_scale.to(p.dtype)
-            if clip is not None:
-                g = g * clip.to(p.dtype)
-            if maximize[k]:
-                g = -g
-            if weight_decay[k] != 0:
-                g = g.add(p, alpha=weight_decay[k])
-            if trust_coefficient[k] > 0:
-                assert grad_sq is not None
-                assert weight_sq is not None
-                w = weight_sq[i].sqrt()
-                n = grad_sq[i].sqrt() * (1.0 if inv_scale is None else inv_scale) * (1.0 if clip is None else clip)
-                trust = trust_coefficient[k] * w / (n + weight_decay[k] * w + eps)
-                trust = torch.where((w > 0) & (n > 0), trust, torch.ones_like(trust))
-                g = g * (rate * trust if lr_in_momentum else trust).to(p.dtype)
-            elif lr_in_momentum:
-                g = g * rate.to(p.dtype)
-            if momentum[k] != 0:
-                buffer, count = next(buffers), next(counted)
-                new = torch.where(count == 0, g, (buffer * momentum[k]).add(g, alpha=1 - dampening[k]))
-                g = g.add(new, alpha=momentum[k]) if nesterov[k] else new
-                write(buffer, new)
-            new_p = p - g if lr_in_momentum else torch.addcmul(p, g, rate.to(p.dtype), value=-1)
-            if master is not None:
-                write(master, new_p)
-            write(param, new_p.to(param.dtype))
-            i += 1
+    for t in call.tensors():
+        param, group = t.param, t.group
+        p = param if t.master is None else masters_as_seen(param, t.master)
+        rate = lr[group].reshape(()).to(wide)
+        g = t.grad.to(p.dtype)
+        if inv_scale is not None:
+            g = g * inv_scale.to(p.dtype)
+        if clip is not None:
+            g = g * clip.to(p.dtype)
+        if maximize[group]:
+            g = -g
+        if weight_decay[group] != 0:
+            g = g.add(p, alpha=weight_decay[group])
+        if trust_coefficient[group] > 0:
+            assert grad_sq is not None
+            assert weight_sq is not None
+            w = weight_sq[t.index].sqrt()
+            n = grad_sq[t.index].sqrt() * (1.0 if inv_scale is None else inv_scale) * (1.0 if clip is None else clip)
+            trust = trust_coefficient[group] * w / (n + weight_decay[group] * w + eps)
+            trust = torch.where((w > 0) & (n > 0), trust, torch.ones_like(trust))
+            g = g * (rate * trust if lr_in_momentum else trust).to(p.dtype)
+        elif lr_in_momentum:
+            g = g * rate.to(p.dtype)
+        if t.momentum_buffer is not None and t.steps is not None:
+            buffer, mu = t.momentum_buffer, momentum[group]
+            new = torch.where(torch.eq(t.steps, 0), g, (buffer * mu).add(g, alpha=1 - dampening[group]))
+            g = g.add(new, alpha=mu) if nesterov[group] else new
+            write(buffer, new)
+        new_p = p - g if lr_in_momentum else torch.addcmul(p, g, rate.to(p.dtype), value=-1)
+        if t.master is not None:
+            write(t.master, new_p)
+        write(param, new_p.to(param.dtype))
     # a parameter given twice is stepped twice, both with the count that it came with
-    for count in counts:
+    for count in steps:
         count.add_(1.0 if skip is None else (~skip).to(count.dtype))
