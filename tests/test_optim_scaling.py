@@ -130,6 +130,19 @@ def test_unscale_of_half_gradients_goes_to_the_masters() -> None:
         LossScaler().unscale_(other)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_clipping_half_parameters_after_unscale_is_refused(dtype: torch.dtype) -> None:
+    """The unscaled gradients are on the masters; the error says so, and the step has changed nothing."""
+    p = nn.Parameter(torch.ones(4, dtype=dtype))
+    optimizer, scaler = FusedSGD([p], lr=1.0), LossScaler(8.0)
+    scaler.scale(p.sum()).backward()
+    scaler.unscale_(optimizer)
+    torch.nn.utils.clip_grad_norm_([p], 0.5)
+    with pytest.raises(RuntimeError, match=r"clip optimizer\.master_params\(\) \(or give max_grad_norm\), not model"):
+        scaler.step(optimizer)
+    assert (p == 1).all()
+
+
 def test_master_gradients_must_be_fresh() -> None:
     p = nn.Parameter(torch.ones(4, dtype=torch.float16))
     optimizer = FusedSGD([p], lr=1.0)

@@ -2,7 +2,9 @@
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(warmup_steps, total_steps))
 
-One step is one call of scheduler.step(), normally after every batch. The objects pickle, and compare by value.
+One step is one call of scheduler.step(), normally after every batch; for one call after every epoch, give the counts in
+epochs. The objects pickle, and compare by value. LambdaLR does not load the state of other schedulers
+(KeyError: 'lr_lambdas'): give it their epoch as last_epoch.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ class warmup_cosine:
         factor = min_factor + (1 - min_factor) * (1 + cos(pi * t / T)) / 2
         t = step - warmup_steps, T = total_steps - warmup_steps
 
-    He et al. 2019, "Bag of Tricks", sections 3.1 and 5.1. From total_steps on the factor is min_factor.
+    He et al. 2019, "Bag of Tricks", sections 3.1 and 5.1. From total_steps on the factor is min_factor. Both counts are
+    in calls of scheduler.step(): batches, or epochs if that is called once per epoch.
 
     Raises:
         ValueError: not 0 <= warmup_steps <= total_steps, or min_factor is outside [0, 1].
