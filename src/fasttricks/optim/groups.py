@@ -42,25 +42,28 @@ def param_groups(
         [(1, 0.0001), (3, 0.0)]
     """
     check_number("weight_decay", weight_decay)
-    decayed: dict[str, nn.Parameter] = {}
-    others: dict[str, nn.Parameter] = {}
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     seen: set[int] = set()
-    for prefix, module in model.named_modules():
+    for module in model.modules():
         for name, param in module.named_parameters(recurse=False):
             if id(param) in seen:
                 continue
             seen.add(id(param))
             plain = param.ndim <= 1 or name.endswith("bias") or isinstance(module, _NORMS)
-            (others if no_bias_decay and plain else decayed)[f"{prefix}.{name}" if prefix else name] = param
+            (others if no_bias_decay and plain else decayed).append(param)
     if not seen:
         raise ValueError(f"model ({type(model).__name__}) has no parameters")
-    groups = []
+    # as the model names them: a module may give its child's parameters names of its own
+    names = {id(param): name for name, param in model.named_parameters()}
     # the second group says 0 itself: it must not inherit the optimizer's default
-    for params, decay in ((decayed, weight_decay), (others, 0.0)):
-        if params:
-            names = {"param_names": list(params)} if named else {}
-            groups.append({"params": list(params.values()), **names, "weight_decay": decay})
-    return groups
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    for group in groups if named else ():
+        group["param_names"] = [names[id(param)] for param in group["params"]]
+    return [group for group in groups if group["params"]]
 
 
 def linear_scaled_lr(base_lr: float, batch: int, base_batch: int = 256) -> float:

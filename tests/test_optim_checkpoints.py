@@ -1,0 +1,127 @@
+"""Checkpoints of other optimizers and schedules: refused with the reason, or continued."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
+
+from fasttricks.optim import FusedLARS, FusedSGD, warmup_cosine
+
+
+def make_model() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
+
+
+def train(optimizer: Any, model: nn.Module, steps: int = 2) -> None:
+    for _ in range(steps):
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+
+
+def snapshot(optimizer: Any) -> dict[str, Any]:
+    return copy.deepcopy(optimizer.state_dict())
+
+
+def assert_same(a: Any, b: Any) -> None:
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for k in a:
+            assert_same(a[k], b[k])
+    else:
+        assert a == b
+
+
+class TrustedSGD(torch.optim.SGD):
+    """Has SGD's state and options and one more, as the LARS of other packages."""
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        super().__init__(params, **options)
+        for group in self.param_groups:
+            group["trust_coeff"] = 1e-3
+
+
+@pytest.mark.parametrize("stepped", [True, False])
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (lambda p: torch.optim.Adam(p), "exp_avg, exp_avg_sq|lacks momentum, dampening"),
+        (lambda p: torch.optim.AdamW(p), "exp_avg, exp_avg_sq|lacks momentum, dampening"),
+        (lambda p: torch.optim.RMSprop(p, momentum=0.9), "square_avg|lacks dampening, nesterov"),
+        (lambda p: torch.optim.Adagrad(p), "has sum|lacks momentum"),
+        (lambda p: torch.optim.Rprop(p), "has prev|lacks momentum"),
+        (lambda p: TrustedSGD(p, lr=0.1, momentum=0.9), "has trust_coeff"),
+    ],
+)
+def test_state_of_another_optimizer_is_refused(other: Any, message: str, stepped: bool) -> None:
+    """By the names of what it has or lacks; the optimizer stays as it was and goes on."""
+    model = make_model()
+    foreign = other(model.parameters())
+    ours = FusedSGD(model.parameters(), lr=0.1, momentum=0.9)
+    train(ours, model)
+    if stepped:
+        train(foreign, model)
+    before = snapshot(ours)
+    with pytest.raises(ValueError, match=f"state_dict: .*({message}).*; accepted: ") as caught:
+        ours.load_state_dict(foreign.state_dict())
+    assert "FusedSGD" in str(caught.value)
+    assert_same(ours.state_dict(), before)
+    train(ours, model)
+
+
+def test_lars_takes_its_own_checkpoints_only() -> None:
+    model = make_model()
+    plain = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    lars = FusedLARS(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="lacks trust_coefficient, adapt_1d"):
+        lars.load_state_dict(plain.state_dict())
+    with pytest.raises(ValueError, match="trust_coefficient, adapt_1d, of which FusedSGD knows nothing"):
+        FusedSGD(model.parameters(), lr=0.1).load_state_dict(lars.state_dict())
+    FusedLARS(model.parameters(), lr=0.3).load_state_dict(lars.state_dict())
+
+
+def test_options_of_schedules_and_of_users_are_loaded() -> None:
+    """What schedules add to the groups, and what the user's own groups have, is no sign of another optimizer."""
+    model = make_model()
+
+    def make(kind: type) -> Any:
+        return kind([{"params": list(model.parameters()), "lr_mult": 0.5}], lr=0.1, momentum=0.9)
+
+    before = make(torch.optim.SGD)
+    torch.optim.lr_scheduler.OneCycleLR(before, 0.1, total_steps=10)
+    after = make(FusedSGD)
+    after.load_state_dict(before.state_dict())
+    assert after.param_groups[0]["lr_mult"] == 0.5
+    assert after.param_groups[0]["initial_lr"] == before.param_groups[0]["initial_lr"]
+
+
+def test_from_a_schedule_of_torch_to_ours() -> None:
+    """As docs/frameworks.md says: a LambdaLR from the same epoch goes on with the rates of CosineAnnealingLR."""
+    model = make_model()
+    optimizer = FusedSGD(model.parameters(), lr=0.4, momentum=0.9)
+    theirs = CosineAnnealingLR(optimizer, 10)
+    for _ in range(4):
+        train(optimizer, model, 1)
+        theirs.step()
+    saved = copy.deepcopy(theirs.state_dict())
+    resumed = FusedSGD(model.parameters(), lr=0.4)
+    resumed.load_state_dict(snapshot(optimizer))
+    ours = LambdaLR(resumed, warmup_cosine(0, 10), last_epoch=saved["last_epoch"] - 1)
+    for _ in range(6):
+        assert resumed.param_groups[0]["lr"] == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9, abs=1e-12)
+        for o, s in ((optimizer, theirs), (resumed, ours)):
+            train(o, model, 1)
+            s.step()
+
+
+def test_the_options_that_a_copy_keeps() -> None:
+    optimizer = FusedSGD(make_model().parameters(), lr=0.1, unscale_in_step=False)
+    assert copy.deepcopy(optimizer)._step_supports_amp_scaling is False
+    assert FusedSGD(make_model().parameters(), lr=0.1)._step_supports_amp_scaling is True
