@@ -128,7 +128,9 @@ def bn_cases(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Iterator
                 yield ("bn_add_relu" if add else "bn_relu"), f"{c}x{size}x{size} {layout} {dtype}", sides, moved
 
 
-def pool_cases(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, str, Sides, float]]:
+def avgpool_conv1x1_cases(
+    sizes: Sizes, device: torch.device, dtype: torch.dtype
+) -> Iterator[tuple[str, str, Sides, float]]:
     for c, out, size in sizes.pool:
         for layout, memory_format in LAYOUTS.items():
             x = torch.randn(sizes.batch, c, size, size, dtype=dtype).contiguous(memory_format=memory_format)
@@ -183,7 +185,7 @@ def measure(sizes: Sizes, device: torch.device) -> tuple[list[Row], float]:
     print(f"copy: {bandwidth / 1e9:.0f} GB/s", flush=True)
     rows: list[Row] = []
     half = torch.float16 if device.type == "cuda" else torch.bfloat16
-    groups = [bn_cases(sizes, device, half), pool_cases(sizes, device, half), sgd_cases(device)]
+    groups = [bn_cases(sizes, device, half), avgpool_conv1x1_cases(sizes, device, half), sgd_cases(device)]
     groups += [bn_cases(sizes, device, torch.float32), step_cases(sizes, device, half)]
     for group in groups:
         for op, case, sides, moved in group:

@@ -29,7 +29,7 @@ BN = (
     (32, 112), (64, 112), (64, 56), (256, 56), (128, 56), (128, 28), (512, 28), (256, 28), (256, 14), (1024, 14),
     (512, 14), (512, 7), (2048, 7),
 )  # fmt: skip
-POOL = ((256, 56), (512, 28), (1024, 14))
+AVGPOOL_CONV1X1_SHAPES = ((256, 56), (512, 28), (1024, 14))
 BATCH = 256
 
 
@@ -43,7 +43,7 @@ def step(layout: torch.memory_format) -> None:
         bn_relu.bn_relu_backward(y, x, None, w, b, mean, var, 1e-5, True, False)
         y, mean, var, mask = bn_relu.bn_add_relu_forward(x, x, w, b, 1e-5, *running)
         bn_relu.bn_relu_backward(y, x, mask, w, b, mean, var, 1e-5, True, True)
-    for channels, size in POOL:
+    for channels, size in AVGPOOL_CONV1X1_SHAPES:
         x = aot.meta((BATCH, channels, size, size), torch.float16, layout)
         weight = torch.empty(2 * channels, channels, 1, 1, dtype=torch.float16, device="meta")
         y = avgpool_conv1x1.avgpool_conv1x1_forward(x, weight, None, 2, False)

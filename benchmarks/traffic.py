@@ -37,7 +37,7 @@ BN_SHAPES = {
     "triton": ((1, 64, 28, 28), (1, 256, 14, 14), (2, 512, 7, 7)),
 }
 # channels, and height and width of two images
-POOL_SHAPES = {"cuda": ((256, 56), (512, 28)), "triton": ((256, 28), (512, 14))}
+AVGPOOL_CONV1X1_SHAPES = {"cuda": ((256, 56), (512, 28)), "triton": ((256, 28), (512, 14))}
 # the tensors of one bottleneck of ResNet-50's third stage
 SGD_SHAPES = ((256, 1024, 1, 1), (256,), (256,), (256, 256, 3, 3), (256,), (256,), (1024, 256, 1, 1), (1024,), (1024,))
 
@@ -177,7 +177,7 @@ def sgd_rows(machine: Cuda | Triton) -> Iterator[Row]:
             yield Row(machine.name, name, case, moved.bytes, each * count, moved.rest, moved.launches)
 
 
-def pool_case(machine: Cuda | Triton, c: int, size: int, layout: str) -> Iterator[Row]:
+def avgpool_conv1x1_case(machine: Cuda | Triton, c: int, size: int, layout: str) -> Iterator[Row]:
     ops = machine.ops
     x = torch.randn(2, c, size, size).half().contiguous(memory_format=LAYOUTS[layout])
     weight = torch.randn(2 * c, c, 1, 1).half()
@@ -195,16 +195,16 @@ def pool_case(machine: Cuda | Triton, c: int, size: int, layout: str) -> Iterato
         )
 
 
-def pool_rows(machine: Cuda | Triton) -> Iterator[Row]:
-    for c, size in POOL_SHAPES[machine.name]:
+def avgpool_rows(machine: Cuda | Triton) -> Iterator[Row]:
+    for c, size in AVGPOOL_CONV1X1_SHAPES[machine.name]:
         for layout in LAYOUTS:
-            yield from pool_case(machine, c, size, layout)
+            yield from avgpool_conv1x1_case(machine, c, size, layout)
 
 
 def rows() -> list[Row]:
     """Those of CUDA, or in a process with TRITON_INTERPRET=1 those of Triton."""
     machine = Triton() if os.environ.get("TRITON_INTERPRET") == "1" else Cuda()
-    return [*bn_rows(machine), *sgd_rows(machine), *pool_rows(machine)]
+    return [*bn_rows(machine), *sgd_rows(machine), *avgpool_rows(machine)]
 
 
 def main() -> None:

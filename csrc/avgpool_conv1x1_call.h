@@ -7,28 +7,15 @@
 #include <optional>
 
 #include "checks.h"
+#include "layout.h"
 #include "math/pool.h"
 
 namespace fasttricks {
 
-using torch::headeronly::MemoryFormat;
 using MaybeTensor = std::optional<Tensor>;
 
-// y and dx take the layout of x; an x that is dense in neither is copied into the one it resembles.
-// src/fasttricks/layout.py makes the same choice.
-inline MemoryFormat pool_conv_layout(const Tensor& x) {
-  int64_t dense = 1;
-  bool nchw = true;
-  for (int64_t d = 3; d >= 0; --d) {
-    nchw = nchw && (x.size(d) == 1 || x.stride(d) == dense);
-    dense *= x.size(d);
-  }
-  return !nchw && x.numel() > 0 && x.size(1) > 1 && x.stride(1) == 1 ? MemoryFormat::ChannelsLast
-                                                                     : MemoryFormat::Contiguous;
-}
-
-inline PoolConvSizes pool_conv_sizes(const char* op, const Tensor& x, const Tensor& weight, int64_t stride,
-                                     bool ceil_mode) {
+inline AvgPoolConv1x1Sizes avgpool_conv1x1_sizes(const char* op, const Tensor& x, const Tensor& weight, int64_t stride,
+                                                 bool ceil_mode) {
   FT_CHECK(op, x.dim() == 4, "x has shape ", shape_of(x), "; accepted: 4 dimensions (N, C, H, W)");
   check_floating(op, "x", x);
   check_dtype(op, "weight", weight, x.scalar_type());
@@ -40,16 +27,17 @@ inline PoolConvSizes pool_conv_sizes(const char* op, const Tensor& x, const Tens
   FT_CHECK(op, weight.size(0) > 0 && x.size(1) > 0, "weight has shape ", shape_of(weight),
            "; accepted: no size of zero");
   FT_CHECK(op, stride == 1 || stride == 2, "stride is ", stride, "; accepted: 1, 2");
-  PoolConvSizes s;
+  AvgPoolConv1x1Sizes s;
   s.n = x.size(0), s.c = x.size(1), s.h = x.size(2), s.w = x.size(3), s.o = weight.size(0), s.stride = stride;
-  s.ho = pool_out_size(s.h, stride, ceil_mode), s.wo = pool_out_size(s.w, stride, ceil_mode);
+  s.ho = avgpool_out_size(s.h, stride, ceil_mode), s.wo = avgpool_out_size(s.w, stride, ceil_mode);
   FT_CHECK(op, s.ho > 0 && s.wo > 0, "x has shape ", shape_of(x), " and the output would be ", s.ho, " x ", s.wo,
            ": Output size is too small");
-  s.nhwc = pool_conv_layout(x) == MemoryFormat::ChannelsLast;
+  s.nhwc = layout_of(x) == MemoryFormat::ChannelsLast;
   return s;
 }
 
-inline void check_pool_conv_bias(const char* op, const MaybeTensor& bias, const Tensor& x, const PoolConvSizes& s) {
+inline void check_avgpool_conv1x1_bias(const char* op, const MaybeTensor& bias, const Tensor& x,
+                                       const AvgPoolConv1x1Sizes& s) {
   if (!bias.has_value()) return;
   check_dtype(op, "bias", *bias, x.scalar_type());
   check_same_device(op, "bias", *bias, x);
@@ -57,20 +45,20 @@ inline void check_pool_conv_bias(const char* op, const MaybeTensor& bias, const 
            ",)");
 }
 
-inline void check_pool_conv_dy(const char* op, const Tensor& dy, const Tensor& x, const PoolConvSizes& s) {
+inline void check_avgpool_conv1x1_dy(const char* op, const Tensor& dy, const Tensor& x, const AvgPoolConv1x1Sizes& s) {
   check_dtype(op, "dy", dy, x.scalar_type());
   check_same_device(op, "dy", dy, x);
   FT_CHECK(op, dy.dim() == 4 && dy.size(0) == s.n && dy.size(1) == s.o && dy.size(2) == s.ho && dy.size(3) == s.wo,
            "dy has shape ", shape_of(dy), "; accepted: (", s.n, ", ", s.o, ", ", s.ho, ", ", s.wo, ")");
 }
 
-inline Tensor pool_conv_empty(const Tensor& like, std::array<int64_t, 4> sizes, bool nhwc) {
+inline Tensor avgpool_conv1x1_empty(const Tensor& like, std::array<int64_t, 4> sizes, bool nhwc) {
   return torch::stable::empty(sizes, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
                               nhwc ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
 // Whether a tensor of the weight's shape is Cout rows of C.
-inline bool is_matrix(const Tensor& weight, const PoolConvSizes& s) {
+inline bool is_matrix(const Tensor& weight, const AvgPoolConv1x1Sizes& s) {
   return (s.c == 1 || weight.stride(1) == 1) && (s.o == 1 || weight.stride(0) == s.c);
 }
 

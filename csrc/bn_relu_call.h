@@ -9,44 +9,11 @@
 #include <vector>
 
 #include "checks.h"
+#include "layout.h"
 
 namespace fasttricks {
 
-using torch::headeronly::MemoryFormat;
 using MaybeTensor = std::optional<Tensor>;
-
-// y, dx and dresidual take the layout of x; an x that is dense in neither layout is copied into the one it resembles.
-// src/fasttricks/layout.py makes the same choice.
-inline MemoryFormat bn_layout(const Tensor& x) {
-  int64_t dense = 1;
-  bool contiguous = true;
-  for (int64_t d = x.dim() - 1; d >= 0; --d) {
-    contiguous = contiguous && (x.size(d) == 1 || x.stride(d) == dense);
-    dense *= x.size(d);
-  }
-  if (contiguous || x.numel() == 0 || x.size(1) == 1 || x.stride(1) != 1) return MemoryFormat::Contiguous;
-  return x.dim() == 4   ? MemoryFormat::ChannelsLast
-         : x.dim() == 5 ? MemoryFormat::ChannelsLast3d
-                        : MemoryFormat::Contiguous;
-}
-
-// Whether t is dense in this layout, without a copy.
-inline bool bn_dense(const Tensor& t, MemoryFormat layout) {
-  const int64_t dims = t.dim();
-  const auto sizes = t.sizes(), strides = t.strides();
-  int64_t dense = 1;
-  const auto next = [&](int64_t d) {
-    if (sizes[d] != 1 && strides[d] != dense) return false;
-    dense *= sizes[d];
-    return true;
-  };
-  if (t.numel() == 0) return true;
-  const bool channels_last = layout != MemoryFormat::Contiguous;
-  if (channels_last && !next(1)) return false;
-  for (int64_t d = dims - 1; d >= 0; --d)
-    if (!(channels_last && d == 1) && !next(d)) return false;
-  return true;
-}
 
 // The tensors of one call, dense; keeps alive what kernels are given pointers to. x is a matrix of rows x channels
 // (inner is 1) or of rows x channels x inner.
@@ -65,8 +32,8 @@ struct BnCall {
     FT_CHECK(op, eps >= 0 && eps < std::numeric_limits<double>::infinity(), "eps is ", eps,
              "; accepted: 0 or more, finite");
     statistics_type = accumulate_type(x.scalar_type());
-    layout = bn_layout(x);
-    if (!bn_dense(x, layout)) x = torch::stable::contiguous(x, layout);
+    layout = layout_of(x);
+    if (!is_dense(x, layout)) x = torch::stable::contiguous(x, layout);
     channels = x.size(1);
     values = empty() ? 0 : x.numel() / channels;
     const bool by_rows = layout != MemoryFormat::Contiguous || values == x.size(0);
@@ -82,7 +49,7 @@ struct BnCall {
     bool same = t.dim() == x.dim();
     for (int64_t d = 0; same && d < x.dim(); ++d) same = t.size(d) == x.size(d);
     FT_CHECK(op, same, name, " has shape ", shape_of(t), "; accepted: ", shape_of(x), ", the shape of x");
-    return bn_dense(t, layout) ? t.const_data_ptr() : keep(torch::stable::contiguous(t, layout));
+    return is_dense(t, layout) ? t.const_data_ptr() : keep(torch::stable::contiguous(t, layout));
   }
 
   // Of any floating dtype that the type of the statistics holds exactly.
@@ -98,7 +65,7 @@ struct BnCall {
   // In the type of the statistics.
   const void* per_channel(const char* name, const Tensor& t) {
     check_per_channel(name, t);
-    if (t.scalar_type() == statistics_type && bn_dense(t, MemoryFormat::Contiguous)) return t.const_data_ptr();
+    if (t.scalar_type() == statistics_type && is_dense(t, MemoryFormat::Contiguous)) return t.const_data_ptr();
     return keep(torch::stable::contiguous(torch::stable::to(t, statistics_type)));
   }
 
@@ -109,7 +76,7 @@ struct BnCall {
     check_dtype(op, "mask", *mask, ScalarType::Byte);
     FT_CHECK(op, mask->dim() == 1 && mask->size(0) == mask_bytes(), "mask has shape ", shape_of(*mask), "; accepted: (",
              mask_bytes(), ",), a bit for each element of x");
-    if (bn_dense(*mask, MemoryFormat::Contiguous)) return static_cast<const uint8_t*>(mask->const_data_ptr());
+    if (is_dense(*mask, MemoryFormat::Contiguous)) return static_cast<const uint8_t*>(mask->const_data_ptr());
     return static_cast<const uint8_t*>(keep(torch::stable::contiguous(*mask)));
   }
   int64_t mask_bytes() const { return (x.numel() + 7) / 8; }

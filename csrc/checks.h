@@ -9,6 +9,8 @@
 
 #include <string>
 
+#include "math/common.h"
+
 #define FT_CHECK(op, cond, ...) STD_TORCH_CHECK(cond, "fasttricks::", op, ": ", __VA_ARGS__)
 
 namespace fasttricks {
@@ -67,6 +69,14 @@ inline bool is_floating(ScalarType t) {
 // The type in which values of type t are accumulated.
 inline ScalarType accumulate_type(ScalarType t) {
   return t == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// Of a floating type.
+inline ElementType element_type(ScalarType t) {
+  return t == ScalarType::Half       ? ElementType::kHalf
+         : t == ScalarType::BFloat16 ? ElementType::kBFloat16
+         : t == ScalarType::Double   ? ElementType::kDouble
+                                     : ElementType::kFloat;
 }
 
 inline void check_floating(const char* op, const char* arg, const Tensor& t) {

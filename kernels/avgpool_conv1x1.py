@@ -16,7 +16,7 @@ from torch import Tensor
 from triton import cdiv, next_power_of_2
 
 from ..layout import layout_of
-from ..reference.avgpool_conv1x1 import output_size
+from ..reference.avgpool_conv1x1 import check, check_dy, output_size
 from ..reference.bn_relu import accumulate_dtype
 from . import avgpool_conv1x1_kernels as kernels
 from . import launch as launching
@@ -52,31 +52,9 @@ class Shape:
     dtype: torch.dtype
 
     @staticmethod
-    def of(op: str, x: Tensor, weight: Tensor, stride: int, ceil_mode: bool) -> Shape:
-        if x.dim() != 4 or x.dtype not in launching.DTYPES:
-            launching.fail(
-                op, "x", f"has shape {tuple(x.shape)} and dtype {x.dtype}",
-                "4 dimensions (N, C, H, W), float16, bfloat16, float32, float64",
-            )  # fmt: skip
-        if weight.dtype != x.dtype or weight.device != x.device:
-            launching.fail(
-                op, "weight", f"has dtype {weight.dtype} and is on {weight.device}", f"{x.dtype} on {x.device}, as x"
-            )
-        if weight.dim() != 4 or tuple(weight.shape[1:]) != (x.shape[1], 1, 1) or 0 in weight.shape:
-            launching.fail(
-                op, "weight", f"has shape {tuple(weight.shape)}", f"(Cout, {x.shape[1]}, 1, 1), no size of zero"
-            )
-        if stride not in (1, 2):
-            launching.fail(op, "stride", f"is {stride}", "1, 2")
+    def of(x: Tensor, weight: Tensor, stride: int, ceil_mode: bool) -> Shape:
         n, c, h, w = x.shape
         ho, wo = output_size(x, stride, ceil_mode)
-        if ho == 0 or wo == 0:
-            launching.fail(
-                op,
-                "x",
-                f"has shape {tuple(x.shape)} and the output would be {ho} x {wo}",
-                "an output that is not empty",
-            )
         nhwc = layout_of(x) == torch.channels_last
         if stride == 1:  # no windows: all pixels of an image are one row
             h, w, ho, wo = 1, h * w, 1, h * w
@@ -158,11 +136,8 @@ def weight_tiles(shape: Shape) -> tuple[Tile, ...]:
 
 def avgpool_conv1x1_forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, ceil_mode: bool) -> Tensor:
     """y; see fasttricks.avgpool_conv1x1."""
-    op = "avgpool_conv1x1_forward"
-    shape = Shape.of(op, x, weight, stride, ceil_mode)
-    if bias is not None and (bias.shape != (shape.o,) or bias.dtype != x.dtype or bias.device != x.device):
-        given = f"has shape {tuple(bias.shape)} and dtype {bias.dtype} on {bias.device}"
-        launching.fail(op, "bias", given, f"({shape.o},), {x.dtype} on {x.device}")
+    check(f"{launching.NAMESPACE}::avgpool_conv1x1_forward", x, weight, bias, stride, ceil_mode)
+    shape = Shape.of(x, weight, stride, ceil_mode)
     size = (shape.n, shape.o, *output_size(x, stride, ceil_mode))
     y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=shape.layout)
     if y.numel() == 0:
@@ -173,7 +148,7 @@ def avgpool_conv1x1_forward(x: Tensor, weight: Tensor, bias: Tensor | None, stri
         "bias": None if bias is None else bias.contiguous(),
         "y": y,
     }
-    _pixels_by_channels(kernels.pool_conv_forward_kernel, shape, tensors, shape.o, spread=False)
+    _pixels_by_channels(kernels.avgpool_conv1x1_forward_kernel, shape, tensors, shape.o, spread=False)
     return y
 
 
@@ -194,12 +169,10 @@ def avgpool_conv1x1_backward(
     need_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dx, dweight, dbias), empty where not needed; dweight has the strides of weight."""
-    op = "avgpool_conv1x1_backward"
-    shape = Shape.of(op, x, weight, stride, ceil_mode)
-    size = (shape.n, shape.o, *output_size(x, stride, ceil_mode))
-    if tuple(dy.shape) != size or dy.dtype != x.dtype or dy.device != x.device:
-        given = f"has shape {tuple(dy.shape)} and dtype {dy.dtype} on {dy.device}"
-        launching.fail(op, "dy", given, f"{size}, {x.dtype} on {x.device}")
+    op = f"{launching.NAMESPACE}::avgpool_conv1x1_backward"
+    check(op, x, weight, None, stride, ceil_mode)
+    check_dy(op, dy, x, weight, stride, ceil_mode)
+    shape = Shape.of(x, weight, stride, ceil_mode)
     dx = x.new_empty(0)
     if need_dx:
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=shape.layout)
@@ -212,7 +185,7 @@ def avgpool_conv1x1_backward(
         if not shape.covered:
             dx.zero_()
         tensors = {"dy": dy, "weight": weight.contiguous(), "dx": dx}
-        _pixels_by_channels(kernels.pool_conv_input_kernel, shape, tensors, shape.c, spread=True)
+        _pixels_by_channels(kernels.avgpool_conv1x1_input_kernel, shape, tensors, shape.c, spread=True)
     if need_dweight:
         _dweight(dy, x.contiguous(memory_format=shape.layout), shape, dweight)
     if need_dbias:
@@ -236,7 +209,7 @@ def _sum_to(out: Tensor, partial: Tensor) -> None:
     dense = out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype, device=out.device)
     arguments = {"partial": partial, "out": dense, "numel": out.numel(), "splits": partial.shape[0]}
     grid = (cdiv(out.numel(), SUM_BLOCK),)
-    launching.launch(kernels.pool_conv_sum_kernel, grid, arguments, {"BLOCK": SUM_BLOCK}, 4)
+    launching.launch(kernels.avgpool_conv1x1_sum_kernel, grid, arguments, {"BLOCK": SUM_BLOCK}, 4)
     if dense is not out:
         out.copy_(dense)
 
@@ -248,11 +221,13 @@ def _dweight(dy: Tensor, x: Tensor, shape: Shape, dweight: Tensor) -> None:
         partial = _partial(dweight, splits)
         arguments = {"dy": dy, "x": x, "partial": partial, **shape.sizes(), "steps": steps}
         constants = {**shape.constants(), "M": tile.m, "N": tile.n, "K": tile.k}
-        kernel = kernels.pool_conv_weight_kernel
+        kernel = kernels.avgpool_conv1x1_weight_kernel
         launching.launch(kernel, (tiles, splits), arguments, constants, tile.warps, tile.stages)
         return partial
 
-    _sum_to(dweight, run(tune.fastest("pool_conv_weight_kernel", shape.family, x.device, weight_tiles(shape), run)))
+    _sum_to(
+        dweight, run(tune.fastest("avgpool_conv1x1_weight_kernel", shape.family, x.device, weight_tiles(shape), run))
+    )
 
 
 def _dbias(dy: Tensor, shape: Shape, dbias: Tensor) -> None:
@@ -265,7 +240,7 @@ def _dbias(dy: Tensor, shape: Shape, dbias: Tensor) -> None:
     arguments |= {name: sizes[name] for name in ("images", "o_units", "plane_units")}
     constants = {name: modes[name] for name in ("NHWC", "OV", "YV", "WIDE", "ACC")}
     constants |= {"M": m, "K": k}
-    launching.launch(kernels.pool_conv_bias_kernel, (tiles, splits), arguments, constants, 4)
+    launching.launch(kernels.avgpool_conv1x1_bias_kernel, (tiles, splits), arguments, constants, 4)
     _sum_to(dbias, partial)
 
 

@@ -143,7 +143,7 @@ def _product(a, b, sums, ACC: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def pool_conv_forward_kernel(
+def avgpool_conv1x1_forward_kernel(
     x, weight, bias, y, images, c_units, o_units, h, w_units, ho, wo, plane_units,
     NHWC: tl.constexpr, STRIDE: tl.constexpr, FULL: tl.constexpr, CV: tl.constexpr, OV: tl.constexpr,
     XV: tl.constexpr, YV: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
@@ -172,7 +172,7 @@ def pool_conv_forward_kernel(
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def pool_conv_input_kernel(
+def avgpool_conv1x1_input_kernel(
     dy, weight, dx, images, c_units, o_units, h, w_units, ho, wo, plane_units,
     NHWC: tl.constexpr, STRIDE: tl.constexpr, FULL: tl.constexpr, CV: tl.constexpr, OV: tl.constexpr,
     XV: tl.constexpr, YV: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
@@ -206,7 +206,7 @@ def pool_conv_input_kernel(
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def pool_conv_weight_kernel(
+def avgpool_conv1x1_weight_kernel(
     dy, x, partial, images, c_units, o_units, h, w_units, ho, wo, plane_units, steps,
     NHWC: tl.constexpr, STRIDE: tl.constexpr, FULL: tl.constexpr, CV: tl.constexpr, OV: tl.constexpr,
     XV: tl.constexpr, YV: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
@@ -234,7 +234,7 @@ def pool_conv_weight_kernel(
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def pool_conv_bias_kernel(
+def avgpool_conv1x1_bias_kernel(
     dy, partial, images, o_units, plane_units, steps,
     NHWC: tl.constexpr, OV: tl.constexpr, YV: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
     M: tl.constexpr, K: tl.constexpr,
@@ -251,7 +251,7 @@ def pool_conv_bias_kernel(
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def pool_conv_sum_kernel(partial, out, numel, splits, BLOCK: tl.constexpr):
+def avgpool_conv1x1_sum_kernel(partial, out, numel, splits, BLOCK: tl.constexpr):
     """The splits' sums, added in order."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = at < numel

@@ -11,45 +11,46 @@ using namespace fasttricks::cuda;
 
 namespace {
 // sizes: n, c, h, w, o, stride, ceil_mode
-PoolShape shape_of(const int64_t* s) {
+AvgPoolShape shape_of(const int64_t* s) {
   return {int(s[0]),
           int(s[1]),
           int(s[2]),
           int(s[3]),
           int(s[4]),
-          int(pool_out_size(s[2], s[5], s[6] != 0)),
-          int(pool_out_size(s[3], s[5], s[6] != 0)),
+          int(avgpool_out_size(s[2], s[5], s[6] != 0)),
+          int(avgpool_out_size(s[3], s[5], s[6] != 0)),
           int(s[5])};
 }
 }  // namespace
 
 extern "C" {
 
-int64_t pool_images_of(int64_t ho, int64_t wo) { return pool_images(ho, wo); }
+int64_t avgpool_images_of(int64_t ho, int64_t wo) { return avgpool_images(ho, wo); }
 
 // tiles_m, tiles_n, depth, depth_per_split, splits
-void pool_plan_of(const int64_t* sizes, int64_t product, int64_t bytes, int64_t sm_count, int64_t* out) {
-  const PoolPlan p = pool_plan(shape_of(sizes), PoolProduct(product), int(bytes), int(sm_count));
+void avgpool_plan_of(const int64_t* sizes, int64_t product, int64_t bytes, int64_t sm_count, int64_t* out) {
+  const AvgPoolPlan p = avgpool_plan(shape_of(sizes), AvgPoolProduct(product), int(bytes), int(sm_count));
   const int64_t all[] = {p.tiles_m, p.tiles_n, p.depth, p.depth_per_split, p.splits};
   std::copy(std::begin(all), std::end(all), out);
 }
 
 // tiles_m, tiles_n, tiles_per_group, groups, shared_bytes
-void pool_slab_plan_of(const int64_t* sizes, int64_t sm_count, int64_t shared_per_sm, int64_t shared_per_block,
-                       int64_t* out) {
-  const PoolSlabPlan p = pool_slab_plan(shape_of(sizes), int(sm_count), int(shared_per_sm), int(shared_per_block));
+void avgpool_slab_plan_of(const int64_t* sizes, int64_t sm_count, int64_t shared_per_sm, int64_t shared_per_block,
+                          int64_t* out) {
+  const AvgPoolSlabPlan p =
+      avgpool_slab_plan(shape_of(sizes), int(sm_count), int(shared_per_sm), int(shared_per_block));
   const int64_t all[] = {p.tiles_m, p.tiles_n, p.tiles_per_group, p.groups, p.shared_bytes};
   std::copy(std::begin(all), std::end(all), out);
 }
 
-int64_t pool_bias_splits_of(const int64_t* sizes, int64_t sm_count) {
-  return pool_bias_splits(shape_of(sizes), int(sm_count));
+int64_t avgpool_bias_splits_of(const int64_t* sizes, int64_t sm_count) {
+  return avgpool_bias_splits(shape_of(sizes), int(sm_count));
 }
 
 // Of one pixel of the output and one channel: its window's corner in x in NHWC, in NCHW (the same for the pixel half a
 // vector further); its place in a gradient in NHWC, in NCHW. The first two without the channel.
-void pool_offsets_of(const int64_t* sizes, int64_t pixel, int64_t channel, int64_t* out) {
-  const PoolShape s = shape_of(sizes);
+void avgpool_offsets_of(const int64_t* sizes, int64_t pixel, int64_t channel, int64_t* out) {
+  const AvgPoolShape s = shape_of(sizes);
   const int q = int(pixel), c = int(channel);
   const Half* const base = nullptr;
   const PooledPlaneLoader<Half> planes{base, s, true, true};

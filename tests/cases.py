@@ -60,7 +60,7 @@ def poisoned_memory() -> Iterator[None]:
 # ---- avgpool_conv1x1 ----
 
 # (N, C, H, W, Cout): odd sizes, channels that fill no register, one pixel rows and columns, sums longer than one block
-POOL_CONV_SHAPES = (
+AVGPOOL_CONV1X1_SHAPES = (
     (4, 3, 5, 4, 40),
     (3, 33, 7, 9, 65),
     (2, 64, 14, 14, 128),
@@ -70,15 +70,15 @@ POOL_CONV_SHAPES = (
     (20, 24, 15, 15, 40),
 )
 # (stride, ceil_mode)
-POOL_CONV_MODES = ((1, False), (2, False), (2, True))
+AVGPOOL_CONV1X1_MODES = ((1, False), (2, False), (2, True))
 
 
-def pool_conv_fits(shape: tuple[int, ...], stride: int, ceil_mode: bool) -> bool:
+def avgpool_conv1x1_fits(shape: tuple[int, ...], stride: int, ceil_mode: bool) -> bool:
     """Whether the output has a pixel: floor drops a single row or column."""
     return stride == 1 or ceil_mode or min(shape[2:4]) > 1
 
 
-def pool_conv_exact(
+def avgpool_conv1x1_exact(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dy: torch.Tensor, stride: int, ceil_mode: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """(y, dx, dweight, dbias) from the formulas, in numpy's long double (80 bits on x86): an oracle for float64 too."""

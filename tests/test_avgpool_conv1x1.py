@@ -8,14 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import (
+    AVGPOOL_CONV1X1_MODES,
+    AVGPOOL_CONV1X1_SHAPES,
     DTYPES,
     LAYOUTS,
-    POOL_CONV_MODES,
-    POOL_CONV_SHAPES,
     allowed,
+    avgpool_conv1x1_exact,
+    avgpool_conv1x1_fits,
     poisoned_memory,
-    pool_conv_exact,
-    pool_conv_fits,
     relative_error,
 )
 
@@ -44,7 +44,7 @@ def output_like(tensors, stride, ceil_mode) -> torch.Tensor:
 
 def check(tensors, dy, stride, ceil_mode, what: object) -> list[torch.Tensor]:
     """Ours within twice torch's own error of the exact values; returns ours."""
-    exact = pool_conv_exact(*tensors, dy, stride, ceil_mode)
+    exact = avgpool_conv1x1_exact(*tensors, dy, stride, ceil_mode)
     theirs = run(reference, tensors, dy, stride, ceil_mode)
     with poisoned_memory():
         ours = run(avgpool_conv1x1, tensors, dy, stride, ceil_mode)
@@ -56,10 +56,10 @@ def check(tensors, dy, stride, ceil_mode, what: object) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", POOL_CONV_SHAPES, ids=str)
+@pytest.mark.parametrize("shape", AVGPOOL_CONV1X1_SHAPES, ids=str)
 def test_values(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    for (stride, ceil_mode), layout in itertools.product(POOL_CONV_MODES, LAYOUTS):
-        if not pool_conv_fits(shape, stride, ceil_mode):
+    for (stride, ceil_mode), layout in itertools.product(AVGPOOL_CONV1X1_MODES, LAYOUTS):
+        if not avgpool_conv1x1_fits(shape, stride, ceil_mode):
             continue
         tensors = draw(shape, dtype, layout)
         dy = output_like(tensors, stride, ceil_mode)
@@ -78,12 +78,12 @@ def test_one_channel_one_pixel(backend: str, dtype: torch.dtype) -> None:
         return t.round().clamp(-3, 3)
 
     for shape in ((1, 1, 2, 2, 1), (1, 1, 1, 1, 1), (2, 1, 1, 1, 3), (1, 3, 1, 2, 1), (1, 1, 3, 3, 1)):
-        for (stride, ceil_mode), layout in itertools.product(POOL_CONV_MODES, LAYOUTS):
-            if pool_conv_fits(shape, stride, ceil_mode):
+        for (stride, ceil_mode), layout in itertools.product(AVGPOOL_CONV1X1_MODES, LAYOUTS):
+            if avgpool_conv1x1_fits(shape, stride, ceil_mode):
                 x, *parameters = (integers(t) for t in draw(shape, dtype, layout))
                 tensors = [4 * x, *parameters]
                 dy = 4 * integers(output_like(tensors, stride, ceil_mode))
-                exact = pool_conv_exact(*tensors, dy, stride, ceil_mode)
+                exact = avgpool_conv1x1_exact(*tensors, dy, stride, ceil_mode)
                 with poisoned_memory():
                     ours = run(avgpool_conv1x1, tensors, dy, stride, ceil_mode)
                 for name, got, want in zip(NAMES, ours, exact, strict=True):
@@ -151,8 +151,8 @@ def strided_inputs() -> dict[str, torch.Tensor]:
 def test_any_strides_of_x(backend: str, name: str) -> None:
     x = strided_inputs()[name]
     tensors = [x, torch.randn(40, x.shape[1], 1, 1), torch.randn(40)]
-    for stride, ceil_mode in POOL_CONV_MODES:
-        if pool_conv_fits(x.shape, stride, ceil_mode):
+    for stride, ceil_mode in AVGPOOL_CONV1X1_MODES:
+        if avgpool_conv1x1_fits(x.shape, stride, ceil_mode):
             check(tensors, output_like(tensors, stride, ceil_mode), stride, ceil_mode, name)
 
 

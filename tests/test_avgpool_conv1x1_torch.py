@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import LAYOUTS, POOL_CONV_MODES
+from cases import AVGPOOL_CONV1X1_MODES, LAYOUTS
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
@@ -29,7 +29,7 @@ def arguments(dtype: torch.dtype = torch.float64, layout: torch.memory_format = 
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize(("stride", "ceil_mode"), POOL_CONV_MODES)
+@pytest.mark.parametrize(("stride", "ceil_mode"), AVGPOOL_CONV1X1_MODES)
 def test_gradcheck(backend: str, layout: torch.memory_format, stride: int, ceil_mode: bool) -> None:
     def op(*tensors):
         return avgpool_conv1x1(*tensors, stride=stride, ceil_mode=ceil_mode)

@@ -58,7 +58,7 @@ class Planner:
         source = str(HERE / "avgpool_conv1x1_plan.cpp")
         subprocess.run([*compiler, *flags, source, "-o", str(library)], check=True)
         self.library = ctypes.CDLL(str(library))
-        self.library.pool_images_of.restype = self.library.pool_bias_splits_of.restype = ctypes.c_int64
+        self.library.avgpool_images_of.restype = self.library.avgpool_bias_splits_of.restype = ctypes.c_int64
 
     def _ask(self, name: str, sizes: tuple[int, ...], *more: int) -> list[int]:
         out = (ctypes.c_int64 * 5)()
@@ -66,21 +66,23 @@ class Planner:
         return list(out)
 
     def plan(self, sizes: tuple[int, ...], product: int, size: int, device: tuple[int, int, int]) -> Plan:
-        return Plan(*self._ask("pool_plan_of", sizes, product, size, device[0]))
+        return Plan(*self._ask("avgpool_plan_of", sizes, product, size, device[0]))
 
     def slab(self, sizes: tuple[int, ...], device: tuple[int, int, int]) -> SlabPlan:
-        return SlabPlan(*self._ask("pool_slab_plan_of", sizes, *device))
+        return SlabPlan(*self._ask("avgpool_slab_plan_of", sizes, *device))
 
     def images(self, ho: int, wo: int) -> int:
-        return self.library.pool_images_of(ctypes.c_int64(ho), ctypes.c_int64(wo))
+        return self.library.avgpool_images_of(ctypes.c_int64(ho), ctypes.c_int64(wo))
 
     def offsets(self, sizes: tuple[int, ...], pixel: int, channel: int) -> list[int]:
         out = (ctypes.c_int64 * 6)()
-        self.library.pool_offsets_of((ctypes.c_int64 * 7)(*sizes), ctypes.c_int64(pixel), ctypes.c_int64(channel), out)
+        self.library.avgpool_offsets_of(
+            (ctypes.c_int64 * 7)(*sizes), ctypes.c_int64(pixel), ctypes.c_int64(channel), out
+        )
         return list(out)
 
     def bias_splits(self, sizes: tuple[int, ...], device: tuple[int, int, int]) -> int:
-        return self.library.pool_bias_splits_of((ctypes.c_int64 * 7)(*sizes), ctypes.c_int64(device[0]))
+        return self.library.avgpool_bias_splits_of((ctypes.c_int64 * 7)(*sizes), ctypes.c_int64(device[0]))
 
 
 @pytest.fixture(scope="module")

@@ -51,7 +51,7 @@ def test_many_splits(layout: torch.memory_format, monkeypatch: pytest.MonkeyPatc
     """The sums over the pixels in more parts than one, the last of them shorter."""
     monkeypatch.setattr(launching, "programs", lambda device: 64)
     x, weight, _, dy = tensors(6, 9, 34, 34, 20, layout)
-    shape = implementation.Shape.of("", x, weight, 2, False)
+    shape = implementation.Shape.of(x, weight, 2, False)
     splits, steps = implementation._splits(shape, 1, 32, x.device)
     assert splits > 2
     assert splits * steps * 32 > shape.pixels + 32
@@ -70,9 +70,9 @@ def test_only_what_is_needed_is_launched(monkeypatch: pytest.MonkeyPatch) -> Non
         del names[:]
         out = implementation.avgpool_conv1x1_backward(dy, x, weight, 2, False, *need)
         assert [t.numel() > 0 for t in out] == list(need)
-        want = ["pool_conv_input_kernel"] * need[0]
-        want += ["pool_conv_weight_kernel", "pool_conv_sum_kernel"] * need[1]
-        assert names == want + ["pool_conv_bias_kernel", "pool_conv_sum_kernel"] * need[2]
+        want = ["avgpool_conv1x1_input_kernel"] * need[0]
+        want += ["avgpool_conv1x1_weight_kernel", "avgpool_conv1x1_sum_kernel"] * need[1]
+        assert names == want + ["avgpool_conv1x1_bias_kernel", "avgpool_conv1x1_sum_kernel"] * need[2]
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [
@@ -112,7 +112,7 @@ def test_bytes(layout: torch.memory_format) -> None:
     """Every operand once for each tile of the other's side, every result once."""
     n, c, h, w, o = 2, 192, 16, 16, 320
     x, weight, _, dy = tensors(n, c, h, w, o, layout)
-    shape = implementation.Shape.of("", x, weight, 2, False)
+    shape = implementation.Shape.of(x, weight, 2, False)
 
     def tiles(size: int, tile: int) -> int:
         return -(-size // tile)

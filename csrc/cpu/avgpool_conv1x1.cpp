@@ -17,7 +17,7 @@ namespace {
 
 using torch::stable::parallel_for;
 
-const PoolConvOfType& kernels_of(ScalarType t) {
+const AvgPoolConv1x1OfType& kernels_of(ScalarType t) {
   const AvgPoolConv1x1Kernels& all = FT_KERNELS(avgpool_conv1x1_kernels);
   return t == ScalarType::Float    ? all.float32
          : t == ScalarType::Double ? all.float64
@@ -25,10 +25,8 @@ const PoolConvOfType& kernels_of(ScalarType t) {
                                    : all.bfloat16;
 }
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 Tensor make(const Tensor& like, std::array<int64_t, 4> sizes, bool nhwc) {
-  Tensor made = pool_conv_empty(like, sizes, nhwc);
+  Tensor made = avgpool_conv1x1_empty(like, sizes, nhwc);
   advise_huge_pages(made.mutable_data_ptr(), made.numel() * int64_t(made.element_size()));
   return made;
 }
@@ -47,9 +45,9 @@ int64_t tasks_for(int64_t pixels, int64_t c, int64_t o) {
 }
 
 // y from x, or dx from dy.
-void convolve(const PoolConvOfType& kernels, const PoolConvSizes& s, PoolConvPass pass, const Tensor& src,
-              const Tensor& weight, const Tensor* bias, Tensor& dst) {
-  const bool forward = pass == PoolConvPass::forward;
+void convolve(const AvgPoolConv1x1OfType& kernels, const AvgPoolConv1x1Sizes& s, AvgPoolConv1x1Pass pass,
+              const Tensor& src, const Tensor& weight, const Tensor* bias, Tensor& dst) {
+  const bool forward = pass == AvgPoolConv1x1Pass::forward;
   const int64_t k = forward ? s.c : s.o, m = forward ? s.o : s.c, pixels = s.n * s.ho * s.wo;
   // over the pixels, whole tiles; over the output channels too only where the pixels are too few for all threads
   const int64_t unit = s.nhwc ? kernels.mr : kernels.nr, units = ceil_div(pixels, unit);
@@ -82,7 +80,7 @@ struct WeightGrid {
 
 // The grid with the least work for the busiest task, from the sizes and the thread count alone. In units of one
 // multiply-add of the register tile: copying an element of dy, pooling one of x (four reads) and adding one of a slice.
-WeightGrid weight_grid(const PoolConvOfType& kernels, const PoolConvSizes& s, int64_t tasks) {
+WeightGrid weight_grid(const AvgPoolConv1x1OfType& kernels, const AvgPoolConv1x1Sizes& s, int64_t tasks) {
   constexpr double kCopy = 32, kPool = 96, kAdd = 96;
   const int64_t pixels = s.n * s.ho * s.wo;
   WeightGrid best{1, 1, 1};
@@ -99,7 +97,7 @@ WeightGrid weight_grid(const PoolConvOfType& kernels, const PoolConvSizes& s, in
   return best;
 }
 
-void weight_grad(const PoolConvOfType& kernels, const PoolConvSizes& s, const Tensor& dy, const Tensor& x,
+void weight_grad(const AvgPoolConv1x1OfType& kernels, const AvgPoolConv1x1Sizes& s, const Tensor& dy, const Tensor& x,
                  Tensor& dweight) {
   const int64_t pixels = s.n * s.ho * s.wo, numel = s.o * s.c, c_panels = ceil_div(s.c, kernels.nr);
   const WeightGrid grid = weight_grid(kernels, s, tasks_for(pixels, s.c, s.o));
@@ -129,12 +127,12 @@ void weight_grad(const PoolConvOfType& kernels, const PoolConvSizes& s, const Te
 
 Tensor avgpool_conv1x1_forward(Tensor x, Tensor weight, std::optional<Tensor> bias, int64_t stride, bool ceil_mode) {
   const char* op = "avgpool_conv1x1_forward";
-  const PoolConvSizes s = pool_conv_sizes(op, x, weight, stride, ceil_mode);
-  check_pool_conv_bias(op, bias, x, s);
+  const AvgPoolConv1x1Sizes s = avgpool_conv1x1_sizes(op, x, weight, stride, ceil_mode);
+  check_avgpool_conv1x1_bias(op, bias, x, s);
   if (bias.has_value()) bias = torch::stable::contiguous(*bias);
   Tensor y = make(x, {s.n, s.o, s.ho, s.wo}, s.nhwc);
   if (s.n == 0) return y;
-  convolve(kernels_of(x.scalar_type()), s, PoolConvPass::forward, torch::stable::contiguous(x, pool_conv_layout(x)),
+  convolve(kernels_of(x.scalar_type()), s, AvgPoolConv1x1Pass::forward, torch::stable::contiguous(x, layout_of(x)),
            torch::stable::contiguous(weight), bias.has_value() ? &*bias : nullptr, y);
   return y;
 }
@@ -143,16 +141,16 @@ std::tuple<Tensor, Tensor, Tensor> avgpool_conv1x1_backward(Tensor dy, Tensor x,
                                                             bool ceil_mode, bool need_dx, bool need_dweight,
                                                             bool need_dbias) {
   const char* op = "avgpool_conv1x1_backward";
-  const PoolConvSizes s = pool_conv_sizes(op, x, weight, stride, ceil_mode);
-  check_pool_conv_dy(op, dy, x, s);
-  const PoolConvOfType& kernels = kernels_of(x.scalar_type());
-  const MemoryFormat layout = pool_conv_layout(x);
+  const AvgPoolConv1x1Sizes s = avgpool_conv1x1_sizes(op, x, weight, stride, ceil_mode);
+  check_avgpool_conv1x1_dy(op, dy, x, s);
+  const AvgPoolConv1x1OfType& kernels = kernels_of(x.scalar_type());
+  const MemoryFormat layout = layout_of(x);
   const bool empty = s.n == 0;
   if (!empty) dy = torch::stable::contiguous(dy, layout);
 
   Tensor dx = need_dx ? make(x, {s.n, s.c, s.h, s.w}, s.nhwc) : torch::stable::new_empty(x, {0});
   if (need_dx && !empty) {
-    convolve(kernels, s, PoolConvPass::backward, dy, torch::stable::contiguous(weight), nullptr, dx);
+    convolve(kernels, s, AvgPoolConv1x1Pass::backward, dy, torch::stable::contiguous(weight), nullptr, dx);
     if (s.ho * stride < s.h || s.wo * stride < s.w)
       parallel_for(0, s.n, 1,
                    [&](int64_t begin, int64_t end) { kernels.zero_uncovered(s, dx.mutable_data_ptr(), begin, end); });

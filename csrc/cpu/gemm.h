@@ -29,7 +29,6 @@ constexpr int64_t kRow = kKc + kPad / int64_t(sizeof(A));
 
 FT_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 FT_INLINE int64_t max_of(int64_t a, int64_t b) { return a < b ? b : a; }
-FT_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Part `i` of `parts` equal parts of [0, n), in whole units.
 FT_INLINE int64_t part_begin(int64_t n, int64_t unit, int64_t parts, int64_t i) {

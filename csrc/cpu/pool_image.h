@@ -10,7 +10,7 @@ namespace fasttricks::cpu::FT_ISA {
 
 // `c` channels of h x w pixels seen as ho x wo windows of stride x stride pixels; T is const where it is only read.
 template <class T>
-struct PoolImage {
+struct AvgPoolImage {
   T* base;
   int64_t c, h, w, ho, wo, stride;
 };
@@ -73,15 +73,15 @@ struct Window {
 };
 
 template <class T>
-FT_INLINE Window<T> window_at(const PoolImage<T>& image, int64_t p) {
+FT_INLINE Window<T> window_at(const AvgPoolImage<T>& image, int64_t p) {
   const int64_t j = p % image.wo, row = p / image.wo, i = row % image.ho, n = row / image.ho;
   return {image.base + ((n * image.h + i * image.stride) * image.w + j * image.stride) * image.c,
-          pool_extent(image.h, image.stride, i), pool_extent(image.w, image.stride, j)};
+          avgpool_extent(image.h, image.stride, i), avgpool_extent(image.w, image.stride, j)};
 }
 
 // dst[0..n) = pooled channels [c0, c0 + n) of output pixel p.
 template <class A, class T>
-static void read_pixel(const PoolImage<const T>& image, int64_t p, int64_t c0, int64_t n, A* dst) {
+static void read_pixel(const AvgPoolImage<const T>& image, int64_t p, int64_t c0, int64_t n, A* dst) {
   const auto window = window_at(image, p);
   const T* corner = window.corner + c0;
   const int64_t right = image.c, down = image.w * image.c;
@@ -95,7 +95,7 @@ static void read_pixel(const PoolImage<const T>& image, int64_t p, int64_t c0, i
 
 // Spreads v[0..n) over channels [c0, c0 + n) of the window of output pixel p.
 template <class A, class T>
-static void write_pixel(const PoolImage<T>& image, int64_t p, int64_t c0, int64_t n, const A* v) {
+static void write_pixel(const AvgPoolImage<T>& image, int64_t p, int64_t c0, int64_t n, const A* v) {
   const auto window = window_at(image, p);
   T* corner = window.corner + c0;
   const int64_t right = image.c, down = image.w * image.c;
@@ -118,14 +118,14 @@ static void write_pixel(const PoolImage<T>& image, int64_t p, int64_t c0, int64_
 // pixels of `channel` that begins at pixel p (counted over the batch): `whole` windows of two columns, then `single` (0
 // or 1) of one.
 template <class T, class Row>
-FT_INLINE void for_rows(const PoolImage<T>& image, int64_t channel, int64_t p, int64_t count, Row row) {
+FT_INLINE void for_rows(const AvgPoolImage<T>& image, int64_t channel, int64_t p, int64_t count, Row row) {
   const int64_t plane = image.ho * image.wo, q = p % plane;
   T* base = image.base + (p / plane * image.c + channel) * image.h * image.w;
   int64_t i = q / image.wo, j = q % image.wo;
   for (int64_t done = 0; done < count; j = 0) {
     const int64_t left = count - done, m = image.wo - j < left ? image.wo - j : left;
     const int64_t single = (j + m) * 2 > image.w ? 1 : 0;
-    row(base + i * 2 * image.w + 2 * j, pool_extent(image.h, 2, i), m - single, single, done);
+    row(base + i * 2 * image.w + 2 * j, avgpool_extent(image.h, 2, i), m - single, single, done);
     done += m;
     if (++i == image.ho) i = 0, base += image.c * image.h * image.w;
   }
@@ -133,7 +133,7 @@ FT_INLINE void for_rows(const PoolImage<T>& image, int64_t channel, int64_t p, i
 
 // The same for stride 1, where a part is the run's share of one image: run(pixels, length, done).
 template <class T, class Run>
-FT_INLINE void for_planes(const PoolImage<T>& image, int64_t channel, int64_t p, int64_t count, Run run) {
+FT_INLINE void for_planes(const AvgPoolImage<T>& image, int64_t channel, int64_t p, int64_t count, Run run) {
   const int64_t plane = image.ho * image.wo;
   int64_t q = p % plane;
   T* base = image.base + (p / plane * image.c + channel) * plane;
@@ -153,7 +153,8 @@ FT_INLINE int64_t scratch_for_run(int64_t count) {
 // Hands output pixels p, p + 1, ... of one pooled channel to put(q, values): pixels q to q + N of the run, q a multiple
 // of N; lanes past `count` are zeros.
 template <class A, class T, class Put>
-static void read_run(const PoolImage<const T>& image, int64_t channel, int64_t p, int64_t count, A* scratch, Put put) {
+static void read_run(const AvgPoolImage<const T>& image, int64_t channel, int64_t p, int64_t count, A* scratch,
+                     Put put) {
   constexpr int N = Vec<A>::N;
   if (image.stride == 1) {
     const auto put_all = [&](const auto* src) {
@@ -197,7 +198,7 @@ static void read_run(const PoolImage<const T>& image, int64_t channel, int64_t p
 
 // Spreads v[0..count) over the windows of output pixels p, p + 1, ... of one channel.
 template <class A, class T>
-static void write_run(const PoolImage<T>& image, int64_t channel, int64_t p, int64_t count, const A* v, A* scratch) {
+static void write_run(const AvgPoolImage<T>& image, int64_t channel, int64_t p, int64_t count, const A* v, A* scratch) {
   constexpr int N = Vec<A>::N;
   if (image.stride == 1) {
     for_planes(image, channel, p, count, [&](T* dst, int64_t m, int64_t done) {

@@ -18,19 +18,6 @@ constexpr int64_t kChunk = 16384;      // elements: the unit of work, and of the
 constexpr int64_t kPerThread = 65536;  // elements below which another thread costs more than it brings
 constexpr int64_t kGathered = 512;     // elements of a strided tensor that are copied together at a time
 
-SgdType type_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Half:
-      return SgdType::half;
-    case ScalarType::BFloat16:
-      return SgdType::bfloat16;
-    case ScalarType::Float:
-      return SgdType::single;
-    default:
-      return SgdType::twofold;
-  }
-}
-
 // A tensor's memory: base, element size, and strides that are borrowed from the tensor.
 struct Operand {
   char* data = nullptr;
@@ -127,7 +114,7 @@ const double* read_squares(const MaybeTensor& t) {
 
 struct Checked {
   Geometry shape;
-  SgdType type = SgdType::single;
+  ElementType type = ElementType::kFloat;
   Operand values, master;
   bool linear = true;
 };
@@ -139,7 +126,7 @@ void sgd_check(std::vector<Tensor> grads, std::vector<Tensor> params, std::vecto
   std::vector<int64_t> numels;
   for_checked(grads, params, masters, found_inf, grad_sq, weight_sq, [&](const SgdChecked& t) {
     Checked c;
-    c.type = type_of(t.values);
+    c.type = element_type(t.values.scalar_type());
     c.shape = geometry(t.values);
     c.values = operand(t.values, false);
     c.linear = sgd_dense(t.values) && (!t.master || sgd_same_strides(t.values, *t.master));
@@ -200,7 +187,7 @@ void sgd_check(std::vector<Tensor> grads, std::vector<Tensor> params, std::vecto
 
 struct Stepped {
   Geometry shape;
-  SgdType type = SgdType::single, grad_type = SgdType::single;
+  ElementType type = ElementType::kFloat, grad_type = ElementType::kFloat;
   Operand param, grad, master, buffer;
   SgdScalars scalars = {};
   size_t group = 0;
@@ -243,8 +230,8 @@ void sgd_step(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector
   std::vector<int64_t> numels;
   call.for_stepped([&](const SgdStepped& given) {
     Stepped t;
-    t.type = type_of(given.param);
-    t.grad_type = type_of(given.grad);
+    t.type = element_type(given.param.scalar_type());
+    t.grad_type = element_type(given.grad.scalar_type());
     t.shape = geometry(given.param);
     t.param = operand(given.param, true);
     t.grad = operand(given.grad, false);

@@ -8,8 +8,6 @@
 
 namespace fasttricks::cpu {
 
-enum class SgdType { half = 0, bfloat16 = 1, single = 2, twofold = 3 };
-
 struct SgdKernels {
   // n elements that lie one after another. master: fp32, of half and bfloat16 parameters only; buf: null without
   // momentum.
@@ -20,6 +18,7 @@ struct SgdKernels {
   // master.
   using WeightSquare = double (*)(const void* param, const void* master, int64_t n);
 
+  // Indexed by ElementType.
   Step step[4][4];  // [parameter][gradient]
   Check check[4];
   WeightSquare weight_square[4];

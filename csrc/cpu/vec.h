@@ -70,18 +70,6 @@ FT_INLINE void store1(double* p, double v) { *p = v; }
 FT_INLINE void store1(Half* p, float v) { *p = to_half(v); }
 FT_INLINE void store1(BFloat16* p, float v) { *p = to_bfloat16(v); }
 
-// The type in which values stored as T are computed.
-template <class T>
-struct Accumulate {
-  using type = float;
-};
-template <>
-struct Accumulate<double> {
-  using type = double;
-};
-template <class T>
-using accumulate_t = typename Accumulate<T>::type;
-
 #if defined(FT_ISA_AVX512)
 
 template <class T>

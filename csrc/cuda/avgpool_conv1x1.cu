@@ -8,49 +8,35 @@
 namespace fasttricks::cuda::ops {
 namespace {
 
-// f(T()) with the C++ type of the tensor's elements.
-template <typename F>
-void with_type(ScalarType type, F f) {
-  switch (type) {
-    case ScalarType::Double:
-      return f(double());
-    case ScalarType::Half:
-      return f(Half());
-    case ScalarType::BFloat16:
-      return f(BFloat16());
-    default:
-      return f(float());
-  }
-}
-
 // use(first image, shape): launches of whole images, as many as the pixels of one launch allow.
 template <typename Use>
-void for_images(const char* op, const PoolConvSizes& s, Use use) {
-  FT_CHECK(op, s.ho * s.wo <= kPoolMaxPixels && s.c < kPoolMaxPixels && s.o < kPoolMaxPixels, "the output would have ",
-           s.ho * s.wo, " pixels an image, ", s.o, " channels from ", s.c, "; accepted: fewer than 2^31 of each");
-  const int64_t images = pool_images(s.ho, s.wo);
+void for_images(const char* op, const AvgPoolConv1x1Sizes& s, Use use) {
+  FT_CHECK(op, s.ho * s.wo <= kAvgPoolMaxPixels && s.c < kAvgPoolMaxPixels && s.o < kAvgPoolMaxPixels,
+           "the output would have ", s.ho * s.wo, " pixels an image, ", s.o, " channels from ", s.c,
+           "; accepted: fewer than 2^31 of each");
+  const int64_t images = avgpool_images(s.ho, s.wo);
   for (int64_t n = 0; n < s.n; n += images)
-    use(n, PoolShape{int(std::min(images, s.n - n)), int(s.c), int(s.h), int(s.w), int(s.o), int(s.ho), int(s.wo),
-                     int(s.stride)});
+    use(n, AvgPoolShape{int(std::min(images, s.n - n)), int(s.c), int(s.h), int(s.w), int(s.o), int(s.ho), int(s.wo),
+                        int(s.stride)});
 }
 
 Tensor avgpool_conv1x1_forward(Tensor x, Tensor weight, MaybeTensor bias, int64_t stride, bool ceil_mode) {
   const char* op = "avgpool_conv1x1_forward";
-  const PoolConvSizes s = pool_conv_sizes(op, x, weight, stride, ceil_mode);
-  check_pool_conv_bias(op, bias, x, s);
-  Tensor y = pool_conv_empty(x, {s.n, s.o, s.ho, s.wo}, s.nhwc);
+  const AvgPoolConv1x1Sizes s = avgpool_conv1x1_sizes(op, x, weight, stride, ceil_mode);
+  check_avgpool_conv1x1_bias(op, bias, x, s);
+  Tensor y = avgpool_conv1x1_empty(x, {s.n, s.o, s.ho, s.wo}, s.nhwc);
   if (s.n == 0) return y;
   OnDevice on(x);
-  x = torch::stable::contiguous(x, pool_conv_layout(x));
+  x = torch::stable::contiguous(x, layout_of(x));
   weight = torch::stable::contiguous(weight);
   if (bias.has_value()) bias = torch::stable::contiguous(*bias);
   with_type(x.scalar_type(), [&](auto t) {
     using T = decltype(t);
-    for_images(op, s, [&](int64_t n, const PoolShape& shape) {
-      pool_forward_run<T>(static_cast<const T*>(x.const_data_ptr()) + n * s.c * s.h * s.w,
-                          static_cast<const T*>(weight.const_data_ptr()),
-                          bias.has_value() ? static_cast<const T*>(bias->const_data_ptr()) : nullptr, shape, s.nhwc,
-                          on.device, static_cast<T*>(y.mutable_data_ptr()) + n * s.o * s.ho * s.wo, on.stream);
+    for_images(op, s, [&](int64_t n, const AvgPoolShape& shape) {
+      avgpool_forward_run<T>(static_cast<const T*>(x.const_data_ptr()) + n * s.c * s.h * s.w,
+                             static_cast<const T*>(weight.const_data_ptr()),
+                             bias.has_value() ? static_cast<const T*>(bias->const_data_ptr()) : nullptr, shape, s.nhwc,
+                             on.device, static_cast<T*>(y.mutable_data_ptr()) + n * s.o * s.ho * s.wo, on.stream);
     });
   });
   return y;
@@ -69,8 +55,8 @@ struct Partial {
     return static_cast<acc_t<T>*>(memory.mutable_data_ptr()) + (used - parts) * numel;
   }
   void sum_to(Tensor& out, cudaStream_t stream) {
-    pool_sum_splits_run<T>(static_cast<const acc_t<T>*>(memory.const_data_ptr()), used, numel,
-                           static_cast<T*>(out.mutable_data_ptr()), stream);
+    avgpool_sum_splits_run<T>(static_cast<const acc_t<T>*>(memory.const_data_ptr()), used, numel,
+                              static_cast<T*>(out.mutable_data_ptr()), stream);
   }
 };
 
@@ -78,9 +64,9 @@ std::tuple<Tensor, Tensor, Tensor> avgpool_conv1x1_backward(Tensor dy, Tensor x,
                                                             bool ceil_mode, bool need_dx, bool need_dweight,
                                                             bool need_dbias) {
   const char* op = "avgpool_conv1x1_backward";
-  const PoolConvSizes s = pool_conv_sizes(op, x, weight, stride, ceil_mode);
-  check_pool_conv_dy(op, dy, x, s);
-  Tensor dx = need_dx ? pool_conv_empty(x, {s.n, s.c, s.h, s.w}, s.nhwc) : torch::stable::new_empty(x, {0});
+  const AvgPoolConv1x1Sizes s = avgpool_conv1x1_sizes(op, x, weight, stride, ceil_mode);
+  check_avgpool_conv1x1_dy(op, dy, x, s);
+  Tensor dx = need_dx ? avgpool_conv1x1_empty(x, {s.n, s.c, s.h, s.w}, s.nhwc) : torch::stable::new_empty(x, {0});
   // dweight has the strides of weight, so that neither autograd nor DistributedDataParallel copies it
   Tensor dweight = need_dweight ? torch::stable::empty_like(weight) : torch::stable::new_empty(weight, {0});
   Tensor dbias = torch::stable::new_empty(weight, {need_dbias ? s.o : 0});
@@ -90,7 +76,7 @@ std::tuple<Tensor, Tensor, Tensor> avgpool_conv1x1_backward(Tensor dy, Tensor x,
     return {dx, dweight, dbias};
   }
   OnDevice on(x);
-  const MemoryFormat layout = pool_conv_layout(x);
+  const MemoryFormat layout = layout_of(x);
   dy = torch::stable::contiguous(dy, layout);
   if (need_dweight) x = torch::stable::contiguous(x, layout);
   if (need_dx) weight = torch::stable::contiguous(weight);
@@ -99,21 +85,21 @@ std::tuple<Tensor, Tensor, Tensor> avgpool_conv1x1_backward(Tensor dy, Tensor x,
     const auto dy_at = [&](int64_t n) { return static_cast<const T*>(dy.const_data_ptr()) + n * s.o * s.ho * s.wo; };
     const auto pixels_of = [&](int64_t n) { return n * s.c * s.h * s.w; };
     if (need_dx)
-      for_images(op, s, [&](int64_t n, const PoolShape& shape) {
-        pool_input_run<T>(dy_at(n), static_cast<const T*>(weight.const_data_ptr()), shape, s.nhwc, on.device,
-                          static_cast<T*>(dx.mutable_data_ptr()) + pixels_of(n), on.stream);
+      for_images(op, s, [&](int64_t n, const AvgPoolShape& shape) {
+        avgpool_input_run<T>(dy_at(n), static_cast<const T*>(weight.const_data_ptr()), shape, s.nhwc, on.device,
+                             static_cast<T*>(dx.mutable_data_ptr()) + pixels_of(n), on.stream);
       });
     if (need_dweight) {
-      const auto plan_of = [&](const PoolShape& shape) {
-        return pool_plan(shape, PoolProduct::kWeight, sizeof(T), on.device.sm_count);
+      const auto plan_of = [&](const AvgPoolShape& shape) {
+        return avgpool_plan(shape, AvgPoolProduct::kWeight, sizeof(T), on.device.sm_count);
       };
       int64_t parts = 0;
-      for_images(op, s, [&](int64_t, const PoolShape& shape) { parts += plan_of(shape).splits; });
+      for_images(op, s, [&](int64_t, const AvgPoolShape& shape) { parts += plan_of(shape).splits; });
       Partial<T> partial(x, parts, s.o * s.c);
-      for_images(op, s, [&](int64_t n, const PoolShape& shape) {
-        const PoolPlan plan = plan_of(shape);
-        pool_weight_run<T>(dy_at(n), static_cast<const T*>(x.const_data_ptr()) + pixels_of(n), shape, s.nhwc, plan,
-                           partial.take(plan.splits), on.stream);
+      for_images(op, s, [&](int64_t n, const AvgPoolShape& shape) {
+        const AvgPoolPlan plan = plan_of(shape);
+        avgpool_weight_run<T>(dy_at(n), static_cast<const T*>(x.const_data_ptr()) + pixels_of(n), shape, s.nhwc, plan,
+                              partial.take(plan.splits), on.stream);
       });
       Tensor dense = is_matrix(dweight, s) ? dweight : torch::stable::new_empty(weight, {s.o, s.c, 1, 1});
       partial.sum_to(dense, on.stream);
@@ -121,11 +107,11 @@ std::tuple<Tensor, Tensor, Tensor> avgpool_conv1x1_backward(Tensor dy, Tensor x,
     }
     if (need_dbias) {
       int64_t parts = 0;
-      const auto splits_of = [&](const PoolShape& shape) { return pool_bias_splits(shape, on.device.sm_count); };
-      for_images(op, s, [&](int64_t, const PoolShape& shape) { parts += splits_of(shape); });
+      const auto splits_of = [&](const AvgPoolShape& shape) { return avgpool_bias_splits(shape, on.device.sm_count); };
+      for_images(op, s, [&](int64_t, const AvgPoolShape& shape) { parts += splits_of(shape); });
       Partial<T> partial(dy, parts, s.o);
-      for_images(op, s, [&](int64_t n, const PoolShape& shape) {
-        pool_bias_run<T>(dy_at(n), shape, s.nhwc, splits_of(shape), partial.take(splits_of(shape)), on.stream);
+      for_images(op, s, [&](int64_t n, const AvgPoolShape& shape) {
+        avgpool_bias_run<T>(dy_at(n), shape, s.nhwc, splits_of(shape), partial.take(splits_of(shape)), on.stream);
       });
       partial.sum_to(dbias, on.stream);
     }

@@ -8,32 +8,32 @@
 namespace fasttricks::cuda {
 
 // Which accesses may be 16 bytes wide: the channels' or planes' sizes and the pointers allow it.
-struct PoolWide {
+struct AvgPoolWide {
   bool x, gradient, weight;  // gradient: y or dy
   bool pairs;                // of NCHW: a row of a window is one access, of two columns, where x is not wide
 };
 
 // The tile of a product that a block has: tiles of one row of tiles are neighbours.
-struct PoolBlock {
+struct AvgPoolBlock {
   int row0, column0;
   template <typename T>
-  FT_DEVICE static PoolBlock of(const PoolPlan& plan, T) {
-    return {int(blockIdx.x) / plan.tiles_n * PoolTile<sizeof(T)>::kM,
-            int(blockIdx.x) % plan.tiles_n * PoolTile<sizeof(T)>::kN};
+  FT_DEVICE static AvgPoolBlock of(const AvgPoolPlan& plan, T) {
+    return {int(blockIdx.x) / plan.tiles_n * AvgPoolTile<sizeof(T)>::kM,
+            int(blockIdx.x) % plan.tiles_n * AvgPoolTile<sizeof(T)>::kN};
   }
 };
 
 template <typename T, bool kNhwc>
-using PoolXLoader = std::conditional_t<kNhwc, PooledRowLoader<T>, PooledPlaneLoader<T>>;
+using AvgPoolXLoader = std::conditional_t<kNhwc, PooledRowLoader<T>, PooledPlaneLoader<T>>;
 template <typename T, bool kNhwc>
-using PoolGradientLoader = std::conditional_t<kNhwc, RowLoader<T>, PlaneLoader<T>>;
+using AvgPoolGradientLoader = std::conditional_t<kNhwc, RowLoader<T>, PlaneLoader<T>>;
 
 template <bool kNhwc, typename T>
-FT_DEVICE PoolXLoader<T, kNhwc> x_loader(const T* x, const PoolShape& s, const PoolWide& wide) {
+FT_DEVICE AvgPoolXLoader<T, kNhwc> x_loader(const T* x, const AvgPoolShape& s, const AvgPoolWide& wide) {
   return {x, s, wide.x, wide.pairs};
 }
 template <bool kNhwc, typename T>
-FT_DEVICE PoolGradientLoader<T, kNhwc> gradient_loader(const T* dy, const PoolShape& s, const PoolWide& wide) {
+FT_DEVICE AvgPoolGradientLoader<T, kNhwc> gradient_loader(const T* dy, const AvgPoolShape& s, const AvgPoolWide& wide) {
   if constexpr (kNhwc)
     return {dy, s.pixels(), s.o, wide.gradient};
   else
@@ -42,17 +42,17 @@ FT_DEVICE PoolGradientLoader<T, kNhwc> gradient_loader(const T* dy, const PoolSh
 
 // The result's tile, rounded, in shared memory: lines of channels (NHWC) or of pixels.
 template <typename T, bool kNhwc>
-struct PoolResult {
-  using Tile = PoolTile<sizeof(T)>;
-  static constexpr int kV = kPoolVector<T>;
+struct AvgPoolResult {
+  using Tile = AvgPoolTile<sizeof(T)>;
+  static constexpr int kV = kAvgPoolVector<T>;
   static constexpr int kLines = kNhwc ? Tile::kM : Tile::kN, kLength = kNhwc ? Tile::kN : Tile::kM;
-  using Lines = PoolLines<T, kLength>;
+  using Lines = AvgPoolLines<T, kLength>;
   static constexpr int kSize = kLines * Lines::kLine;
-  static_assert(kSize * int(sizeof(T)) <= kPoolSharedBytes<T>);
+  static_assert(kSize * int(sizeof(T)) <= kAvgPoolSharedBytes<T>);
   T* values;
 
   template <typename Sums>
-  FT_DEVICE PoolResult(const Sums& sums, T* memory) : values(memory) {
+  FT_DEVICE AvgPoolResult(const Sums& sums, T* memory) : values(memory) {
     sums.for_each([&](int row, int column, auto value) {
       values[kNhwc ? Lines::place(row, column) : Lines::place(column, row)] = T(value);
     });
@@ -62,7 +62,7 @@ struct PoolResult {
   template <typename Use>
   FT_DEVICE void for_vectors(Use use) const {
 #pragma unroll 1
-    for (int i = int(threadIdx.x); i < kLines * kLength / kV; i += kPoolThreads) {
+    for (int i = int(threadIdx.x); i < kLines * kLength / kV; i += kAvgPoolThreads) {
       const int line = i / (kLength / kV), first = i % (kLength / kV) * kV;
       T v[kV];
       const uint4 u = *reinterpret_cast<const uint4*>(values + Lines::place(line, first));
@@ -76,20 +76,20 @@ struct PoolResult {
   template <typename Use>
   FT_DEVICE void for_lines(Use use) const {
 #pragma unroll 1
-    for (int line = int(threadIdx.x) / kLength; line < kLines; line += kPoolThreads / kLength)
+    for (int line = int(threadIdx.x) / kLength; line < kLines; line += kAvgPoolThreads / kLength)
       use(line, values[Lines::place(line, index())]);
   }
 };
 
 // The operands of y = p W^T + bias, and where its sums start.
 template <typename T, bool kNhwc>
-struct PoolForward {
-  using Tile = PoolTile<sizeof(T)>;
-  using A = PoolOperand<T, PoolXLoader<T, kNhwc>, Tile::kM, kNhwc, kNhwc>;
-  using B = PoolOperand<T, RowLoader<T>, Tile::kN, true, false>;
-  using Sums = PoolSumsOf<T, A, B>;
+struct AvgPoolForward {
+  using Tile = AvgPoolTile<sizeof(T)>;
+  using A = AvgPoolOperand<T, AvgPoolXLoader<T, kNhwc>, Tile::kM, kNhwc, kNhwc>;
+  using B = AvgPoolOperand<T, RowLoader<T>, Tile::kN, true, false>;
+  using Sums = AvgPoolSumsOf<T, A, B>;
 
-  FT_DEVICE static void start(Sums& sums, const T* bias, const PoolShape& s, int column0) {
+  FT_DEVICE static void start(Sums& sums, const T* bias, const AvgPoolShape& s, int column0) {
     if (bias)
       sums.start([&](int column) {
         const int o = column0 + column;
@@ -97,17 +97,17 @@ struct PoolForward {
       });
   }
 
-  FT_DEVICE static void finish(const PoolResult<T, kNhwc>& result, const PoolShape& s, const PoolBlock& block,
-                               const PoolWide& wide, T* y) {
+  FT_DEVICE static void finish(const AvgPoolResult<T, kNhwc>& result, const AvgPoolShape& s, const AvgPoolBlock& block,
+                               const AvgPoolWide& wide, T* y) {
     if (wide.gradient) {
-      result.for_vectors([&](int line, int first, const T(&v)[kPoolVector<T>]) {
+      result.for_vectors([&](int line, int first, const T(&v)[kAvgPoolVector<T>]) {
         const int q = block.row0 + (kNhwc ? line : first), o = block.column0 + (kNhwc ? first : line);
         if (q >= s.pixels() || o >= s.o) return;
         store(y + (kNhwc ? int64_t(q) * s.o + o : offset_in_planes(s, pixel_of(s, q), s.o, o)), v);
       });
       return;
     }
-    PoolPixel at;
+    AvgPoolPixel at;
     if constexpr (!kNhwc) at = pixel_of(s, block.row0 + result.index());
     result.for_lines([&](int line, T value) {
       const int q = block.row0 + (kNhwc ? line : result.index()), o = block.column0 + (kNhwc ? result.index() : line);
@@ -118,12 +118,12 @@ struct PoolForward {
 };
 
 template <typename T, bool kNhwc>
-__global__ void __launch_bounds__(kPoolThreads, sizeof(T) == 8 ? 1 : 2)
-    pool_conv_forward(const T* __restrict__ x, const T* __restrict__ weight, const T* __restrict__ bias, PoolShape s,
-                      PoolPlan plan, PoolWide wide, T* __restrict__ y) {
+__global__ void __launch_bounds__(kAvgPoolThreads, sizeof(T) == 8 ? 1 : 2)
+    avgpool_conv1x1_forward(const T* __restrict__ x, const T* __restrict__ weight, const T* __restrict__ bias,
+                            AvgPoolShape s, AvgPoolPlan plan, AvgPoolWide wide, T* __restrict__ y) {
   FT_DYNAMIC_SHARED(memory);
-  using Forward = PoolForward<T, kNhwc>;
-  const PoolBlock block = PoolBlock::of(plan, T());
+  using Forward = AvgPoolForward<T, kNhwc>;
+  const AvgPoolBlock block = AvgPoolBlock::of(plan, T());
   const auto left = x_loader<kNhwc>(x, s, wide);
   const RowLoader<T> right{weight, s.o, s.c, wide.weight};
   typename Forward::A a(left, block.row0, s.pixels(), s.c);
@@ -131,20 +131,20 @@ __global__ void __launch_bounds__(kPoolThreads, sizeof(T) == 8 ? 1 : 2)
   typename Forward::Sums sums;
   Forward::start(sums, bias, s, block.column0);
   multiply_tiles<T>(a, b, 0, s.c, memory, sums);
-  const PoolResult<T, kNhwc> result(sums, reinterpret_cast<T*>(memory));
+  const AvgPoolResult<T, kNhwc> result(sums, reinterpret_cast<T*>(memory));
   Forward::finish(result, s, block, wide, y);
 }
 
 // The same, by blocks that read and pool their rows once, keep them in shared memory, and go through several tiles of
 // columns.
 template <typename T, bool kNhwc>
-__global__ void __launch_bounds__(kPoolThreads, 2)
-    pool_conv_forward_slab(const T* __restrict__ x, const T* __restrict__ weight, const T* __restrict__ bias,
-                           PoolShape s, PoolSlabPlan plan, PoolWide wide, T* __restrict__ y) {
+__global__ void __launch_bounds__(kAvgPoolThreads, 2)
+    avgpool_conv1x1_forward_slab(const T* __restrict__ x, const T* __restrict__ weight, const T* __restrict__ bias,
+                                 AvgPoolShape s, AvgPoolSlabPlan plan, AvgPoolWide wide, T* __restrict__ y) {
   FT_DYNAMIC_SHARED(memory);
-  using Forward = PoolForward<T, kNhwc>;
-  using Tile = PoolTile<sizeof(T)>;
-  static_assert(PoolResult<T, kNhwc>::kSize <= 2 * Forward::B::kSize);
+  using Forward = AvgPoolForward<T, kNhwc>;
+  using Tile = AvgPoolTile<sizeof(T)>;
+  static_assert(AvgPoolResult<T, kNhwc>::kSize <= 2 * Forward::B::kSize);
   const int row0 = int(blockIdx.x) / plan.groups * Tile::kM;
   const int tile0 = int(blockIdx.x) % plan.groups * plan.tiles_per_group, rest = plan.tiles_n - tile0;
   T* const slab = reinterpret_cast<T*>(memory);
@@ -157,12 +157,12 @@ __global__ void __launch_bounds__(kPoolThreads, 2)
   }
 #pragma unroll 1
   for (int t = 0; t < plan.tiles_per_group && t < rest; ++t) {
-    const PoolBlock block{row0, (tile0 + t) * Tile::kN};
+    const AvgPoolBlock block{row0, (tile0 + t) * Tile::kN};
     typename Forward::B b(right, block.column0, s.o, s.c);
     typename Forward::Sums sums;
     Forward::start(sums, bias, s, block.column0);
     multiply_slab<T, typename Forward::A>(slab, b, s.c, tiles, sums);
-    const PoolResult<T, kNhwc> result(sums, tiles);
+    const AvgPoolResult<T, kNhwc> result(sums, tiles);
     Forward::finish(result, s, block, wide, y);
     __syncthreads();  // the result has been read
   }
@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(kPoolThreads, 2)
 // use(row, column, inside): the pixels of x that belong to the output's pixel `at`: those of its window, and, outside
 // of it, those at the edge that no window covers.
 template <typename Use>
-FT_DEVICE void for_spread(const PoolShape& s, const PoolPixel& at, Use use) {
+FT_DEVICE void for_spread(const AvgPoolShape& s, const AvgPoolPixel& at, Use use) {
   const int row0 = at.i * s.stride, column0 = at.j * s.stride;
   const int row1 = at.i + 1 == s.ho ? s.h : row0 + s.stride, column1 = at.j + 1 == s.wo ? s.w : column0 + s.stride;
 #pragma unroll 1
@@ -183,32 +183,32 @@ FT_DEVICE void for_spread(const PoolShape& s, const PoolPixel& at, Use use) {
 
 // dx = W^T dy / count in every pixel of a window, 0 where there is none.
 template <typename T, bool kNhwc>
-__global__ void __launch_bounds__(kPoolThreads, sizeof(T) == 8 ? 1 : 2)
-    pool_conv_input(const T* __restrict__ dy, const T* __restrict__ weight, PoolShape s, PoolPlan plan, PoolWide wide,
-                    T* __restrict__ dx) {
+__global__ void __launch_bounds__(kAvgPoolThreads, sizeof(T) == 8 ? 1 : 2)
+    avgpool_conv1x1_input(const T* __restrict__ dy, const T* __restrict__ weight, AvgPoolShape s, AvgPoolPlan plan,
+                          AvgPoolWide wide, T* __restrict__ dx) {
   FT_DYNAMIC_SHARED(memory);
-  using Tile = PoolTile<sizeof(T)>;
+  using Tile = AvgPoolTile<sizeof(T)>;
   using Acc = acc_t<T>;
-  constexpr int kV = kPoolVector<T>, kHalf = kV / 2;
-  const PoolBlock block = PoolBlock::of(plan, T());
+  constexpr int kV = kAvgPoolVector<T>, kHalf = kV / 2;
+  const AvgPoolBlock block = AvgPoolBlock::of(plan, T());
   const auto left = gradient_loader<kNhwc>(dy, s, wide);
   const RowLoader<T> right{weight, s.o, s.c, wide.weight};
-  using A = PoolOperand<T, PoolGradientLoader<T, kNhwc>, Tile::kM, kNhwc, kNhwc>;
-  using B = PoolOperand<T, RowLoader<T>, Tile::kN, false, false>;
+  using A = AvgPoolOperand<T, AvgPoolGradientLoader<T, kNhwc>, Tile::kM, kNhwc, kNhwc>;
+  using B = AvgPoolOperand<T, RowLoader<T>, Tile::kN, false, false>;
   A a(left, block.row0, s.pixels(), s.o);
   B b(right, block.column0, s.c, s.o);
-  PoolSumsOf<T, A, B> sums;
+  AvgPoolSumsOf<T, A, B> sums;
   multiply_tiles<T>(a, b, 0, s.o, memory, sums);
 
-  const PoolResult<T, kNhwc> result(sums, reinterpret_cast<T*>(memory));
-  const auto inverse = [&](const PoolPixel& at) {
+  const AvgPoolResult<T, kNhwc> result(sums, reinterpret_cast<T*>(memory));
+  const auto inverse = [&](const AvgPoolPixel& at) {
     return inverse_count<Acc>(window_rows(s, at), window_columns(s, at));
   };
-  const auto in_rows = [&](const PoolPixel& at, int row, int column, int c) {
+  const auto in_rows = [&](const AvgPoolPixel& at, int row, int column, int c) {
     return dx + ((int64_t(at.n) * s.h + row) * s.w + column) * s.c + c;
   };
   if (!wide.x) {
-    PoolPixel at;
+    AvgPoolPixel at;
     Acc inv(0);
     if constexpr (!kNhwc) {
       at = pixel_of(s, block.row0 + result.index());
@@ -247,7 +247,7 @@ __global__ void __launch_bounds__(kPoolThreads, sizeof(T) == 8 ? 1 : 2)
   result.for_vectors([&](int line, int first, T(&v)[kV]) {
     const int q = block.row0 + (kNhwc ? line : first), c = block.column0 + (kNhwc ? first : line);
     if (q >= s.pixels() || c >= s.c) return;
-    PoolPixel at = pixel_of(s, q);
+    AvgPoolPixel at = pixel_of(s, q);
     const T none[kV] = {};
     if constexpr (kNhwc) {
       const Acc inv = inverse(at);
@@ -278,21 +278,21 @@ __global__ void __launch_bounds__(kPoolThreads, sizeof(T) == 8 ? 1 : 2)
 
 // partial[split] = dy^T p over the split's pixels.
 template <typename T, bool kNhwc>
-__global__ void __launch_bounds__(kPoolThreads, sizeof(T) == 8 ? 1 : 2)
-    pool_conv_weight(const T* __restrict__ dy, const T* __restrict__ x, PoolShape s, PoolPlan plan, PoolWide wide,
-                     acc_t<T>* __restrict__ partial) {
+__global__ void __launch_bounds__(kAvgPoolThreads, sizeof(T) == 8 ? 1 : 2)
+    avgpool_conv1x1_weight(const T* __restrict__ dy, const T* __restrict__ x, AvgPoolShape s, AvgPoolPlan plan,
+                           AvgPoolWide wide, acc_t<T>* __restrict__ partial) {
   FT_DYNAMIC_SHARED(memory);
-  using Tile = PoolTile<sizeof(T)>;
+  using Tile = AvgPoolTile<sizeof(T)>;
   using Acc = acc_t<T>;
   // more rows than columns: an element of x is four times an element of dy
-  const PoolBlock block{int(blockIdx.x) / plan.tiles_n * Tile::kN, int(blockIdx.x) % plan.tiles_n * Tile::kM};
+  const AvgPoolBlock block{int(blockIdx.x) / plan.tiles_n * Tile::kN, int(blockIdx.x) % plan.tiles_n * Tile::kM};
   const auto left = gradient_loader<kNhwc>(dy, s, wide);
   const auto right = x_loader<kNhwc>(x, s, wide);
-  using A = PoolOperand<T, PoolGradientLoader<T, kNhwc>, Tile::kN, !kNhwc, kNhwc>;
-  using B = PoolOperand<T, PoolXLoader<T, kNhwc>, Tile::kM, !kNhwc, kNhwc>;
+  using A = AvgPoolOperand<T, AvgPoolGradientLoader<T, kNhwc>, Tile::kN, !kNhwc, kNhwc>;
+  using B = AvgPoolOperand<T, AvgPoolXLoader<T, kNhwc>, Tile::kM, !kNhwc, kNhwc>;
   A a(left, block.row0, s.o, s.pixels());
   B b(right, block.column0, s.c, s.pixels());
-  PoolSumsOf<T, A, B> sums;
+  AvgPoolSumsOf<T, A, B> sums;
   const int begin = int(blockIdx.y) * plan.depth_per_split, rest = plan.depth - begin;
   const int end = begin + (rest < plan.depth_per_split ? rest : plan.depth_per_split);
   multiply_tiles<T>(a, b, begin, end, memory, sums);
@@ -310,40 +310,40 @@ __global__ void __launch_bounds__(kPoolThreads, sizeof(T) == 8 ? 1 : 2)
 
 // out[i] = sum of partial[k][i] over the splits, in their order.
 template <typename T>
-__global__ void __launch_bounds__(kPoolThreads)
-    pool_sum_splits(const acc_t<T>* __restrict__ partial, int64_t splits, int64_t numel, T* __restrict__ out) {
+__global__ void __launch_bounds__(kAvgPoolThreads)
+    avgpool_sum_splits(const acc_t<T>* __restrict__ partial, int64_t splits, int64_t numel, T* __restrict__ out) {
   using Acc = acc_t<T>;
-  const int64_t i = (int64_t(blockIdx.x) * kPoolThreads + int64_t(threadIdx.x)) * kPoolVector<T>;
+  const int64_t i = (int64_t(blockIdx.x) * kAvgPoolThreads + int64_t(threadIdx.x)) * kAvgPoolVector<T>;
   if (i >= numel) return;
-  Acc sums[kPoolVector<T>] = {};
-  const bool wide = numel % kPoolVector<T> == 0 && (reinterpret_cast<uintptr_t>(out) & 15) == 0;
+  Acc sums[kAvgPoolVector<T>] = {};
+  const bool wide = numel % kAvgPoolVector<T> == 0 && (reinterpret_cast<uintptr_t>(out) & 15) == 0;
   for (int64_t k = 0; k < splits; ++k) {
-    Acc v[kPoolVector<T>];
+    Acc v[kAvgPoolVector<T>];
     if (wide) {
       load(partial + k * numel + i, v);
     } else {
 #pragma unroll
-      for (int e = 0; e < kPoolVector<T>; ++e) v[e] = i + e < numel ? load(partial + k * numel + i + e) : Acc(0);
+      for (int e = 0; e < kAvgPoolVector<T>; ++e) v[e] = i + e < numel ? load(partial + k * numel + i + e) : Acc(0);
     }
 #pragma unroll
-    for (int e = 0; e < kPoolVector<T>; ++e) sums[e] += v[e];
+    for (int e = 0; e < kAvgPoolVector<T>; ++e) sums[e] += v[e];
   }
-  T rounded[kPoolVector<T>];
+  T rounded[kAvgPoolVector<T>];
 #pragma unroll
-  for (int e = 0; e < kPoolVector<T>; ++e) rounded[e] = T(sums[e]);
+  for (int e = 0; e < kAvgPoolVector<T>; ++e) rounded[e] = T(sums[e]);
   if (wide) return store(out + i, rounded);
 #pragma unroll
-  for (int e = 0; e < kPoolVector<T>; ++e)
+  for (int e = 0; e < kAvgPoolVector<T>; ++e)
     if (i + e < numel) store(out + i + e, rounded[e]);
 }
 
 // partial[split][o] = sum of dy over the split's pixels. A warp a channel in NCHW, where neighbouring pixels are
 // neighbours in memory, a thread a channel in NHWC, where channels are: lanes is how many share one.
 template <typename T>
-__global__ void __launch_bounds__(kPoolThreads)
-    pool_bias(const T* __restrict__ dy, PoolShape s, bool nhwc, int splits, acc_t<T>* __restrict__ partial) {
+__global__ void __launch_bounds__(kAvgPoolThreads)
+    avgpool_bias(const T* __restrict__ dy, AvgPoolShape s, bool nhwc, int splits, acc_t<T>* __restrict__ partial) {
   const int lanes = nhwc ? 1 : 32, lane = int(threadIdx.x) % lanes;
-  const int o = int(blockIdx.x) * (kPoolThreads / lanes) + int(threadIdx.x) / lanes;
+  const int o = int(blockIdx.x) * (kAvgPoolThreads / lanes) + int(threadIdx.x) / lanes;
   const int each = (s.pixels() + splits - 1) / splits, begin = int(blockIdx.y) * each;
   const int end = s.pixels() - begin < each ? s.pixels() : begin + each;
   acc_t<T> sum = 0;

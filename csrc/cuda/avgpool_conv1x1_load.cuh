@@ -12,25 +12,29 @@
 namespace fasttricks::cuda {
 
 template <typename T>
-constexpr int kPoolVector = PoolTile<sizeof(T)>::kVector;
+constexpr int kAvgPoolVector = AvgPoolTile<sizeof(T)>::kVector;
 
-struct PoolPixel {
+struct AvgPoolPixel {
   int n, i, j;
 };
-FT_DEVICE PoolPixel pixel_of(const PoolShape& s, int q) {
+FT_DEVICE AvgPoolPixel pixel_of(const AvgPoolShape& s, int q) {
   const unsigned row = unsigned(q) / unsigned(s.wo), n = row / unsigned(s.ho);
   return {int(n), int(row - n * unsigned(s.ho)), int(unsigned(q) - row * unsigned(s.wo))};
 }
 // Where a pixel of the output lies in NCHW, of `channels`, and the corner of its window in x.
-FT_DEVICE int64_t offset_in_planes(const PoolShape& s, const PoolPixel& at, int channels, int channel) {
+FT_DEVICE int64_t offset_in_planes(const AvgPoolShape& s, const AvgPoolPixel& at, int channels, int channel) {
   return (int64_t(at.n) * channels + channel) * s.plane() + at.i * s.wo + at.j;
 }
-FT_DEVICE int64_t corner_in_planes(const PoolShape& s, const PoolPixel& at, int channel) {
+FT_DEVICE int64_t corner_in_planes(const AvgPoolShape& s, const AvgPoolPixel& at, int channel) {
   return (int64_t(at.n) * s.c + channel) * s.h * s.w + int64_t(at.i * s.stride) * s.w + at.j * s.stride;
 }
 // How many rows and columns of a pixel's window lie inside the image.
-FT_DEVICE int window_rows(const PoolShape& s, const PoolPixel& at) { return int(pool_extent(s.h, s.stride, at.i)); }
-FT_DEVICE int window_columns(const PoolShape& s, const PoolPixel& at) { return int(pool_extent(s.w, s.stride, at.j)); }
+FT_DEVICE int window_rows(const AvgPoolShape& s, const AvgPoolPixel& at) {
+  return int(avgpool_extent(s.h, s.stride, at.i));
+}
+FT_DEVICE int window_columns(const AvgPoolShape& s, const AvgPoolPixel& at) {
+  return int(avgpool_extent(s.w, s.stride, at.j));
+}
 template <typename A>
 FT_DEVICE A inverse_count(int rows, int columns) {
   return (rows > 1 ? A(0.5) : A(1)) * (columns > 1 ? A(0.5) : A(1));
@@ -56,7 +60,7 @@ struct RowLoader {
 template <typename T>
 struct PlaneLoader {
   const T* base;
-  PoolShape s;
+  AvgPoolShape s;
   int channels;
   bool wide;
 
@@ -64,7 +68,7 @@ struct PlaneLoader {
     int64_t offset;  // of the first pixel, in channel 0
   };
   struct Raw {
-    T v[kPoolVector<T>];
+    T v[kAvgPoolVector<T>];
   };
   using Single = State;
   FT_DEVICE State state(int pixel) const { return {offset_in_planes(s, pixel_of(s, pixel), channels, 0)}; }
@@ -77,9 +81,9 @@ struct PlaneLoader {
   FT_DEVICE T one(const Single& state, int channel) const {
     return load(base + state.offset + int64_t(channel) * s.plane());
   }
-  FT_DEVICE void settle(const State&, const Raw& raw, T (&v)[kPoolVector<T>]) const {
+  FT_DEVICE void settle(const State&, const Raw& raw, T (&v)[kAvgPoolVector<T>]) const {
 #pragma unroll
-    for (int e = 0; e < kPoolVector<T>; ++e) v[e] = raw.v[e];
+    for (int e = 0; e < kAvgPoolVector<T>; ++e) v[e] = raw.v[e];
   }
 };
 
@@ -91,13 +95,13 @@ FT_DEVICE T pooled(T a, T b, T c, T d, acc_t<T> inv_count) {
 }
 
 // A window of x: where its corner lies in channel 0, how many rows and columns of it are inside the image.
-struct PoolWindow {
+struct AvgPoolWindow {
   int64_t corner;
   int rows, columns;
 };
 // Its mean, where its rows and columns are so far apart; pairs: two columns, always, in one access.
 template <typename T>
-FT_DEVICE T pooled_singly(const T* corner, const PoolWindow& window, int64_t row, int64_t column, bool pairs) {
+FT_DEVICE T pooled_singly(const T* corner, const AvgPoolWindow& window, int64_t row, int64_t column, bool pairs) {
   T four[2][2] = {};
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -116,16 +120,16 @@ FT_DEVICE T pooled_singly(const T* corner, const PoolWindow& window, int64_t row
 template <typename T>
 struct PooledRowLoader {
   const T* base;
-  PoolShape s;
+  AvgPoolShape s;
   bool wide, pairs;
 
-  using State = PoolWindow;
-  using Single = PoolWindow;
+  using State = AvgPoolWindow;
+  using Single = AvgPoolWindow;
   struct Raw {
-    T v[4][kPoolVector<T>];
+    T v[4][kAvgPoolVector<T>];
   };
   FT_DEVICE State state(int pixel) const {
-    const PoolPixel at = pixel_of(s, pixel);
+    const AvgPoolPixel at = pixel_of(s, pixel);
     return {((int64_t(at.n) * s.h + at.i * s.stride) * s.w + at.j * s.stride) * s.c, window_rows(s, at),
             window_columns(s, at)};
   }
@@ -143,10 +147,10 @@ struct PooledRowLoader {
   FT_DEVICE T one(const Single& window, int channel) const {
     return pooled_singly(base + window.corner + channel, window, int64_t(s.w) * s.c, s.c, false);
   }
-  FT_DEVICE void settle(const State& state, const Raw& raw, T (&v)[kPoolVector<T>]) const {
+  FT_DEVICE void settle(const State& state, const Raw& raw, T (&v)[kAvgPoolVector<T>]) const {
     const auto inv = inverse_count<acc_t<T>>(state.rows, state.columns);
 #pragma unroll
-    for (int e = 0; e < kPoolVector<T>; ++e) v[e] = pooled(raw.v[0][e], raw.v[1][e], raw.v[2][e], raw.v[3][e], inv);
+    for (int e = 0; e < kAvgPoolVector<T>; ++e) v[e] = pooled(raw.v[0][e], raw.v[1][e], raw.v[2][e], raw.v[3][e], inv);
   }
 };
 
@@ -155,31 +159,31 @@ struct PooledRowLoader {
 // one access.
 template <typename T>
 struct PooledPlaneLoader {
-  static constexpr int kHalf = kPoolVector<T> / 2;
+  static constexpr int kHalf = kAvgPoolVector<T> / 2;
   const T* base;
-  PoolShape s;
+  AvgPoolShape s;
   bool wide, pairs;
 
   struct State {
     int64_t corner[2];  // of the first window of each half, in channel 0
     int rows[2];
   };
-  using Single = PoolWindow;
+  using Single = AvgPoolWindow;
   struct Raw {
-    T v[4][kPoolVector<T>];
+    T v[4][kAvgPoolVector<T>];
   };
   FT_DEVICE State state(int pixel) const {
     State made;
 #pragma unroll
     for (int g = 0; g < 2; ++g) {
-      const PoolPixel at = pixel_of(s, pixel + g * kHalf);
+      const AvgPoolPixel at = pixel_of(s, pixel + g * kHalf);
       made.corner[g] = corner_in_planes(s, at, 0);
       made.rows[g] = window_rows(s, at);
     }
     return made;
   }
   FT_DEVICE Single single(int pixel) const {
-    const PoolPixel at = pixel_of(s, pixel);
+    const AvgPoolPixel at = pixel_of(s, pixel);
     return {corner_in_planes(s, at, 0), window_rows(s, at), window_columns(s, at)};
   }
   FT_DEVICE Raw fetch(const State& state, int channel, int channel_end, int pixel, int pixel_end) const {
@@ -197,10 +201,10 @@ struct PooledPlaneLoader {
   FT_DEVICE T one(const Single& window, int channel) const {
     return pooled_singly(base + window.corner + int64_t(channel) * s.h * s.w, window, s.w, 1, pairs);
   }
-  FT_DEVICE void settle(const State& state, const Raw& raw, T (&v)[kPoolVector<T>]) const {
+  FT_DEVICE void settle(const State& state, const Raw& raw, T (&v)[kAvgPoolVector<T>]) const {
     if (s.stride == 1) {
 #pragma unroll
-      for (int e = 0; e < kPoolVector<T>; ++e) v[e] = raw.v[0][e];
+      for (int e = 0; e < kAvgPoolVector<T>; ++e) v[e] = raw.v[0][e];
       return;
     }
 #pragma unroll

@@ -11,8 +11,8 @@ namespace fasttricks::cuda {
 // eight lines at once, 16 bytes of each: vectors are permuted within their lines so that these fall into different
 // banks. Lines of the other types are longer by a vector.
 template <typename T, int kLength>
-struct PoolLines {
-  static constexpr int kV = kPoolVector<T>, kVectors = kLength / kV;
+struct AvgPoolLines {
+  static constexpr int kV = kAvgPoolVector<T>, kVectors = kLength / kV;
   static constexpr int kLine = sizeof(T) == 2 ? kLength : kLength + kV;
   static constexpr int kOrders = kVectors < 8 ? kVectors : 8;  // lines, or pairs or fours of them, have one of these
   FT_DEVICE static int place(int line, int index) {
@@ -25,20 +25,20 @@ struct PoolLines {
 // One operand, kSide rows or columns: kInnerIsDepth says which index of the loader's matrix is the depth, kPixelIsOuter
 // which one is the pixel.
 template <typename T, int kSide, bool kInnerIsDepth>
-struct PoolOperandTile : PoolLines<T, kInnerIsDepth ? PoolTile<sizeof(T)>::kK : kSide> {
-  static constexpr int kOuter = kInnerIsDepth ? kSide : PoolTile<sizeof(T)>::kK;
-  static constexpr int kInner = kInnerIsDepth ? PoolTile<sizeof(T)>::kK : kSide;
-  static constexpr int kSize = kOuter * PoolLines<T, kInner>::kLine;  // elements of a tile
-  static constexpr int kVectors = kOuter * kInner / kPoolVector<T>;
-  static_assert(kPoolThreads % kInner == 0);
+struct AvgPoolOperandTile : AvgPoolLines<T, kInnerIsDepth ? AvgPoolTile<sizeof(T)>::kK : kSide> {
+  static constexpr int kOuter = kInnerIsDepth ? kSide : AvgPoolTile<sizeof(T)>::kK;
+  static constexpr int kInner = kInnerIsDepth ? AvgPoolTile<sizeof(T)>::kK : kSide;
+  static constexpr int kSize = kOuter * AvgPoolLines<T, kInner>::kLine;  // elements of a tile
+  static constexpr int kVectors = kOuter * kInner / kAvgPoolVector<T>;
+  static_assert(kAvgPoolThreads % kInner == 0);
 };
 
 template <typename T, typename Loader, int kSide, bool kInnerIsDepth, bool kPixelIsOuter>
-struct PoolOperand : PoolOperandTile<T, kSide, kInnerIsDepth> {
-  using Tile = PoolOperandTile<T, kSide, kInnerIsDepth>;
+struct AvgPoolOperand : AvgPoolOperandTile<T, kSide, kInnerIsDepth> {
+  using Tile = AvgPoolOperandTile<T, kSide, kInnerIsDepth>;
   using Tile::kInner, Tile::kOuter, Tile::place;
-  static constexpr int kV = kPoolVector<T>;
-  static constexpr int kSlots = Tile::kVectors / kPoolThreads;  // vectors of a thread
+  static constexpr int kV = kAvgPoolVector<T>;
+  static constexpr int kSlots = Tile::kVectors / kAvgPoolThreads;  // vectors of a thread
   // Whether states are kept from step to step: not where the pixels change, nor where registers are too few.
   static constexpr bool kKeepsStates = kPixelIsOuter && kInnerIsDepth;
   static_assert(kSlots >= 1 && kSlots <= 2);
@@ -49,13 +49,13 @@ struct PoolOperand : PoolOperandTile<T, kSide, kInnerIsDepth> {
   int depth;
   typename Loader::State states[kSlots];
 
-  FT_DEVICE PoolOperand(const Loader& loader, int first, int end, int depth)
+  FT_DEVICE AvgPoolOperand(const Loader& loader, int first, int end, int depth)
       : loader(loader), first(first), end(end), depth(depth) {
     if constexpr (kKeepsStates)
 #pragma unroll
       for (int i = 0; i < kSlots; ++i) states[i] = loader.state(first + outer(i));
   }
-  FT_DEVICE static int slot(int i) { return int(threadIdx.x) + i * kPoolThreads; }
+  FT_DEVICE static int slot(int i) { return int(threadIdx.x) + i * kAvgPoolThreads; }
   FT_DEVICE static int outer(int i) { return slot(i) / (kInner / kV); }
   FT_DEVICE static int inner(int i) { return slot(i) % (kInner / kV) * kV; }
   FT_DEVICE int outer_at(int k) const { return kInnerIsDepth ? first : k; }
@@ -86,7 +86,7 @@ struct PoolOperand : PoolOperandTile<T, kSide, kInnerIsDepth> {
  private:
   // As many elements as a vector has, of neighbours in memory by neighbouring threads.
   FT_DEVICE void put_singly(int i, int k, T* tile) const {
-    constexpr int kLines = kPoolThreads / kInner;
+    constexpr int kLines = kAvgPoolThreads / kInner;
     const int line = i * kV * kLines + int(threadIdx.x) / kInner, index = int(threadIdx.x) % kInner;
     const int at_inner = inner_at(k) + index;
     [[maybe_unused]] typename Loader::Single pixel;
@@ -107,28 +107,29 @@ struct PoolOperand : PoolOperandTile<T, kSide, kInnerIsDepth> {
 };
 
 template <typename T, int kSide, bool kInnerIsDepth, bool kPixelIsOuter>
-struct PoolOperand<T, RowLoader<T>, kSide, kInnerIsDepth, kPixelIsOuter> : PoolOperandTile<T, kSide, kInnerIsDepth> {
-  using Tile = PoolOperandTile<T, kSide, kInnerIsDepth>;
+struct AvgPoolOperand<T, RowLoader<T>, kSide, kInnerIsDepth, kPixelIsOuter>
+    : AvgPoolOperandTile<T, kSide, kInnerIsDepth> {
+  using Tile = AvgPoolOperandTile<T, kSide, kInnerIsDepth>;
   using Tile::kInner, Tile::kOuter, Tile::place;
-  static constexpr int kV = kPoolVector<T>;
+  static constexpr int kV = kAvgPoolVector<T>;
   static constexpr int kSlots = 0;  // of vectors that go through registers
   struct Raw {};
 
   const RowLoader<T>& loader;
   int first;  // of the index that is not the depth
 
-  FT_DEVICE PoolOperand(const RowLoader<T>& loader, int first, int, int) : loader(loader), first(first) {}
+  FT_DEVICE AvgPoolOperand(const RowLoader<T>& loader, int first, int, int) : loader(loader), first(first) {}
   FT_DEVICE void start(T* tile, int k) const {
     const int outer0 = kInnerIsDepth ? first : k, inner0 = kInnerIsDepth ? k : first;
     if (loader.wide) {
 #pragma unroll
-      for (int i = int(threadIdx.x); i < Tile::kVectors; i += kPoolThreads) {
+      for (int i = int(threadIdx.x); i < Tile::kVectors; i += kAvgPoolThreads) {
         const int outer = i / (kInner / kV), inner = i % (kInner / kV) * kV;
         loader.copy(tile + place(outer, inner), outer0 + outer, inner0 + inner);
       }
     } else {
 #pragma unroll 1
-      for (int i = int(threadIdx.x); i < kOuter * kInner; i += kPoolThreads)
+      for (int i = int(threadIdx.x); i < kOuter * kInner; i += kAvgPoolThreads)
         tile[place(i / kInner, i % kInner)] = loader.one(outer0 + i / kInner, inner0 + i % kInner);
     }
   }
@@ -136,15 +137,15 @@ struct PoolOperand<T, RowLoader<T>, kSide, kInnerIsDepth, kPixelIsOuter> : PoolO
 
 // Bytes of dynamic shared memory: two tiles of both operands; the result's tile afterwards.
 template <typename T>
-constexpr int kPoolSharedBytes = 2 * int(sizeof(T)) * (PoolTile<sizeof(T)>::kM + PoolTile<sizeof(T)>::kN) *
-                                 PoolLines<T, PoolTile<sizeof(T)>::kK>::kLine;
+constexpr int kAvgPoolSharedBytes = 2 * int(sizeof(T)) * (AvgPoolTile<sizeof(T)>::kM + AvgPoolTile<sizeof(T)>::kN) *
+                                    AvgPoolLines<T, AvgPoolTile<sizeof(T)>::kK>::kLine;
 
 // The sums of a thread on the tensor cores: 8 warps, each 32 x 32 of the tile, 2 x 4 or 4 x 2 of them.
 template <typename T, typename A, typename B>
-struct PoolSums {
+struct AvgPoolSums {
   using Acc = float;
-  static constexpr int kAcross = (B::kInner == PoolTile<2>::kK ? B::kOuter : B::kInner) / 32;  // warps side by side
-  static constexpr int kSteps = PoolTile<2>::kK / 16;
+  static constexpr int kAcross = (B::kInner == AvgPoolTile<2>::kK ? B::kOuter : B::kInner) / 32;  // warps side by side
+  static constexpr int kSteps = AvgPoolTile<2>::kK / 16;
   float sums[2][4][4] = {};
 
   FT_DEVICE static int lane() { return int(threadIdx.x) % 32; }
@@ -182,7 +183,7 @@ struct PoolSums {
   template <typename Operand, bool kColumns>
   FT_DEVICE static void load_side(uint32_t (&r)[4], const T* tile, int side, int part, int step) {
     const int l = lane(), low = kColumns ? l / 16 * 8 + l % 8 : l % 16, high = (kColumns ? l / 8 % 2 : l / 16) * 8;
-    if constexpr (Operand::kInner == PoolTile<2>::kK) {
+    if constexpr (Operand::kInner == AvgPoolTile<2>::kK) {
       load_matrices<false>(r, tile + (side + part * 16) * Operand::kLine + (Operand::place(low, high) ^ step * 16));
     } else {
       // transposed: a lane names a line of the depth
@@ -225,7 +226,7 @@ struct PoolSums {
 // The sums of a thread on the general cores: a patch of 4 x 4. They are summed up in parts, as the types have no wider
 // one to sum in.
 template <typename T, typename A, typename B>
-struct PoolPatch {
+struct AvgPoolPatch {
   using Acc = acc_t<T>;
   static constexpr int kSteps = 2;
   Acc sums[4][4] = {}, totals[4][4] = {};
@@ -244,14 +245,14 @@ struct PoolPatch {
   }
 
   FT_DEVICE void multiply(const T* a, const T* b, int step) {
-    constexpr int kDepth = PoolTile<sizeof(T)>::kK / kSteps;
+    constexpr int kDepth = AvgPoolTile<sizeof(T)>::kK / kSteps;
 #pragma unroll
     for (int k = step * kDepth; k < (step + 1) * kDepth; ++k) {
       T left[4], right[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        left[i] = a[A::kInner == PoolTile<sizeof(T)>::kK ? A::place(row0() + i, k) : A::place(k, row0() + i)];
-        right[i] = b[B::kInner == PoolTile<sizeof(T)>::kK ? B::place(column0() + i, k) : B::place(k, column0() + i)];
+        left[i] = a[A::kInner == AvgPoolTile<sizeof(T)>::kK ? A::place(row0() + i, k) : A::place(k, row0() + i)];
+        right[i] = b[B::kInner == AvgPoolTile<sizeof(T)>::kK ? B::place(column0() + i, k) : B::place(k, column0() + i)];
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i)
@@ -285,7 +286,7 @@ struct PoolPatch {
 };
 
 template <typename T, typename A, typename B>
-using PoolSumsOf = std::conditional_t<sizeof(T) == 2, PoolSums<T, A, B>, PoolPatch<T, A, B>>;
+using AvgPoolSumsOf = std::conditional_t<sizeof(T) == 2, AvgPoolSums<T, A, B>, AvgPoolPatch<T, A, B>>;
 
 // Vector kSlot of a thread, if it has so many.
 template <int kSlot, typename Operand>
@@ -305,13 +306,13 @@ FT_DEVICE void fill_slots(Operand& operand, int k, T* tile) {
   put_slot<1>(operand, k, fetch_slot<1>(operand, k), tile);
 }
 
-constexpr int kPoolFold = 8;  // tiles of the depth whose products make a part
+constexpr int kAvgPoolFold = 8;  // tiles of the depth whose products make a part
 
 // sums += a[., begin .. end) * b[., begin .. end), over the depth; begin is a multiple of the tile's depth. On return
 // the shared memory is free.
 template <typename T, typename A, typename B, typename Sums>
 FT_DEVICE void multiply_tiles(A& a, B& b, int begin, int end, unsigned char* memory, Sums& sums) {
-  constexpr int kDepth = PoolTile<sizeof(T)>::kK;
+  constexpr int kDepth = AvgPoolTile<sizeof(T)>::kK;
   T* const a_tiles = reinterpret_cast<T*>(memory);
   T* const b_tiles = a_tiles + 2 * A::kSize;
   const auto a_tile = [&](int k) { return a_tiles + (k / kDepth & 1) * A::kSize; };
@@ -346,7 +347,7 @@ FT_DEVICE void multiply_tiles(A& a, B& b, int begin, int end, unsigned char* mem
     };
     half(std::integral_constant<int, 0>());
     half(std::integral_constant<int, 1>());
-    if (k / kDepth % kPoolFold == kPoolFold - 1) sums.fold();
+    if (k / kDepth % kAvgPoolFold == kAvgPoolFold - 1) sums.fold();
     copy_wait<0>();
     __syncthreads();
   }
@@ -357,7 +358,7 @@ FT_DEVICE void multiply_tiles(A& a, B& b, int begin, int end, unsigned char* mem
 template <typename T, typename A>
 FT_DEVICE void fill_slab(A& a, int depth, T* slab) {
   static_assert(A::kSlots == 1);
-  constexpr int kDepth = PoolTile<sizeof(T)>::kK;
+  constexpr int kDepth = AvgPoolTile<sizeof(T)>::kK;
 #pragma unroll 1
   for (int k = 0; k < depth; k += 2 * kDepth) {
     const bool two = k + kDepth < depth;
@@ -371,7 +372,7 @@ FT_DEVICE void fill_slab(A& a, int depth, T* slab) {
 // sums += slab * b over the depth, b through two tiles at `tiles`. On return these are free.
 template <typename T, typename A, typename B, typename Sums>
 FT_DEVICE void multiply_slab(const T* slab, B& b, int depth, T* tiles, Sums& sums) {
-  constexpr int kDepth = PoolTile<sizeof(T)>::kK;
+  constexpr int kDepth = AvgPoolTile<sizeof(T)>::kK;
   b.start(tiles, 0);
   copy_commit();
 #pragma unroll 1

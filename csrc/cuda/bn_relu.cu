@@ -8,28 +8,6 @@
 namespace fasttricks::cuda::ops {
 namespace {
 
-// f(T()) with the C++ type of the tensor's elements.
-template <typename F>
-void with_type(ScalarType type, F f) {
-  switch (type) {
-    case ScalarType::Double:
-      return f(double());
-    case ScalarType::Half:
-      return f(Half());
-    case ScalarType::BFloat16:
-      return f(BFloat16());
-    default:
-      return f(float());
-  }
-}
-
-ParamType param_type(ScalarType type) {
-  return type == ScalarType::Double     ? ParamType::kDouble
-         : type == ScalarType::Half     ? ParamType::kHalf
-         : type == ScalarType::BFloat16 ? ParamType::kBFloat16
-                                        : ParamType::kFloat;
-}
-
 // count: values per channel, on the device; null: `values`.
 void move_statistics(BnRunningStatistics& running, const Tensor& mean, const Tensor& var, const double* count,
                      int64_t values, cudaStream_t stream) {
@@ -40,8 +18,8 @@ void move_statistics(BnRunningStatistics& running, const Tensor& mean, const Ten
   update.cumulative = !running.momentum.has_value();
   update.momentum = running.momentum.value_or(0);
   const auto one = [](Tensor& r, const Tensor& now) {
-    return BnRunning{r.mutable_data_ptr(), now.const_data_ptr(),        r.stride(0),
-                     now.stride(0),        param_type(r.scalar_type()), param_type(now.scalar_type())};
+    return BnRunning{r.mutable_data_ptr(), now.const_data_ptr(),          r.stride(0),
+                     now.stride(0),        element_type(r.scalar_type()), element_type(now.scalar_type())};
   };
   int channels = 0;
   if (running.mean.has_value() && (count || values)) {
@@ -57,7 +35,7 @@ struct Call : BnCall {
   OnDevice on;
   BnShape shape;
   const void *weight_data = nullptr, *bias_data = nullptr;
-  ParamType weight_type = ParamType::kFloat, bias_type = ParamType::kFloat;
+  ElementType weight_type = ElementType::kFloat, bias_type = ElementType::kFloat;
   const void *mean_data = nullptr, *var_data = nullptr;
   double eps;
 
@@ -71,12 +49,12 @@ struct Call : BnCall {
 
   // In their own type, which the kernels read.
   void affine(const MaybeTensor& weight, const MaybeTensor& bias) {
-    const auto one = [this](const char* name, const MaybeTensor& given, const void*& at, ParamType& type) {
+    const auto one = [this](const char* name, const MaybeTensor& given, const void*& at, ElementType& type) {
       if (!given.has_value()) return;
       check_per_channel(name, *given);
-      at = bn_dense(*given, MemoryFormat::Contiguous) ? given->const_data_ptr()
+      at = is_dense(*given, MemoryFormat::Contiguous) ? given->const_data_ptr()
                                                       : keep(torch::stable::contiguous(*given));
-      type = param_type(given->scalar_type());
+      type = element_type(given->scalar_type());
     };
     one("weight", weight, weight_data, weight_type);
     one("bias", bias, bias_data, bias_type);
@@ -110,7 +88,7 @@ struct Call : BnCall {
   }
 
   // y, mean, var and, with a residual, the mask.
-  std::tuple<Tensor, Tensor, Tensor, Tensor> new_forward(const MaybeTensor& residual, BnRunningStatistics running) {
+  std::tuple<Tensor, Tensor, Tensor, Tensor> launch_forward(const MaybeTensor& residual, BnRunningStatistics running) {
     const void* z = residual.has_value() ? like_x("residual", *residual) : nullptr;
     running.check(*this);
     check_several_values(*this);
@@ -135,7 +113,7 @@ struct Call : BnCall {
     return {y, mean, var, mask};
   }
 
-  std::tuple<Tensor, Tensor> new_statistics() {
+  std::tuple<Tensor, Tensor> launch_stats() {
     Tensor mean = new_per_channel(), var = new_per_channel();
     mean_data = mean.const_data_ptr();
     var_data = var.const_data_ptr();
@@ -150,7 +128,7 @@ struct Call : BnCall {
   }
 
   // y with given statistics, and the mask where there is a residual.
-  std::tuple<Tensor, Tensor> new_output(const MaybeTensor& residual) {
+  std::tuple<Tensor, Tensor> launch_apply(const MaybeTensor& residual) {
     const void* z = residual.has_value() ? like_x("residual", *residual) : nullptr;
     Tensor y = new_like_x(), mask = torch::stable::new_empty(x, {z ? mask_bytes() : 0}, ScalarType::Byte);
     if (empty()) return {y, mask};
@@ -163,7 +141,7 @@ struct Call : BnCall {
     return {y, mask};
   }
 
-  std::tuple<Tensor, Tensor> new_sums(const void* dy, const uint8_t* bits) {
+  std::tuple<Tensor, Tensor> launch_backward_reduce(const void* dy, const uint8_t* bits) {
     Tensor dweight = new_per_channel(), dbias = new_per_channel();
     if (empty()) return {dweight, dbias};
     Tensor partial = new_partial();
@@ -178,8 +156,8 @@ struct Call : BnCall {
   }
 
   // dx and dresidual from the sums. count: values of a channel over all replicas, 0 where the statistics are constants.
-  std::tuple<Tensor, Tensor> new_gradients(const void* dy, const uint8_t* bits, const void* dweight, const void* dbias,
-                                           int64_t count, bool need_dresidual) {
+  std::tuple<Tensor, Tensor> launch_backward_apply(const void* dy, const uint8_t* bits, const void* dweight,
+                                                   const void* dbias, int64_t count, bool need_dresidual) {
     Tensor dx = new_like_x(), dresidual = need_dresidual ? new_like_x() : torch::stable::new_empty(x, {0});
     if (empty()) return {dx, dresidual};
     with_type(x.scalar_type(), [&](auto t) {
@@ -200,7 +178,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_relu_forward(Tensor x, MaybeTensor weight,
   Call call("bn_relu_forward", x, eps);
   call.affine(weight, bias);
   auto [y, mean, var, mask] =
-      call.new_forward(std::nullopt, {running_mean, running_var, num_batches_tracked, momentum});
+      call.launch_forward(std::nullopt, {running_mean, running_var, num_batches_tracked, momentum});
   return {y, mean, var};
 }
 
@@ -210,14 +188,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_relu_forward(Tensor x, Tensor 
                                                                std::optional<double> momentum) {
   Call call("bn_add_relu_forward", x, eps);
   call.affine(weight, bias);
-  return call.new_forward(residual, {running_mean, running_var, num_batches_tracked, momentum});
+  return call.launch_forward(residual, {running_mean, running_var, num_batches_tracked, momentum});
 }
 
 Tensor bn_relu_apply(Tensor x, MaybeTensor weight, MaybeTensor bias, Tensor mean, Tensor var, double eps) {
   Call call("bn_relu_apply", x, eps);
   call.affine(weight, bias);
   call.statistics(mean, var);
-  return std::get<0>(call.new_output(std::nullopt));
+  return std::get<0>(call.launch_apply(std::nullopt));
 }
 
 std::tuple<Tensor, Tensor> bn_add_relu_apply(Tensor x, Tensor residual, MaybeTensor weight, MaybeTensor bias,
@@ -225,10 +203,10 @@ std::tuple<Tensor, Tensor> bn_add_relu_apply(Tensor x, Tensor residual, MaybeTen
   Call call("bn_add_relu_apply", x, eps);
   call.affine(weight, bias);
   call.statistics(mean, var);
-  return call.new_output(residual);
+  return call.launch_apply(residual);
 }
 
-std::tuple<Tensor, Tensor> bn_stats(Tensor x) { return Call("bn_stats", x, 0.0).new_statistics(); }
+std::tuple<Tensor, Tensor> bn_stats(Tensor x) { return Call("bn_stats", x, 0.0).launch_stats(); }
 
 // What every backward op is given.
 struct BackwardCall : Call {
@@ -267,7 +245,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_relu_backward(Tensor dy, Tensor x,
 std::tuple<Tensor, Tensor> bn_relu_backward_reduce(Tensor dy, Tensor x, MaybeTensor mask, MaybeTensor weight,
                                                    MaybeTensor bias, Tensor mean, Tensor var, double eps) {
   BackwardCall call("bn_relu_backward_reduce", dy, x, mask, weight, bias, mean, var, eps);
-  return call.new_sums(call.dy, call.bits);
+  return call.launch_backward_reduce(call.dy, call.bits);
 }
 
 std::tuple<Tensor, Tensor> bn_relu_backward_apply(Tensor dy, Tensor x, MaybeTensor mask, MaybeTensor weight,
@@ -277,7 +255,7 @@ std::tuple<Tensor, Tensor> bn_relu_backward_apply(Tensor dy, Tensor x, MaybeTens
   call.check_need_dresidual(need_dresidual, mask);
   const void* dweight_data = call.per_channel("mean_dweight", mean_dweight);
   const void* dbias_data = call.per_channel("mean_dbias", mean_dbias);
-  return call.new_gradients(call.dy, call.bits, dweight_data, dbias_data, 1, need_dresidual);
+  return call.launch_backward_apply(call.dy, call.bits, dweight_data, dbias_data, 1, need_dresidual);
 }
 
 void bn_update_stats_(Tensor running_mean, Tensor running_var, Tensor mean, Tensor var, Tensor count,

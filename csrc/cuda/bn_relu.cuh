@@ -154,7 +154,7 @@ FT_DEVICE void gradient_row(const T (&dz)[kBnColumns], const A (&mean)[kBnColumn
 #pragma unroll
   for (int j = 0; j < kBnColumns; ++j) {
     A grad = A(dz[j]);
-    if (batch_terms) grad = grad - shift[j] - (A(v[j]) - mean[j]) * slope[j];
+    if (batch_terms) grad = grad - shift[j] + (A(v[j]) - mean[j]) * slope[j];
     v[j] = zero ? T(0) : T(scale[j] * grad);
   }
 }
@@ -350,7 +350,7 @@ struct BnRunning {
   void* running;
   const void* now;
   int64_t stride, now_stride;
-  ParamType type, now_type;
+  ElementType type, now_type;
 };
 struct BnUpdate {
   BnRunning mean, var;
@@ -369,13 +369,13 @@ FT_DEVICE void update_running(const BnRunning& r, int c, double factor, double m
 }
 FT_DEVICE void update_running(const BnRunning& r, int c, double factor, double momentum) {
   switch (r.type) {
-    case ParamType::kFloat:
+    case ElementType::kFloat:
       return update_running<float, float>(r, c, factor, momentum);
-    case ParamType::kDouble:
+    case ElementType::kDouble:
       return update_running<double, double>(r, c, factor, momentum);
-    case ParamType::kHalf:
+    case ElementType::kHalf:
       return update_running<Half, float>(r, c, factor, momentum);
-    case ParamType::kBFloat16:
+    case ElementType::kBFloat16:
       return update_running<BFloat16, float>(r, c, factor, momentum);
   }
 }

@@ -11,11 +11,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define FT_PLAN_HD __host__ __device__
-#else
-#define FT_PLAN_HD
-#endif
+#include "math/common.h"
 
 namespace fasttricks::cuda {
 
@@ -37,9 +33,9 @@ struct BnTiling {
   int splits;
   int slots;  // most channels that one tile touches
 
-  FT_PLAN_HD int tx() const { return 1 << tx_log2; }
-  FT_PLAN_HD int ty() const { return kBnThreads >> tx_log2; }
-  FT_PLAN_HD int width() const { return kBnColumns << tx_log2; }
+  FT_HD int tx() const { return 1 << tx_log2; }
+  FT_HD int ty() const { return kBnThreads >> tx_log2; }
+  FT_HD int width() const { return kBnColumns << tx_log2; }
 };
 
 inline BnShape bn_shape(int64_t n, int channels, int64_t hw, bool channels_last) {
@@ -50,8 +46,6 @@ inline BnShape bn_shape(int64_t n, int channels, int64_t hw, bool channels_last)
 inline BnShape bn_flat(const BnShape& s) { return {1, s.rows * s.cols, s.inner, s.channels}; }
 
 inline bool bn_vectors_fit(const BnShape& s) { return s.cols % kBnColumns == 0; }
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // At most max_blocks blocks where the columns allow it, none with less than one chunk of rows a thread, or min_rows.
 inline BnTiling bn_tile(const BnShape& s, int64_t max_blocks, int64_t min_rows = 1) {

@@ -3,6 +3,7 @@
 
 #include "bn_relu_plan.h"
 #include "intrinsics.cuh"
+#include "math/bn.h"
 #include "math/welford.h"
 
 namespace fasttricks::cuda {
@@ -18,8 +19,6 @@ constexpr int kBnBlocksOf = sizeof(T) == 8   ? 1
                             : sizeof(T) == 4 ? 2
                                              : kHalf;
 
-enum class ParamType : int { kFloat, kDouble, kHalf, kBFloat16 };
-
 // Of every channel; weight and bias may be null (1 and 0).
 template <typename A>
 struct BnParams {
@@ -27,18 +26,18 @@ struct BnParams {
   const A* var;
   const void* weight;
   const void* bias;
-  ParamType weight_type, bias_type;
+  ElementType weight_type, bias_type;
   A eps;
 };
 
 template <typename A>
-FT_DEVICE A load_param(const void* p, ParamType type, int64_t c) {
+FT_DEVICE A load_param(const void* p, ElementType type, int64_t c) {
   switch (type) {
-    case ParamType::kDouble:
+    case ElementType::kDouble:
       return A(load(static_cast<const double*>(p) + c));
-    case ParamType::kHalf:
+    case ElementType::kHalf:
       return A(load(static_cast<const Half*>(p) + c));
-    case ParamType::kBFloat16:
+    case ElementType::kBFloat16:
       return A(load(static_cast<const BFloat16*>(p) + c));
     default:
       return A(load(static_cast<const float*>(p) + c));
@@ -48,10 +47,6 @@ FT_DEVICE A load_param(const void* p, ParamType type, int64_t c) {
 template <typename A>
 FT_DEVICE A normalized(A x, A mean, A scale, A bias) {
   return fma(x - mean, scale, bias);
-}
-template <typename A>
-FT_DEVICE A reciprocal_std(A var, A eps) {
-  return A(1) / sqrt(var + eps);
 }
 // NaN stays NaN, as in torch.
 template <typename T>
@@ -82,7 +77,7 @@ struct ColumnMoments {
 
   template <typename T, int kRows>
   FT_DEVICE void add(const T (&v)[kRows][kBnColumns]) {
-    const A total = count + A(kRows), part = A(kRows) / total, weight = count * part;
+    const MergeFactors<A> factors = merge_factors(count, A(kRows));
 #pragma unroll
     for (int j = 0; j < kBnColumns; ++j) {
       A m = 0, q = 0;
@@ -94,11 +89,9 @@ struct ColumnMoments {
         const A d = A(v[u][j]) - m;
         q = fma(d, d, q);
       }
-      const A delta = m - mean[j];
-      mean[j] = fma(delta, part, mean[j]);
-      m2[j] += fma(delta * delta, weight, q);
+      merge_into(mean[j], m2[j], m, q, factors);
     }
-    count = total;
+    count = factors.count;
   }
 };
 
@@ -231,7 +224,7 @@ struct BnTile {
       const A m = cuda::load(p.mean + c), v = cuda::load(p.var + c);
       const A w = p.weight ? load_param<A>(p.weight, p.weight_type, c) : A(1);
       staged[k] = m;
-      staged[kBnMaxTile + k] = w * reciprocal_std(v, p.eps);
+      staged[kBnMaxTile + k] = w * bn_rstd(v, p.eps);
       staged[2 * kBnMaxTile + k] = p.bias ? load_param<A>(p.bias, p.bias_type, c) : A(0);
       live |= staged[kBnMaxTile + k] != A(0) || !isfinite(m) || !isfinite(v);
     }
@@ -244,7 +237,7 @@ struct BnTile {
     return !live;
   }
 
-  // As channel_params, and shift = dbias/M, slope = rstd * dweight/M: `staged` has 5 * kBnMaxTile.
+  // As channel_params, and the shift and slope of bn_backward_factors: `staged` has 5 * kBnMaxTile.
   template <typename A>
   FT_DEVICE bool gradient_params(const BnParams<A>& p, const A* dweight, const A* dbias, A inv_count, A* staged,
                                  A (&mean)[kBnColumns], A (&scale)[kBnColumns], A (&bias)[kBnColumns],
@@ -254,8 +247,9 @@ struct BnTile {
     for (int k = int(threadIdx.x); k < used; k += kBnThreads) {
       const int c = channel(k);
       const A dw = cuda::load(dweight + c), db = cuda::load(dbias + c);
-      extra[k] = db * inv_count;
-      extra[kBnMaxTile + k] = reciprocal_std(cuda::load(p.var + c), p.eps) * dw * inv_count;
+      const BnBackward<A> factors = bn_backward_factors(A(1), bn_rstd(cuda::load(p.var + c), p.eps), dw, db, inv_count);
+      extra[k] = factors.shift;
+      extra[kBnMaxTile + k] = factors.slope;
       infinite |= !isfinite(dw) || !isfinite(db);
     }
     infinite = __syncthreads_or(infinite);
@@ -391,7 +385,7 @@ FT_DEVICE void finalize_sums(const A* partial, const BnShape& s, const BnTiling&
   sum_dz_x = sum_over_lanes<32>(sum_dz_x);
   if (lane != 0) return;
   store(dbias + c, sum_dz);
-  store(dweight + c, sum_dz_x * reciprocal_std(load(var + c), eps));
+  store(dweight + c, sum_dz_x * bn_rstd(load(var + c), eps));
 }
 
 }  // namespace fasttricks::cuda

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "checks.h"
 #include "launch.cuh"
 
 // In the emulator the same files serve CPU tensors, under a name of their own.
@@ -15,6 +16,11 @@
 #endif
 
 namespace fasttricks::cuda {
+
+template <typename F>
+void with_type(ScalarType type, F f) {
+  with_type(element_type(type), f);
+}
 
 #if defined(CUDA_ON_CPU)
 

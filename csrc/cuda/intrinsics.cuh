@@ -12,6 +12,8 @@
 #include <cstring>
 #include <type_traits>
 
+#include "math/common.h"
+
 #if defined(CUDA_ON_CPU)
 #define FT_METER_LOAD(bytes) ::emu::count_load(bytes)
 #define FT_METER_STORE(bytes) ::emu::count_store(bytes)
@@ -39,9 +41,23 @@ namespace fasttricks::cuda {
 using Half = torch::headeronly::Half;
 using BFloat16 = torch::headeronly::BFloat16;
 
-// The type in which values of type T are accumulated.
-template <typename T>
-using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+// f(T()) with the C++ type of a dtype; host code may call it too.
+#if defined(__CUDACC__)
+#pragma nv_exec_check_disable
+#endif
+template <typename F>
+FT_HD void with_type(ElementType type, F f) {
+  switch (type) {
+    case ElementType::kHalf:
+      return f(Half());
+    case ElementType::kBFloat16:
+      return f(BFloat16());
+    case ElementType::kFloat:
+      return f(float());
+    case ElementType::kDouble:
+      return f(double());
+  }
+}
 
 constexpr unsigned kAllLanes = 0xffffffffu;
 

@@ -8,19 +8,6 @@
 namespace fasttricks::cuda::ops {
 namespace {
 
-SgdType type_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Half:
-      return SgdType::kHalf;
-    case ScalarType::BFloat16:
-      return SgdType::kBFloat16;
-    case ScalarType::Double:
-      return SgdType::kDouble;
-    default:
-      return SgdType::kFloat;
-  }
-}
-
 void check_how_many(const char* op, size_t tensors) {
   FT_CHECK(op, int64_t(tensors) <= kSgdMaxTensors, tensors, " tensors are given; accepted: at most ", kSgdMaxTensors,
            " in one call");
@@ -63,11 +50,11 @@ void sgd_check(std::vector<Tensor> grads, std::vector<Tensor> params, std::vecto
     const bool as_it_is = sgd_dense(t.values) && (!t.master || sgd_same_strides(t.values, *t.master));
     void* const values = packed.read(t.values, as_it_is);
     void* const master = t.master ? packed.read(*t.master, as_it_is) : nullptr;
-    const SgdType type = type_of(t.values);
+    const ElementType type = element_type(t.values.scalar_type());
     if (t.weight)
-      items.push_back({int64_t(t.index), t.values.numel(), 1, {nullptr, values, master}, type, SgdType::kFloat});
+      items.push_back({int64_t(t.index), t.values.numel(), 1, {nullptr, values, master}, type, ElementType::kFloat});
     else
-      items.push_back({int64_t(t.index), t.values.numel(), 0, {values}, SgdType::kFloat, type});
+      items.push_back({int64_t(t.index), t.values.numel(), 0, {values}, ElementType::kFloat, type});
   });
   if (items.empty()) return;
   OnDevice on(found_inf);
@@ -84,7 +71,12 @@ SgdItem item_of(const SgdStepped& t, Packed& packed) {
   bool as_it_is = sgd_same_strides(t.param, t.grad) && sgd_dense(t.param);
   for (const Tensor* beside : {t.master, t.buffer})
     as_it_is = as_it_is && (!beside || sgd_same_strides(t.param, *beside));
-  SgdItem item{int64_t(t.index), t.param.numel(), int(t.group), {}, type_of(t.param), type_of(t.grad)};
+  SgdItem item{int64_t(t.index),
+               t.param.numel(),
+               int(t.group),
+               {},
+               element_type(t.param.scalar_type()),
+               element_type(t.grad.scalar_type())};
   item.pointers[kSgdGrad] = packed.read(t.grad, as_it_is);
   item.pointers[kSgdParam] = packed.write(t.param, as_it_is);
   if (t.master) item.pointers[kSgdMaster] = packed.write(*t.master, as_it_is);

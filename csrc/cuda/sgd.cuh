@@ -61,21 +61,6 @@ FT_DEVICE float as_seen(P param, float master) {
   return float(P(master)) == float(param) ? master : float(param);
 }
 
-// f(P()) with the C++ type that `type` names.
-template <typename F>
-FT_DEVICE void with_sgd_type(SgdType type, F f) {
-  switch (type) {
-    case SgdType::kHalf:
-      return f(Half());
-    case SgdType::kBFloat16:
-      return f(BFloat16());
-    case SgdType::kFloat:
-      return f(float());
-    case SgdType::kDouble:
-      return f(double());
-  }
-}
-
 // found_inf = 1 where a gradient is not finite; partial: each block's sum of squares in float64, where norms are
 // wanted.
 __global__ void __launch_bounds__(kSgdThreads, 4)
@@ -89,7 +74,7 @@ __global__ void __launch_bounds__(kSgdThreads, 4)
   const bool weight = group.flags & kSgdWeight;
   double square = 0;
   int bad = 0;
-  with_sgd_type(weight ? group.type : group.grad_type, [&](auto zero) {
+  with_type(weight ? group.type : group.grad_type, [&](auto zero) {
     using P = decltype(zero);
     const P* const values = static_cast<const P*>(view.pointer(e, weight ? kSgdParam : kSgdGrad)) + begin;
     const float* const master = weight ? static_cast<const float*>(view.pointer(e, kSgdMaster)) : nullptr;
@@ -250,14 +235,14 @@ __global__ void __launch_bounds__(kSgdThreads, 3) sgd_step(FT_PARAMETER(SgdTable
   const SgdGroup& group = view.group(view.group_of_entry(e));
   const int64_t begin = (int64_t(blockIdx.x) - view.first_blocks()[e]) * kSgdBlock;
   const int64_t left = int64_t(view.count(e)) - begin, n = left < kSgdBlock ? left : kSgdBlock;
-  with_sgd_type(group.type, [&](auto zero) {
+  with_type(group.type, [&](auto zero) {
     using P = decltype(zero);
     using T = acc_t<P>;
     const auto at = [begin](auto* p) { return p ? p + begin : nullptr; };
     P* const param = at(static_cast<P*>(view.pointer(e, kSgdParam)));
     T* const master = at(static_cast<T*>(view.pointer(e, kSgdMaster)));
     T* const buffer = at(static_cast<T*>(view.pointer(e, kSgdBuffer)));
-    with_sgd_type(group.grad_type, [&](auto other) {
+    with_type(group.grad_type, [&](auto other) {
       using G = decltype(other);
       step_values<P, G>(s, param, at(static_cast<const G*>(view.pointer(e, kSgdGrad))), master, buffer, n);
     });

@@ -17,11 +17,7 @@
 #include <numeric>
 #include <vector>
 
-#if defined(__CUDACC__)
-#define FT_SGD_HD __host__ __device__
-#else
-#define FT_SGD_HD
-#endif
+#include "math/common.h"
 
 namespace fasttricks::cuda {
 
@@ -58,7 +54,7 @@ struct SgdLayout {
   int64_t groups, pointers, counts, first_blocks, tensors, bytes;
 };
 
-FT_SGD_HD inline SgdLayout sgd_layout(int64_t entries, int64_t groups, int64_t pointers) {
+FT_HD SgdLayout sgd_layout(int64_t entries, int64_t groups, int64_t pointers) {
   SgdLayout at{};
   at.groups = kSgdHeaderBytes;
   at.pointers = at.groups + groups * kSgdGroupBytes;
@@ -71,7 +67,7 @@ FT_SGD_HD inline SgdLayout sgd_layout(int64_t entries, int64_t groups, int64_t p
 
 // The last of `n` ascending firsts that is not above `at`; firsts[0] is 0.
 template <class Index>
-FT_SGD_HD int64_t sgd_find(const Index* firsts, int64_t n, int64_t at) {
+FT_HD int64_t sgd_find(const Index* firsts, int64_t n, int64_t at) {
   int64_t low = 0, high = n;
   while (high - low > 1) {
     const int64_t middle = (low + high) / 2;

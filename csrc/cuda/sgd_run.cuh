@@ -17,10 +17,10 @@ struct SgdItem {
   int64_t numel;
   int group;
   std::array<void*, 5> pointers;  // by kSgdGrad, ..., kSgdSteps
-  SgdType type, grad_type;
+  ElementType type, grad_type;
 };
 
-inline int64_t sgd_bytes(SgdType t) { return t == SgdType::kDouble ? 8 : t == SgdType::kFloat ? 4 : 2; }
+inline int64_t sgd_bytes(ElementType t) { return t == ElementType::kDouble ? 8 : t == ElementType::kFloat ? 4 : 2; }
 
 // launch_one(table, launch) for the launches that the items take; `pointers` of each entry.
 template <typename Launch>

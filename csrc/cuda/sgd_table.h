@@ -8,8 +8,6 @@
 
 namespace fasttricks::cuda {
 
-enum class SgdType : uint8_t { kHalf, kBFloat16, kFloat, kDouble };
-
 constexpr int64_t kSgdTableBytes = 32736;  // of the 32,764 that a kernel may be given, with what else it takes
 struct alignas(16) SgdTable {
   unsigned char bytes[kSgdTableBytes];
@@ -34,7 +32,7 @@ struct SgdGroup {
   const void* lr;
   double momentum, one_minus_dampening, weight_decay, trust_coefficient;
   int32_t first_entry;
-  SgdType type, grad_type;
+  ElementType type, grad_type;
   uint16_t flags;
 };
 static_assert(sizeof(SgdGroup) == kSgdGroupBytes);
@@ -50,29 +48,25 @@ struct SgdView {
   const SgdTable& table;
   SgdLayout at;
 
-  FT_SGD_HD explicit SgdView(const SgdTable& t)
+  FT_HD explicit SgdView(const SgdTable& t)
       : table(t), at(sgd_layout(header().entries, header().groups, header().pointers)) {}
 
-  FT_SGD_HD const SgdHeader& header() const { return *reinterpret_cast<const SgdHeader*>(table.bytes); }
-  FT_SGD_HD const SgdGroup& group(int64_t i) const {
-    return reinterpret_cast<const SgdGroup*>(table.bytes + at.groups)[i];
-  }
-  FT_SGD_HD void* pointer(int64_t entry, int which) const {
+  FT_HD const SgdHeader& header() const { return *reinterpret_cast<const SgdHeader*>(table.bytes); }
+  FT_HD const SgdGroup& group(int64_t i) const { return reinterpret_cast<const SgdGroup*>(table.bytes + at.groups)[i]; }
+  FT_HD void* pointer(int64_t entry, int which) const {
     return which < header().pointers
                ? reinterpret_cast<void* const*>(table.bytes + at.pointers)[entry * header().pointers + which]
                : nullptr;
   }
-  FT_SGD_HD uint32_t count(int64_t entry) const {
+  FT_HD uint32_t count(int64_t entry) const {
     return reinterpret_cast<const uint32_t*>(table.bytes + at.counts)[entry];
   }
-  FT_SGD_HD const uint32_t* first_blocks() const {
+  FT_HD const uint32_t* first_blocks() const {
     return reinterpret_cast<const uint32_t*>(table.bytes + at.first_blocks);
   }
-  FT_SGD_HD int tensor(int64_t entry) const {
-    return reinterpret_cast<const uint16_t*>(table.bytes + at.tensors)[entry];
-  }
-  FT_SGD_HD int64_t entry_of_block(int64_t block) const { return sgd_find(first_blocks(), header().entries, block); }
-  FT_SGD_HD int64_t group_of_entry(int64_t entry) const {
+  FT_HD int tensor(int64_t entry) const { return reinterpret_cast<const uint16_t*>(table.bytes + at.tensors)[entry]; }
+  FT_HD int64_t entry_of_block(int64_t block) const { return sgd_find(first_blocks(), header().entries, block); }
+  FT_HD int64_t group_of_entry(int64_t entry) const {
     int64_t low = 0, high = header().groups;
     while (high - low > 1) {
       const int64_t middle = (low + high) / 2;

@@ -11,21 +11,19 @@
 #pragma once
 
 #include <math.h>
-#include <stdint.h>
 
-#ifndef FT_HD
-#ifdef __CUDACC__
-#define FT_HD __host__ __device__ __forceinline__
-#else
-#define FT_HD inline __attribute__((always_inline))
-#endif
-#endif
+#include "math/common.h"
 
 namespace fasttricks {
 
-template <class A>
-FT_HD A bn_rstd(A var, double eps) {
+// NaN where var + eps is negative, as in torch. eps, and inv_count below: double on the host, A on the device.
+template <class A, class S>
+FT_HD A bn_rstd(A var, S eps) {
+#if FT_ON_DEVICE
+  return A(1) / sqrt(var + eps);
+#else
   return A(1.0 / sqrt(double(var) + eps));
+#endif
 }
 
 // The factors of the dx formula: dx = scale * (dz - shift + (x - mean) * slope).
@@ -34,10 +32,15 @@ struct BnBackward {
   A scale, shift, slope;
 };
 
-template <class A>
-FT_HD BnBackward<A> bn_backward_factors(A weight, A rstd, A dweight, A dbias, double count, bool training) {
-  if (!training) return {weight * rstd, A(0), A(0)};
-  return {weight * rstd, A(double(dbias) / count), A(-double(rstd) * double(dweight) / count)};
+// inv_count is 1 / M, and 0 for constant statistics: the sums are then not read.
+template <class A, class S>
+FT_HD BnBackward<A> bn_backward_factors(A weight, A rstd, A dweight, A dbias, S inv_count) {
+  if (inv_count == S(0)) return {weight * rstd, A(0), A(0)};
+#if FT_ON_DEVICE
+  return {weight * rstd, dbias * inv_count, -(rstd * dweight * inv_count)};
+#else
+  return {weight * rstd, A(double(dbias) * inv_count), A(-double(rstd) * double(dweight) * inv_count)};
+#endif
 }
 
 // running = (1 - momentum) * running + momentum * new; the variance unbiased (M / (M - 1)) as torch has it.

@@ -7,31 +7,23 @@
 // count is the number of pixels inside the image, 1, 2 or 4 (count_include_pad=False): 1 / count is exact.
 #pragma once
 
-#include <stdint.h>
-
-#ifndef FT_HD
-#ifdef __CUDACC__
-#define FT_HD __host__ __device__ __forceinline__
-#else
-#define FT_HD inline __attribute__((always_inline))
-#endif
-#endif
+#include "math/common.h"
 
 namespace fasttricks {
 
 // How many windows cover `size` pixels: floor is torch's default; ceil adds the window that overhangs an odd edge.
-FT_HD int64_t pool_out_size(int64_t size, int64_t stride, bool ceil_mode) {
+FT_HD int64_t avgpool_out_size(int64_t size, int64_t stride, bool ceil_mode) {
   return ceil_mode ? (size + stride - 1) / stride : size / stride;
 }
 
 // How many of a window's pixels along one axis lie inside the image: `stride`, or 1 at an overhanging edge.
-FT_HD int64_t pool_extent(int64_t size, int64_t stride, int64_t window) {
+FT_HD int64_t avgpool_extent(int64_t size, int64_t stride, int64_t window) {
   const int64_t left = size - window * stride;
   return left < stride ? left : stride;
 }
 
 // x: n x c x h x w;  weight: o x c;  y: n x o x ho x wo.  All three dense, x and y both NCHW or both NHWC.
-struct PoolConvSizes {
+struct AvgPoolConv1x1Sizes {
   int64_t n, c, h, w, o, ho, wo, stride;
   bool nhwc;
 };

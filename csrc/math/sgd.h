@@ -10,15 +10,8 @@
 #pragma once
 
 #include <math.h>
-#include <stdint.h>
 
-#ifndef FT_HD
-#ifdef __CUDACC__
-#define FT_HD __host__ __device__ __forceinline__
-#else
-#define FT_HD inline __attribute__((always_inline))
-#endif
-#endif
+#include "math/common.h"
 
 namespace fasttricks {
 

@@ -1,4 +1,4 @@
-"""The layout that kernels choose for what they make; the C++ libraries choose as this module does."""
+"""The layout that kernels choose for what they make; csrc/layout.h makes the same choice in C++."""
 
 from __future__ import annotations
 

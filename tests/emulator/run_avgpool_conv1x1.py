@@ -12,7 +12,7 @@ from pathlib import Path
 
 import emulated
 import torch
-from cases import LAYOUTS, allowed, poisoned_memory, pool_conv_exact, relative_error
+from cases import LAYOUTS, allowed, avgpool_conv1x1_exact, poisoned_memory, relative_error
 
 import fasttricks
 
@@ -36,7 +36,7 @@ def wrong(library: emulated.Library, schedule: dict, dtype: torch.dtype) -> str:
             theirs = gradients(fasttricks.avgpool_conv1x1, tensors, dy, options)
         with fasttricks.backend("cuda"), poisoned_memory(), library.schedule(**schedule):
             ours = gradients(fasttricks.avgpool_conv1x1, tensors, dy, options)
-        exact = pool_conv_exact(*tensors, dy, stride, ceil_mode)
+        exact = avgpool_conv1x1_exact(*tensors, dy, stride, ceil_mode)
         for name, got, torchs, want in zip(("y", "dx", "dweight", "dbias"), ours, theirs, exact, strict=True):
             error, limit = relative_error(got, want), allowed(relative_error(torchs, want), dtype)
             if not error <= limit:

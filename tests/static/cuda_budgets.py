@@ -63,36 +63,36 @@ BUDGETS: dict[str, Budget] = {
     r"sgd_norms": Budget(256, registers=40, blocks=6),
     r"sgd_count": Budget(1, registers=16, blocks=8),
     # avgpool_conv1x1. 16-bit: a warp has 32 x 32 sums; the slab is that of 512 channels (of 1024: one block)
-    r"pool_conv_forward<(Half|BFloat16), (true|false)>": Budget(
+    r"avgpool_conv1x1_forward<(Half|BFloat16), (true|false)>": Budget(
         256, registers=128, blocks=2, dynamic=24_576, wide=("LDG", "LDGSTS", "STG"), tensor_cores=True
     ),
-    r"pool_conv_forward_slab<(Half|BFloat16), (true|false)>": Budget(
+    r"avgpool_conv1x1_forward_slab<(Half|BFloat16), (true|false)>": Budget(
         256, registers=128, blocks=2, dynamic=81_920, wide=("LDG", "LDGSTS", "STG"), tensor_cores=True
     ),
-    r"pool_conv_input<(Half|BFloat16), true>": Budget(
+    r"avgpool_conv1x1_input<(Half|BFloat16), true>": Budget(
         256, registers=112, blocks=2, dynamic=24_576, wide=("LDGSTS", "STG"), tensor_cores=True
     ),
-    r"pool_conv_input<(Half|BFloat16), false>": Budget(
+    r"avgpool_conv1x1_input<(Half|BFloat16), false>": Budget(
         256, registers=112, blocks=2, dynamic=24_576, wide=("LDG", "LDGSTS", "STG"), tensor_cores=True
     ),
-    r"pool_conv_weight<(Half|BFloat16), true>": Budget(
+    r"avgpool_conv1x1_weight<(Half|BFloat16), true>": Budget(
         256, registers=128, blocks=2, dynamic=24_576, wide=("LDG", "LDGSTS", "STG"), tensor_cores=True
     ),
-    r"pool_conv_weight<(Half|BFloat16), false>": Budget(
+    r"avgpool_conv1x1_weight<(Half|BFloat16), false>": Budget(
         256, registers=128, blocks=2, dynamic=24_576, wide=("LDG", "STG"), tensor_cores=True
     ),
-    r"pool_conv_(forward|input|weight)<float, true>": Budget(
+    r"avgpool_conv1x1_(forward|input|weight)<float, true>": Budget(
         256, registers=128, blocks=2, dynamic=20_480, wide=("LDGSTS", "STG", "LDS")
     ),
-    r"pool_conv_(forward|input|weight)<float, false>": Budget(
+    r"avgpool_conv1x1_(forward|input|weight)<float, false>": Budget(
         256, registers=128, blocks=2, dynamic=20_480, wide=("LDG", "STG", "LDS")
     ),
-    r"pool_conv_(forward|input|weight)<double, true>": Budget(
+    r"avgpool_conv1x1_(forward|input|weight)<double, true>": Budget(
         256, registers=224, blocks=1, dynamic=36_864, wide=("LDGSTS", "STG", "LDS")
     ),
-    r"pool_conv_(forward|input|weight)<double, false>": Budget(
+    r"avgpool_conv1x1_(forward|input|weight)<double, false>": Budget(
         256, registers=224, blocks=1, dynamic=36_864, wide=("LDG", "STG", "LDS")
     ),
-    r"pool_sum_splits<.*>": Budget(256, registers=48, blocks=5, wide=("LDG", "STG")),
-    r"pool_bias<.*>": Budget(256, registers=40, blocks=6),
+    r"avgpool_sum_splits<.*>": Budget(256, registers=48, blocks=5, wide=("LDG", "STG")),
+    r"avgpool_bias<.*>": Budget(256, registers=40, blocks=6),
 }

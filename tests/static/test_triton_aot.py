@@ -50,25 +50,25 @@ REGISTERS = {
     "sgd_norms_kernel": 40,
     "sgd_step_kernel": 80,
     "sgd_count_kernel": 40,
-    "pool_conv_forward_kernel": 176,
-    "pool_conv_input_kernel": 176,
-    "pool_conv_weight_kernel": 208,
-    "pool_conv_bias_kernel": 80,
-    "pool_conv_sum_kernel": 40,
+    "avgpool_conv1x1_forward_kernel": 176,
+    "avgpool_conv1x1_input_kernel": 176,
+    "avgpool_conv1x1_weight_kernel": 208,
+    "avgpool_conv1x1_bias_kernel": 80,
+    "avgpool_conv1x1_sum_kernel": 40,
 }
 # activations and parameters are read, or written, 128 bits at a time in these
 WIDE_LOADS = (
     "bn_stats_kernel", "bn_apply_kernel", "bn_backward_reduce_kernel", "bn_backward_apply_kernel", "sgd_check_kernel",
-    "sgd_step_kernel", "pool_conv_forward_kernel", "pool_conv_input_kernel", "pool_conv_weight_kernel",
-    "pool_conv_bias_kernel",
+    "sgd_step_kernel", "avgpool_conv1x1_forward_kernel", "avgpool_conv1x1_input_kernel",
+    "avgpool_conv1x1_weight_kernel", "avgpool_conv1x1_bias_kernel",
 )  # fmt: skip
 WIDE_STORES = (
-    "bn_apply_kernel", "bn_backward_apply_kernel", "sgd_step_kernel", "pool_conv_forward_kernel",
-    "pool_conv_input_kernel", "pool_conv_weight_kernel",
+    "bn_apply_kernel", "bn_backward_apply_kernel", "sgd_step_kernel", "avgpool_conv1x1_forward_kernel",
+    "avgpool_conv1x1_input_kernel", "avgpool_conv1x1_weight_kernel",
 )  # fmt: skip
 
 WIDE = re.compile(r"(ld|st)\.global\S*\.(v4\.b32|v2\.b64|v8\.b32|v4\.b64)|cp\.async\.cg\S*")
-TENSOR_CORES = ("pool_conv_forward_kernel", "pool_conv_input_kernel", "pool_conv_weight_kernel")
+TENSOR_CORES = ("avgpool_conv1x1_forward_kernel", "avgpool_conv1x1_input_kernel", "avgpool_conv1x1_weight_kernel")
 PRODUCTS = {80: r"mma\.sync", 90: r"wgmma\.mma_async", 100: r"tcgen05\.mma"}
 
 # kernel, arguments, constants, warps, stages
@@ -233,7 +233,7 @@ def test_avgpool_conv1x1(
             y = avgpool_conv1x1.avgpool_conv1x1_forward(x, weight, weight[:, 0, 0, 0].contiguous(), stride, True)
             avgpool_conv1x1.avgpool_conv1x1_backward(y, x, weight, stride, True, True, True, True)
 
-    check(run, "pool_conv_", target, tmp_path, monkeypatch)
+    check(run, "avgpool_conv1x1_", target, tmp_path, monkeypatch)
 
 
 def check(run: Callable[[], None], prefix: str, target: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,9 +35,9 @@ struct ConvolvePlan {
   int64_t k, m, blocks, pixels, channels, row,
       operand;  // pixels x channels: one block of results, rows of `row` elements
 
-  ConvolvePlan(const PoolConvSizes& s, PoolConvPass pass)
-      : k(pass == PoolConvPass::forward ? s.c : s.o),
-        m(pass == PoolConvPass::forward ? s.o : s.c),
+  ConvolvePlan(const AvgPoolConv1x1Sizes& s, AvgPoolConv1x1Pass pass)
+      : k(pass == AvgPoolConv1x1Pass::forward ? s.c : s.o),
+        m(pass == AvgPoolConv1x1Pass::forward ? s.o : s.c),
         blocks(k_blocks(k)) {
     const int64_t unit = s.nhwc ? kMr : kNr<A>, most = s.nhwc ? 18 * kMr : 512;
     pixels = max_of(1, min_of(most, kOperandBytes / (k * int64_t(sizeof(A)))) / unit) * unit;
@@ -53,8 +53,8 @@ struct ConvolvePlan {
 };
 
 template <class T>
-int64_t packed_weight_bytes(const PoolConvSizes& s, PoolConvPass pass) {
-  using A = accumulate_t<T>;
+int64_t packed_weight_bytes(const AvgPoolConv1x1Sizes& s, AvgPoolConv1x1Pass pass) {
+  using A = acc_t<T>;
   const ConvolvePlan<A> plan(s, pass);
   const int64_t panels = ceil_div(plan.m, kNr<A>);
   return plan.blocks * (s.nhwc ? panels * panel_stride<A>(plan.k) : plan.m * kRow<A>)*int64_t(sizeof(A));
@@ -62,9 +62,9 @@ int64_t packed_weight_bytes(const PoolConvSizes& s, PoolConvPass pass) {
 
 // NCHW: rows of A (a row is an output channel of the pass); NHWC: panels of B (a column is one).
 template <class T>
-void pack_weight(const PoolConvSizes& s, PoolConvPass pass, const void* weight, void* packed, int64_t begin,
+void pack_weight(const AvgPoolConv1x1Sizes& s, AvgPoolConv1x1Pass pass, const void* weight, void* packed, int64_t begin,
                  int64_t end) {
-  using A = accumulate_t<T>;
+  using A = acc_t<T>;
   const ConvolvePlan<A> plan(s, pass);
   const T* w = static_cast<const T*>(weight);
   const int64_t panels = ceil_div(plan.m, kNr<A>), stride = panel_stride<A>(plan.k);
@@ -74,14 +74,14 @@ void pack_weight(const PoolConvSizes& s, PoolConvPass pass, const void* weight, 
       const int64_t k0 = k_begin(plan.k, b), kc = k_begin(plan.k, b + 1) - k0;
       if (!s.nhwc) {
         A* dst = static_cast<A*>(packed) + (b * plan.m + m0) * kRow<A>;
-        if (pass == PoolConvPass::forward)
+        if (pass == AvgPoolConv1x1Pass::forward)
           for (int64_t r = 0; r < width; ++r) copy_run(w + (m0 + r) * s.c + k0, kc, dst + r * kRow<A>);
         else
           transpose(w + k0 * s.c + m0, s.c, kc, width, dst, kRow<A>);
         continue;
       }
       A* dst = static_cast<A*>(packed) + (b * panels + unit) * stride;
-      if (pass == PoolConvPass::forward)
+      if (pass == AvgPoolConv1x1Pass::forward)
         transpose(w + m0 * s.c + k0, s.c, width, kc, dst, kNr<A>);
       else
         for (int64_t k = 0; k < kc; ++k) copy_run(w + (k0 + k) * s.c + m0, width, dst + k * kNr<A>);
@@ -92,8 +92,8 @@ void pack_weight(const PoolConvSizes& s, PoolConvPass pass, const void* weight, 
 }
 
 template <class T>
-int64_t convolve_bytes(const PoolConvSizes& s, PoolConvPass pass) {
-  return ConvolvePlan<accumulate_t<T>>(s, pass).bytes(s.nhwc);
+int64_t convolve_bytes(const AvgPoolConv1x1Sizes& s, AvgPoolConv1x1Pass pass) {
+  return ConvolvePlan<acc_t<T>>(s, pass).bytes(s.nhwc);
 }
 
 // Where columns q to q + N of a row lie in the panels that follow each other at `stride`.
@@ -103,16 +103,16 @@ FT_INLINE A* in_panels(A* row, int64_t stride, int64_t q) {
 }
 
 template <class T>
-void convolve(const PoolConvSizes& s, PoolConvPass pass, const PoolConvTask& task) {
-  using A = accumulate_t<T>;
+void convolve(const AvgPoolConv1x1Sizes& s, AvgPoolConv1x1Pass pass, const AvgPoolConv1x1Task& task) {
+  using A = acc_t<T>;
   constexpr int N = Vec<A>::N;
   const ConvolvePlan<A> plan(s, pass);
-  const bool forward = pass == PoolConvPass::forward;
-  const PoolImage<const T> src =
-      forward ? PoolImage<const T>{static_cast<const T*>(task.src), s.c, s.h, s.w, s.ho, s.wo, s.stride}
-              : PoolImage<const T>{static_cast<const T*>(task.src), s.o, s.ho, s.wo, s.ho, s.wo, 1};
-  const PoolImage<T> dst = forward ? PoolImage<T>{static_cast<T*>(task.dst), s.o, s.ho, s.wo, s.ho, s.wo, 1}
-                                   : PoolImage<T>{static_cast<T*>(task.dst), s.c, s.h, s.w, s.ho, s.wo, s.stride};
+  const bool forward = pass == AvgPoolConv1x1Pass::forward;
+  const AvgPoolImage<const T> src =
+      forward ? AvgPoolImage<const T>{static_cast<const T*>(task.src), s.c, s.h, s.w, s.ho, s.wo, s.stride}
+              : AvgPoolImage<const T>{static_cast<const T*>(task.src), s.o, s.ho, s.wo, s.ho, s.wo, 1};
+  const AvgPoolImage<T> dst = forward ? AvgPoolImage<T>{static_cast<T*>(task.dst), s.o, s.ho, s.wo, s.ho, s.wo, 1}
+                                      : AvgPoolImage<T>{static_cast<T*>(task.dst), s.c, s.h, s.w, s.ho, s.wo, s.stride};
   const T* bias = static_cast<const T*>(task.bias);
   const A* weight = static_cast<const A*>(task.packed_weight);
   A* operand = static_cast<A*>(task.workspace);
@@ -179,7 +179,7 @@ struct WeightGradPlan {
   int64_t channels;        // pooled channels of one block
   int64_t stride = kKc * kNr<A> + kPad / int64_t(sizeof(A));
 
-  explicit WeightGradPlan(const PoolConvSizes& s) {
+  explicit WeightGradPlan(const AvgPoolConv1x1Sizes& s) {
     const int64_t most = max_of(1, kPooledBytes / (kKc * kNr<A> * int64_t(sizeof(A))));
     channels = min_of(most, ceil_div(s.c, kNr<A>)) * kNr<A>;
   }
@@ -190,19 +190,19 @@ struct WeightGradPlan {
 };
 
 template <class T>
-int64_t weight_grad_bytes(const PoolConvSizes& s) {
-  using A = accumulate_t<T>;
+int64_t weight_grad_bytes(const AvgPoolConv1x1Sizes& s) {
+  using A = acc_t<T>;
   const WeightGradPlan<A> plan(s);
   return (plan.left() + plan.right() + plan.runs() + plan.scratch()) * int64_t(sizeof(A));
 }
 
 template <class T>
-void weight_grad(const PoolConvSizes& s, const PoolConvWeightTask& task) {
-  using A = accumulate_t<T>;
+void weight_grad(const AvgPoolConv1x1Sizes& s, const AvgPoolConv1x1WeightTask& task) {
+  using A = acc_t<T>;
   constexpr int N = Vec<A>::N;
   const WeightGradPlan<A> plan(s);
-  const PoolImage<const T> x{static_cast<const T*>(task.x), s.c, s.h, s.w, s.ho, s.wo, s.stride};
-  const PoolImage<const T> dy{static_cast<const T*>(task.dy), s.o, s.ho, s.wo, s.ho, s.wo, 1};
+  const AvgPoolImage<const T> x{static_cast<const T*>(task.x), s.c, s.h, s.w, s.ho, s.wo, s.stride};
+  const AvgPoolImage<const T> dy{static_cast<const T*>(task.dy), s.o, s.ho, s.wo, s.ho, s.wo, 1};
   A* left = static_cast<A*>(task.workspace);
   A* right = left + plan.left();
   A* runs = right + plan.right();
@@ -249,7 +249,7 @@ void weight_grad(const PoolConvSizes& s, const PoolConvWeightTask& task) {
 
 template <class T>
 void sum_slices(const void* partial, int64_t slices, int64_t numel, void* dst, int64_t begin, int64_t end) {
-  using A = accumulate_t<T>;
+  using A = acc_t<T>;
   constexpr int N = Vec<A>::N;
   const A* src = static_cast<const A*>(partial);
   for (int64_t i = begin; i < end; i += N) {
@@ -265,8 +265,8 @@ void sum_slices(const void* partial, int64_t slices, int64_t numel, void* dst, i
 // Sum of `count` rows that lie `stride` apart, n lanes of each: by halves, so that rounding errors grow with
 // log(count).
 template <class T>
-Vec<accumulate_t<T>> sum_rows(const T* src, int64_t stride, int64_t count, int64_t n) {
-  using A = accumulate_t<T>;
+Vec<acc_t<T>> sum_rows(const T* src, int64_t stride, int64_t count, int64_t n) {
+  using A = acc_t<T>;
   if (count > 32)
     return sum_rows(src, stride, count / 2, n) + sum_rows(src + count / 2 * stride, stride, count - count / 2, n);
   Vec<A> part(A(0));
@@ -275,8 +275,8 @@ Vec<accumulate_t<T>> sum_rows(const T* src, int64_t stride, int64_t count, int64
 }
 
 template <class T>
-void bias_grad(const PoolConvSizes& s, const void* dy, void* dbias, int64_t o0, int64_t o1) {
-  using A = accumulate_t<T>;
+void bias_grad(const AvgPoolConv1x1Sizes& s, const void* dy, void* dbias, int64_t o0, int64_t o1) {
+  using A = acc_t<T>;
   constexpr int N = Vec<A>::N;
   const T* src = static_cast<const T*>(dy);
   T* dst = static_cast<T*>(dbias);
@@ -307,10 +307,10 @@ void bias_grad(const PoolConvSizes& s, const void* dy, void* dbias, int64_t o0, 
 }
 
 template <class T>
-void zero_uncovered(const PoolConvSizes& s, void* dx, int64_t n0, int64_t n1) {
+void zero_uncovered(const AvgPoolConv1x1Sizes& s, void* dx, int64_t n0, int64_t n1) {
   const int64_t h = min_of(s.h, s.ho * s.stride), w = min_of(s.w, s.wo * s.stride);
   const int64_t planes = s.nhwc ? 1 : s.c, inner = s.nhwc ? s.c : 1;
-  const accumulate_t<T> zero(0);
+  const acc_t<T> zero(0);
   for (int64_t plane = n0 * planes; plane < n1 * planes; ++plane) {
     T* base = static_cast<T*>(dx) + plane * s.h * s.w * inner;
     for (int64_t r = 0; r < s.h; ++r)
@@ -319,9 +319,9 @@ void zero_uncovered(const PoolConvSizes& s, void* dx, int64_t n0, int64_t n1) {
 }
 
 template <class T>
-constexpr PoolConvOfType kernels_of_type() {
+constexpr AvgPoolConv1x1OfType kernels_of_type() {
   return {kMr,
-          kNr<accumulate_t<T>>,
+          kNr<acc_t<T>>,
           packed_weight_bytes<T>,
           pack_weight<T>,
           convolve_bytes<T>,

@@ -43,7 +43,7 @@ FT_INLINE void each(int64_t size, F f) {
 
 template <class T>
 struct Bn {
-  using A = accumulate_t<T>;
+  using A = acc_t<T>;
   using V = Vec<A>;
 
   // What one channel (NCHW) or one vector of channels (NHWC) needs; P is A or V.
@@ -191,7 +191,7 @@ struct Bn {
     const A weight = a.weight ? static_cast<const A*>(a.weight)[c] : A(1);
     return bn_backward_factors(weight, bn_rstd(static_cast<const A*>(a.var)[c], a.eps),
                                a.training ? static_cast<const A*>(a.dweight)[c] : A(0),
-                               a.training ? static_cast<const A*>(a.dbias)[c] : A(0), a.count, a.training);
+                               a.training ? static_cast<const A*>(a.dbias)[c] : A(0), a.training ? 1.0 / a.count : 0.0);
   }
 
   // Whether dx is exactly zero over the channel: then neither x nor (without a residual) dy is read again.
@@ -278,13 +278,9 @@ struct Bn {
           store_n(V::fma(d, d, load_n<A>(square + c, k)), square + c, k);
         });
       }
-      const double all = count + n, share = n / all, weight = count * share;
-      for (int64_t c = 0; c < C; ++c) {  // merge() of math/welford.h with counts that all channels share
-        const double d = double(total[c]) / n - mean[c];
-        mean[c] += d * share;
-        m2[c] += double(square[c]) + d * d * weight;
-      }
-      count = all;
+      const MergeFactors<double> factors = merge_factors(count, n);
+      for (int64_t c = 0; c < C; ++c) merge_into(mean[c], m2[c], double(total[c]) / n, double(square[c]), factors);
+      count = factors.count;
     }
     delete[] block;
   }

@@ -63,7 +63,7 @@ FT_INLINE Vec<float> as_seen(Vec<float> param, Vec<float> master) {
 
 template <class P, class G>
 void step(void* param_, const void* grad_, void* master_, void* buf_, int64_t n, const SgdScalars& s) {
-  using T = accumulate_t<P>;
+  using T = acc_t<P>;
   using V = Vec<T>;
   P* const param = static_cast<P*>(param_);
   const G* const grad = static_cast<const G*>(grad_);
@@ -130,7 +130,7 @@ double wide_square_sum(int64_t n, T, const At& at) {
 // Vectors of fp32 and half values, summed in four independent chains; the same order on every call and thread count.
 template <class G>
 bool check(const void* grad_, int64_t n, double* square_sum) {
-  using T = accumulate_t<G>;
+  using T = acc_t<G>;
   using V = Vec<T>;
   const G* const grad = static_cast<const G*>(grad_);
   const V zero(T(0));
@@ -157,7 +157,7 @@ bool check(const void* grad_, int64_t n, double* square_sum) {
 
 template <class P>
 double weight_square(const void* param_, const void* master_, int64_t n) {
-  using T = accumulate_t<P>;
+  using T = acc_t<P>;
   using V = Vec<T>;
   const P* const param = static_cast<const P*>(param_);
   const T* const master = static_cast<const T*>(kHasMaster<P> ? master_ : param_);

@@ -128,8 +128,8 @@ def _shortcut(in_channels: int, out_channels: int, stride: int, variant: Variant
         return nn.Sequential(conv, nn.BatchNorm2d(out_channels))
     # ceil_mode keeps odd sizes in step with the padded 3x3 convolution of the main branch: ceil(H/2).
     if fused and stride == 2:
-        pool_conv = AvgPoolConv1x1(in_channels, out_channels, stride=2, bias=False, ceil_mode=True)
-        return nn.Sequential(nn.Identity(), pool_conv, nn.BatchNorm2d(out_channels))
+        shortcut = AvgPoolConv1x1(in_channels, out_channels, stride=2, bias=False, ceil_mode=True)
+        return nn.Sequential(nn.Identity(), shortcut, nn.BatchNorm2d(out_channels))
     pool = nn.AvgPool2d(2, stride, ceil_mode=True, count_include_pad=False) if stride > 1 else nn.Identity()
     return nn.Sequential(pool, nn.Conv2d(in_channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels))
 
