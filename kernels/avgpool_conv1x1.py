@@ -1,4 +1,4 @@
-"""avgpool_conv1x1 in Triton: checks, tiles and registration. The formulas stand in avgpool_conv1x1_kernels.py.
+"""avgpool_conv1x1 in Triton: checks, tiles and registration. avgpool_conv1x1_kernels.py has the formulas.
 
 No tensor descriptors (TMA): a window's rows and columns lie apart by strides of 2, and its values must be summed in
 registers before the product, so that a box copied to shared memory could not be an operand; and the weight, which
@@ -16,7 +16,8 @@ from torch import Tensor
 from triton import cdiv, next_power_of_2
 
 from ..layout import layout_of
-from ..reference.avgpool_conv1x1 import check, check_dy, output_size
+from ..ops.avgpool_conv1x1_checks import check_backward, check_forward
+from ..reference.avgpool_conv1x1 import output_size
 from ..reference.bn_relu import accumulate_dtype
 from . import avgpool_conv1x1_kernels as kernels
 from . import launch as launching
@@ -38,7 +39,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Shape:
-    """x and y as kernels are told of them."""
+    """The sizes of x and y, as kernels receive them."""
 
     n: int
     c: int
@@ -84,7 +85,7 @@ class Shape:
         return torch.channels_last if self.nhwc else torch.contiguous_format
 
     def family(self) -> str:
-        """What shapes one choice of tiles is for."""
+        """Autotuning cache key for this class of shapes."""
         sizes = tune.bucket(self.pixels, self.c, self.o)
         return f"{self.dtype} {'NHWC' if self.nhwc else 'NCHW'} {self._multiples()} stride {self.stride} {sizes}"
 
@@ -136,7 +137,7 @@ def weight_tiles(shape: Shape) -> tuple[Tile, ...]:
 
 def avgpool_conv1x1_forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, ceil_mode: bool) -> Tensor:
     """y; see fasttricks.avgpool_conv1x1."""
-    check(f"{launching.NAMESPACE}::avgpool_conv1x1_forward", x, weight, bias, stride, ceil_mode)
+    check_forward(f"{launching.NAMESPACE}::avgpool_conv1x1_forward", x, weight, bias, stride, ceil_mode)
     shape = Shape.of(x, weight, stride, ceil_mode)
     size = (shape.n, shape.o, *output_size(x, stride, ceil_mode))
     y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=shape.layout)
@@ -170,8 +171,7 @@ def avgpool_conv1x1_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dx, dweight, dbias), empty where not needed; dweight has the strides of weight."""
     op = f"{launching.NAMESPACE}::avgpool_conv1x1_backward"
-    check(op, x, weight, None, stride, ceil_mode)
-    check_dy(op, dy, x, weight, stride, ceil_mode)
+    check_backward(op, dy, x, weight, stride, ceil_mode)
     shape = Shape.of(x, weight, stride, ceil_mode)
     dx = x.new_empty(0)
     if need_dx:
@@ -196,8 +196,8 @@ def avgpool_conv1x1_backward(
 def _splits(shape: Shape, tiles: int, depth: int, device: torch.device) -> tuple[int, int]:
     """(splits, steps of each): the device is full, and no split is shorter than eight steps."""
     steps = cdiv(shape.pixels, depth)
-    wish = max(1, min(launching.programs(device) // (2 * tiles), cdiv(steps, 8)))
-    per_split = cdiv(steps, wish)
+    wanted = max(1, min(launching.programs(device) // (2 * tiles), cdiv(steps, 8)))
+    per_split = cdiv(steps, wanted)
     return cdiv(steps, per_split), per_split
 
 

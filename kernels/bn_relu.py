@@ -1,4 +1,4 @@
-"""bn_relu and bn_add_relu in Triton: launch plans and registration. The formulas stand in bn_relu_kernels.py."""
+"""bn_relu and bn_add_relu in Triton: launch plans and registration. bn_relu_kernels.py has the formulas."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Reduction:
 
 @dataclass(frozen=True)
 class Shape:
-    """x as (rows, channels, pixels) or, NHWC, (rows, channels): what kernels are told of it."""
+    """x as (rows, channels, pixels) or, NHWC, (rows, channels): as kernels receive it."""
 
     rows: int
     channels: int
@@ -66,7 +66,7 @@ class Shape:
         return self.numel >= launching.WIDE_FROM
 
     def family(self) -> str:
-        """What shapes one choice of tiles is for."""
+        """Autotuning cache key for this class of shapes."""
         sizes = tune.bucket(self.rows, self.channels, self.inner)
         return f"{self.dtype} {'NHWC' if self.nhwc else 'NCHW'} {self.vec} {sizes}"
 
@@ -75,8 +75,7 @@ class Shape:
         vec = 8 if self.vec == 8 else 1
         tiles = cdiv(self.numel, 8 * APPLY_GROUPS)
         units = self.inner // vec
-        # NHWC: tiles so many apart have the same channels, whose parameters, more bytes than 8 values of 16 bits, a
-        # program loads once
+        # NHWC: tiles `period` apart share channels, so their parameters are loaded once
         loops = (
             APPLY_LOOPS
             if self.nhwc and vec == 8 and self.dtype.itemsize == 2 and tiles >= APPLY_LOOPS * programs

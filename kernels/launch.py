@@ -49,7 +49,7 @@ def programs(device: torch.device) -> int:
 
 
 def multiple_of(size: int, most: int = 8) -> int:
-    """The largest of 8, 4, 2 and 1, up to `most`, that `size` is a multiple of: what a kernel is told of it."""
+    """The largest of 8, 4, 2 and 1, up to `most`, that divides `size`: kernels receive it as a constant."""
     return next(v for v in (8, 4, 2, 1) if v <= most and size % v == 0)
 
 

@@ -8,8 +8,8 @@
     trust = eta * |p| / (|g * inv_scale * clip| + wd * |p| + eps), 1 where a norm is 0   (LARS, You et al. 2017)
     multiplier = trust, or lr * trust where the momentum sums up lr * g (then p -= d)
 
-A call's tensors stand in a table of int64 words in device memory: tensors are addresses, floating numbers the bits of a
-float64. It holds max_norm and eps; rows of `length` words, one for each entry, which is a tensor, and one behind them;
+A call's tensors are in a table of int64 words in device memory: tensors are addresses, floating numbers the bits of a
+float64. It holds max_norm and eps; rows of `length` words, one for each entry, which is a tensor, and one after them;
 and the groups of parameters. Block b of a call works on BLOCK values of the last entry whose FIRST is not above b; a
 launch takes the entries of one combination of dtypes.
 """
@@ -94,7 +94,7 @@ def _tensor(words, length, row, entry, first, TYPE: tl.constexpr, VEC: tl.conste
 
 @triton.jit
 def _find(words, length, begin, end, block, BLOCK: tl.constexpr):
-    """(entry, its first value, number of values) of a block: the last entry of [begin, end) that starts not behind."""
+    """(entry, its first value, number of values) of a block: the last entry whose first block is not above it."""
     entry = begin - 1
     for at in range(begin, end, SEARCH):
         some = at + tl.arange(0, SEARCH)

@@ -70,14 +70,14 @@ def _path(device: torch.device) -> Path:
 
 @functools.lru_cache
 def _kept(path: Path) -> dict[str, str]:
-    """The choices in the file; of one that cannot be read, none."""
+    """Cached choices; {} if the file is unreadable."""
     with contextlib.suppress(OSError, ValueError):
         return dict(json.loads(path.read_text()))
     return {}
 
 
 def _write(path: Path, kept: dict[str, str]) -> None:
-    """With what other processes have written since; where nothing can be written, the choices live in this process."""
+    """Merges concurrent writes; on I/O failure the choices stay in memory only."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(OSError, ValueError):

@@ -111,7 +111,7 @@ def test_values_and_gradients(
 def test_evaluation_uses_constant_statistics(
     backend: str, layout: torch.memory_format, dtype: torch.dtype, residual: bool
 ) -> None:
-    """B18: dx has no batch terms; dweight and dbias are those of the running statistics; the call repeats."""
+    """dx has no batch terms; dweight and dbias are those of the running statistics; the call repeats."""
     given = inputs((3, 7, 5, 6), layout, dtype, residual)
     wide = given.weight.dtype
     stats = {"running_mean": torch.randn(7).to(wide), "running_var": torch.rand(7).add(0.3).to(wide)}
@@ -124,7 +124,7 @@ def test_evaluation_uses_constant_statistics(
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_all_half_parameters(backend: str, dtype: torch.dtype) -> None:
-    """B19: model.half(): weights, running statistics and their gradients are half; y is the dtype of x."""
+    """model.half(): weights, running statistics and their gradients are half; y is the dtype of x."""
     given = inputs((4, 6, 5, 5), torch.contiguous_format, dtype, True, half_weights=True)
     mean, var = torch.zeros(6, dtype=dtype), torch.ones(6, dtype=dtype)
     y, grads = ours(given, running_mean=mean, running_var=var)
@@ -149,7 +149,7 @@ def test_without_weight_or_bias(backend: str, weight: bool, bias: bool, shape: t
 @pytest.mark.parametrize("residual", [False, True], ids=["relu", "add_relu"])
 @pytest.mark.parametrize("zeros", ["all", "some"])
 def test_zero_gamma_is_exact(backend: str, layout: torch.memory_format, residual: bool, zeros: str) -> None:
-    """B17: y = relu(bias + residual), dx is exactly zero, dweight is the full sum; no division by gamma anywhere."""
+    """y = relu(bias + residual), dx is exactly zero, dweight is the full sum; no division by gamma anywhere."""
     given = inputs((4, 6, 5, 7), layout, torch.float32, residual)
     gone = torch.ones(6, dtype=torch.bool) if zeros == "all" else torch.arange(6) % 2 == 0
     given.weight[gone] = 0
@@ -165,7 +165,7 @@ def test_zero_gamma_is_exact(backend: str, layout: torch.memory_format, residual
 
 
 def test_zero_everything_has_zero_gradients(backend: str) -> None:
-    """B17: gamma = beta = residual = 0: the ReLU is at zero, its gradient there is zero."""
+    """gamma = beta = residual = 0: the ReLU is at zero, its gradient there is zero."""
     x = torch.randn(2, 3, 4, 4, requires_grad=True)
     weight, bias = torch.zeros(3, requires_grad=True), torch.zeros(3, requires_grad=True)
     y = bn_add_relu(x, torch.zeros_like(x), weight, bias)
@@ -175,7 +175,7 @@ def test_zero_everything_has_zero_gradients(backend: str) -> None:
 
 
 def test_negative_gamma(backend: str) -> None:
-    """B17: the example of inplace_abn#92: gamma is used with its sign."""
+    """The example of inplace_abn#92: gamma is used with its sign."""
     stats = {"running_mean": torch.tensor([13.97]), "running_var": torch.tensor([313.7588])}
     y = bn_relu(
         torch.full((1, 1, 1, 1), -9.333), torch.tensor([-0.0059]), torch.tensor([0.1408]), training=False, **stats
@@ -186,7 +186,7 @@ def test_negative_gamma(backend: str) -> None:
 @pytest.mark.parametrize("layout", bn_layouts((0, 0, 0, 0)), ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("weight", [1.0, 0.0])
 def test_nan_passes_the_relu_and_its_gradient(backend: str, layout: torch.memory_format, weight: float) -> None:
-    """B16: one NaN makes its channel NaN, forward and backward, and no other; also where gamma is zero."""
+    """One NaN makes its channel NaN, forward and backward, and no other; also where gamma is zero."""
     x = torch.randn(3, 4, 5, 5).contiguous(memory_format=layout)
     x[1, 2, 3, 4] = float("nan")
     x.requires_grad_()
@@ -200,7 +200,7 @@ def test_nan_passes_the_relu_and_its_gradient(backend: str, layout: torch.memory
 
 
 def test_the_relu_of_evaluation_is_torchs(backend: str) -> None:
-    """B16: values NaN, 0, -0, 1 and the gradient's mask 1, 0, 0, 1."""
+    """Values NaN, 0, -0, 1 and the gradient's mask 1, 0, 0, 1."""
     x = torch.tensor([float("nan"), 0.0, -0.0, 1.0]).view(4, 1, 1, 1).requires_grad_()
     for residual in (None, torch.zeros(4, 1, 1, 1)):
         rest = {"running_mean": torch.zeros(1), "running_var": torch.ones(1), "training": False, "eps": 0.0}
@@ -228,7 +228,7 @@ def test_the_mask_of_the_gradient_is_that_of_y(backend: str, layout: torch.memor
 @pytest.mark.parametrize("shape", [(0, 4, 3, 3), (2, 4, 0, 3), (0, 4)])
 @pytest.mark.parametrize("residual", [False, True], ids=["relu", "add_relu"])
 def test_empty(backend: str, training: bool, shape: tuple[int, ...], residual: bool) -> None:
-    """B01: the same empty shape, zero gradients of the parameters, running statistics that do not move."""
+    """The same empty shape, zero gradients of the parameters, running statistics that do not move."""
     given = inputs(shape, torch.contiguous_format, torch.float32, residual)
     stats = {"running_mean": torch.full((4,), 2.0), "running_var": torch.full((4,), 3.0)}
     y, grads = ours(given, training=training, **stats)
@@ -240,7 +240,7 @@ def test_empty(backend: str, training: bool, shape: tuple[int, ...], residual: b
 
 
 def test_one_value_per_channel(backend: str) -> None:
-    """B02: refused in training, fine in evaluation; two values suffice."""
+    """Refused in training, fine in evaluation; two values suffice."""
     with pytest.raises(ValueError, match=r"x has shape \(1, 4, 1, 1\): Expected more than 1 value per channel"):
         bn_relu(torch.randn(1, 4, 1, 1))
     for shape in ((1, 4, 1, 2), (2, 4, 1, 1)):
@@ -254,7 +254,7 @@ def test_one_value_per_channel(backend: str) -> None:
 @pytest.mark.parametrize("layout", bn_layouts((0, 0, 0, 0)), ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_large_mean_small_deviation(backend: str, layout: torch.memory_format, dtype: torch.dtype) -> None:
-    """B07 a: no E[x^2] - E[x]^2: mean 5, deviation 0.1 in half."""
+    """No E[x^2] - E[x]^2: mean 5, deviation 0.1 in half."""
     x = (5 + 0.1 * torch.randn(2, 64, 32, 32)).to(dtype).contiguous(memory_format=layout)
     y = bn_relu(x, bias=torch.full((64,), 20.0))
     want = F.batch_norm(x.double(), None, None, None, None, True) + 20
@@ -264,7 +264,7 @@ def test_large_mean_small_deviation(backend: str, layout: torch.memory_format, d
 
 @pytest.mark.parametrize("layout", bn_layouts((0, 0, 0, 0)), ids=["nchw", "nhwc"])
 def test_cancellation_and_constant_channels(backend: str, layout: torch.memory_format) -> None:
-    """B07 b, c."""
+    """A mean of 1e4 against a deviation of 1; values that are all the same."""
     x = (torch.randn(8, 4, 16, 16) + 1e4).contiguous(memory_format=layout)
     want = F.relu(F.batch_norm(x.double(), None, None, None, None, True))
     assert (bn_relu(x).double() - want).abs().max() < 1e-2
@@ -273,7 +273,7 @@ def test_cancellation_and_constant_channels(backend: str, layout: torch.memory_f
 
 
 def test_half_range(backend: str) -> None:
-    """B08: sums of squares of 2.4e10, a running variance of 1e6 and a count past 65504 do not pass through half."""
+    """Sums of squares of 2.4e10, a running variance of 1e6 and a count past 65504 do not pass through half."""
     sign = torch.where(torch.rand(64, 1, 64, 64) < 0.5, -1.0, 1.0)
     sign.view(-1)[: sign.numel() // 2], sign.view(-1)[sign.numel() // 2 :] = 1.0, -1.0
     mean, var = torch.zeros(1), torch.ones(1)
@@ -288,7 +288,7 @@ def test_half_range(backend: str) -> None:
 @pytest.mark.parametrize("channels", [1, 3, 7, 65, 96, 127, 2049])
 @pytest.mark.parametrize("size", [1, 7, 10, 100])
 def test_nhwc_with_any_channel_count(channels: int, size: int) -> None:
-    """B09, B29: no count of channels is special."""
+    """No count of channels is special."""
     n = 2 if channels * size * size > 1e6 else 4
     check(inputs((n, channels, size, size), torch.channels_last, torch.float32, False))
 
@@ -306,7 +306,7 @@ def test_nhwc_with_any_channel_count(channels: int, size: int) -> None:
 @pytest.mark.parametrize("layout", bn_layouts((0, 0, 0, 0)), ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("residual", [False, True], ids=["relu", "add_relu"])
 def test_gradients_of_any_strides(backend: str, make: object, layout: torch.memory_format, residual: bool) -> None:
-    """B13: dy of another layout, sliced, or of stride 0; dx keeps the layout of x."""
+    """dy of another layout, sliced, or of stride 0; dx keeps the layout of x."""
     given = inputs((2, 6, 5, 4), layout, torch.float32, residual)
     other = torch.randn(2, 3, 5, 4)
     results = []
@@ -327,7 +327,7 @@ def test_gradients_of_any_strides(backend: str, make: object, layout: torch.memo
 @pytest.mark.parametrize("shape", [(2, 1, 4, 4), (2, 8, 1, 1), (1, 8, 5, 1)])
 @pytest.mark.parametrize("layout", bn_layouts((0, 0, 0, 0)), ids=["nchw", "nhwc"])
 def test_ambiguous_layouts(backend: str, shape: tuple[int, ...], layout: torch.memory_format) -> None:
-    """B14: tensors that are both layouts at once, on either side."""
+    """Tensors that are both layouts at once, on either side."""
     given = inputs(shape, layout, torch.float32, True)
     given.residual = given.residual.contiguous(memory_format=torch.channels_last)
     y, grads = ours(given)
@@ -414,7 +414,7 @@ def test_gradcheck(backend: str, residual: bool, training: bool) -> None:
 
 
 def test_frozen_parts_get_no_gradient(backend: str) -> None:
-    """B18: weight frozen, or the first layer's x without a gradient."""
+    """Weight frozen, or the first layer's x without a gradient."""
     x, weight, bias = torch.randn(2, 3, 4, 4), torch.ones(3), torch.zeros(3, requires_grad=True)
     bn_relu(x, weight, bias).sum().backward()
     assert weight.grad is None
@@ -455,7 +455,7 @@ def test_no_grad_and_inference_mode(backend: str) -> None:
 
 
 def test_autocast_leaves_dtypes_alone(backend: str) -> None:
-    """B19: under autocast a half x with float32 weights gives half."""
+    """Under autocast a half x with float32 weights gives half."""
     x = torch.randn(2, 3, 4, 4).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         assert bn_relu(x, torch.ones(3), torch.zeros(3)).dtype == torch.bfloat16

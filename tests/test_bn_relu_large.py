@@ -1,4 +1,4 @@
-"""bn_relu on more than 2^31 elements (B11): the last sample is what the op gives on that sample alone."""
+"""bn_relu on more than 2^31 elements: the last sample is what the op gives on that sample alone."""
 
 from __future__ import annotations
 

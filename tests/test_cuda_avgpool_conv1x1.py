@@ -291,7 +291,7 @@ def test_under_sanitizers(kind: str) -> None:
 
 # what is replaced, in which file, by what; how it shows
 FAULTS = {
-    "barrier removed behind a step of a slab": (
+    "barrier removed after a step of a slab": (
         "avgpool_conv1x1_tile.cuh",
         "    __syncthreads();  // this step's tile is there, and all have done with the other one\n",
         "",
@@ -305,7 +305,7 @@ FAULTS = {
         "plain",
         "wrong",
     ),
-    "pixels behind the last one read": (
+    "pixels past the last one read": (
         "avgpool_conv1x1_tile.cuh",
         "if (at_outer < outer_end() && at_inner < inner_end())",
         "if (at_outer <= outer_end() && at_inner < inner_end())",

@@ -85,7 +85,7 @@ PLACES = (
 def test_bytes_moved(
     shape: tuple[int, ...], layout: torch.memory_format, forward_fits: bool, backward_fits: bool, residual: bool
 ) -> None:
-    """At most 1.05 of DESIGN's formulas: x once where its part stays on the chip, else twice; masks are a bit each.
+    """At most 1.05 of the passes' own bytes: x once where its part stays on the chip, else twice; masks are a bit each.
 
     To which what is one number a channel comes, at most 192 bytes: parameters, statistics, and two sums of every range
     of rows that the planner makes.

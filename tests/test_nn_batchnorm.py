@@ -57,7 +57,7 @@ def test_three_steps_and_evaluation_as_torch(backend: str, options: dict) -> Non
 
 
 def test_cumulative_average_of_the_known_example(backend: str) -> None:
-    """B05: [[0], [2]], [[1], [3]], [[5], [7]] with momentum=None: mean 3, variance 2, three batches."""
+    """[[0], [2]], [[1], [3]], [[5], [7]] with momentum=None: mean 3, variance 2, three batches."""
     norm = BatchNormReLU2d(1, momentum=None)
     for a, b in ((0.0, 2.0), (1.0, 3.0), (5.0, 7.0)):
         norm(torch.tensor([a, b]).view(2, 1, 1, 1))
@@ -67,7 +67,7 @@ def test_cumulative_average_of_the_known_example(backend: str) -> None:
 
 
 def test_tracking_switched_off_after_construction(backend: str) -> None:
-    """B04: training leaves the buffers; evaluation uses them."""
+    """Training leaves the buffers; evaluation uses them."""
     fused, peer = twins()
     for norm in (fused, peer):
         norm.track_running_stats = False
@@ -115,7 +115,7 @@ def test_copies_and_pickles() -> None:
 
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_compiled_whole(momentum: float | None) -> None:
-    """B05, B21: one graph; buffers after three training steps, and evaluation after them, are eager's."""
+    """One graph; buffers after three training steps, and evaluation after them, are eager's."""
     torch._dynamo.reset()
     eager, traced = (BatchNormAddReLU2d(4, momentum=momentum) for _ in range(2))
     compiled = torch.compile(traced, fullgraph=True, backend="aot_eager")
@@ -131,7 +131,7 @@ def test_compiled_whole(momentum: float | None) -> None:
 
 
 def test_two_forwards_then_one_backward() -> None:
-    """B23: the running statistics are not saved for the backward pass of training."""
+    """The running statistics are not saved for the backward pass of training."""
     norm = BatchNormReLU2d(3)
     x = torch.randn(4, 3, 5, 5, requires_grad=True)
     (norm(x).sum() + norm(2 * x).sum()).backward()
@@ -204,7 +204,7 @@ def _rank(rank: int, folder: str, sizes: tuple[int, int], residual: bool) -> Non
 @pytest.mark.parametrize("residual", [False, True], ids=["relu", "add_relu"])
 @pytest.mark.parametrize("sizes", [(3, 1), (4, 0)], ids=["uneven", "empty"])
 def test_synchronised_statistics(sizes: tuple[int, int], residual: bool) -> None:
-    """B25: two ranks with uneven, or no, samples give what one process gives on all of them."""
+    """Two ranks with uneven, or no, samples give what one process gives on all of them."""
     peer = nn.BatchNorm2d(4)
     nn.init.normal_(peer.weight)
     nn.init.normal_(peer.bias)

@@ -272,3 +272,15 @@ def test_onnx_agrees_with_onnxruntime() -> None:
     session = runtime.InferenceSession(file.getvalue())
     (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     assert relative_error(torch.from_numpy(got), plain(x)) < 1e-5
+
+
+def test_functional_call_leaves_the_module_as_it_was() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), BatchNormReLU2d(4), AvgPoolConv1x1(4, 2)).eval()
+    x, before = torch.randn(2, 3, 6, 6), dict(model.named_parameters())
+    other = {name: torch.randn_like(p) for name, p in before.items()}
+    got = torch.func.functional_call(model, other, (x,))
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys()
+    assert all(after[name] is before[name] for name in before)
+    model.load_state_dict(other, strict=False)
+    torch.testing.assert_close(got, model(x))

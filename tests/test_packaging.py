@@ -261,7 +261,7 @@ def test_a_tree_that_was_never_built_runs_the_reference(tmp_path: Path) -> None:
 
 
 def test_import_needs_no_triton_ninja_or_torchvision(tmp_path: Path) -> None:
-    """None of them, nor any compiler on the PATH (K05): importing never compiles."""
+    """None of them, nor any compiler on the PATH: importing never compiles."""
     block = "import sys\nfor name in ('triton', 'ninja', 'torchvision', 'timm'): sys.modules[name] = None\n"
     done = python(block + USE_OPS, PATH="/nonexistent")
     assert done.returncode == 0, done.stderr

@@ -103,7 +103,7 @@ def test_half_precision_with_masters(tree: Path, tmp_path: Path, precision: str)
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_resume_continues_bit_for_bit(tree: Path, tmp_path: Path, precision: str) -> None:
-    """T05: two epochs, a stop, two more: weights, optimizer, schedule, scaler and generators of four in one go."""
+    """Two epochs, a stop, two more: weights, optimizer, schedule, scaler and generators of four in one go."""
     more = [
         "--recipe",
         "efficient",
@@ -154,7 +154,7 @@ def test_two_ranks_train_as_one(tree: Path, tmp_path: Path) -> None:
 
 
 def test_modes_bad_files_and_strays(tree: Path, tmp_path: Path, capsys: object) -> None:
-    """T02, T03: every mode becomes RGB; hidden and other files are left out; a damaged one is named and counted."""
+    """Every mode becomes RGB; hidden and other files are left out; a damaged one is named and counted."""
     folder = tree / "train" / "cat"
     for mode in ("L", "LA", "P", "RGBA", "CMYK", "I;16"):
         image = Image.new(mode, (40, 36)) if mode == "I;16" else Image.new("RGB", (40, 36), (9, 9, 9)).convert(mode)
@@ -221,7 +221,7 @@ def test_missing_and_empty_folders(tree: Path, tmp_path: Path, capsys: object) -
 
 
 def test_a_class_without_validation_images_keeps_its_number(tree: Path, tmp_path: Path, capsys: object) -> None:
-    """T03: val uses the classes of train; a missing folder shifts no class."""
+    """Val uses the classes of train; a missing folder shifts no class."""
     (tree / "val" / "cat").rename(tmp_path / "cat")
     assert train(tree, tmp_path / "run", "--epochs", "1", "--batch-size", "8") == 0
     assert "no folder for 1 of 3 classes (cat)" in capsys.readouterr().err
@@ -261,7 +261,7 @@ def test_checkpoints_of_something_else(tree: Path, tmp_path: Path, capsys: objec
 
 
 def test_divergence_stops_and_keeps_the_last_good_epoch(tree: Path, tmp_path: Path, capsys: object) -> None:
-    """T08: a loss that is not finite ends the run; best.pt stays that of a good epoch."""
+    """A loss that is not finite ends the run; best.pt stays that of a good epoch."""
     out = tmp_path / "run"
     assert train(tree, out, "--epochs", "1", "--batch-size", "8", "--recipe", "baseline") == 0
     best = (out / "best.pt").read_bytes()
@@ -303,7 +303,7 @@ def test_recipes_are_the_papers() -> None:
 
 
 def test_small_data_and_cpus_change_the_recipe_and_say_so() -> None:
-    """T04: a data set smaller than the batch is never zero steps."""
+    """A data set smaller than the batch is never zero steps."""
     recipe, notes = resolve("efficient", "imagenet", {}, train_images=1000, device="cpu")
     assert recipe.batch_size == fit_batch(1024, 1000) == 64
     assert recipe.precision == "fp32"

@@ -25,15 +25,59 @@ const AvgPoolConv1x1OfType& kernels_of(ScalarType t) {
                                    : all.bfloat16;
 }
 
+// As torch's empty of the dtype and device of `like`, past the dispatcher, whose cost small results would feel.
+Tensor make_small(const Tensor& like, const int64_t* sizes, const int64_t* strides, int64_t dims) {
+  int32_t dtype, device_type, device_index;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  AtenTensorHandle made = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dims, sizes, strides, dtype, device_type, device_index, &made));
+  return Tensor(made);
+}
+bool is_small(const Tensor& like, int64_t numel) { return numel * int64_t(like.element_size()) <= 4096; }
+
 Tensor make(const Tensor& like, std::array<int64_t, 4> sizes, bool nhwc) {
+  const auto [n, c, h, w] = sizes;
+  if (is_small(like, n * c * h * w)) {
+    const int64_t nchw_strides[] = {c * h * w, h * w, w, 1}, nhwc_strides[] = {c * h * w, 1, w * c, c};
+    return make_small(like, sizes.data(), nhwc ? nhwc_strides : nchw_strides, 4);
+  }
   Tensor made = avgpool_conv1x1_empty(like, sizes, nhwc);
   advise_huge_pages(made.mutable_data_ptr(), made.numel() * int64_t(made.element_size()));
   return made;
 }
 
-Tensor make_bytes(const Tensor& like, int64_t bytes) {
-  return torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
+// With the strides of weight, so that neither autograd nor DistributedDataParallel copies the gradient.
+Tensor make_like(const Tensor& weight) {
+  if (is_small(weight, weight.numel()) && is_dense(weight, MemoryFormat::Contiguous))
+    return make_small(weight, weight.sizes().data(), weight.strides().data(), weight.dim());
+  return torch::stable::empty_like(weight);
 }
+
+// One value for each of `count` channels; none for a gradient that is not needed.
+Tensor make_vector(const Tensor& like, int64_t count) {
+  constexpr int64_t kStride = 1;
+  if (is_small(like, count)) return make_small(like, &count, &kStride, 1);
+  return torch::stable::new_empty(like, {count});
+}
+
+// Memory of a call's tasks: on the stack where it is little, as it is for the smallest images.
+class Workspace {
+ public:
+  Workspace(const Tensor& like, int64_t bytes) : base_(small_) {
+    if (bytes <= int64_t(sizeof small_)) return;
+    memory_ = torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
+    base_ = static_cast<char*>(memory_->mutable_data_ptr());
+  }
+  char* base() { return base_; }
+
+ private:
+  alignas(64) char small_[64 << 10];
+  char* base_;
+  std::optional<Tensor> memory_;
+};
 
 // Workspaces of several tasks in one allocation, each on cache lines of its own.
 int64_t round_up(int64_t bytes) { return ceil_div(bytes, 64) * 64; }
@@ -56,8 +100,8 @@ void convolve(const AvgPoolConv1x1OfType& kernels, const AvgPoolConv1x1Sizes& s,
 
   const int64_t packed_bytes = round_up(kernels.packed_weight_bytes(s, pass));
   const int64_t task_bytes = round_up(kernels.convolve_bytes(s, pass));
-  Tensor memory = make_bytes(src, packed_bytes + across * along * task_bytes);
-  char* base = static_cast<char*>(memory.mutable_data_ptr());
+  Workspace memory(src, packed_bytes + across * along * task_bytes);
+  char* base = memory.base();
   parallel_for(0, panels, ceil_div(1 << 15, k * kernels.nr), [&](int64_t begin, int64_t end) {
     kernels.pack_weight(s, pass, weight.const_data_ptr(), base, begin, end);
   });
@@ -106,8 +150,8 @@ void weight_grad(const AvgPoolConv1x1OfType& kernels, const AvgPoolConv1x1Sizes&
   const int64_t sum_bytes = sum_type == ScalarType::Double ? 8 : 4;
   const int64_t partial_bytes = direct ? 0 : round_up(grid.slices * numel * sum_bytes);
   const int64_t tasks = grid.slices * grid.o_parts * grid.c_parts, task_bytes = round_up(kernels.weight_grad_bytes(s));
-  Tensor memory = make_bytes(x, partial_bytes + tasks * task_bytes);
-  char* base = static_cast<char*>(memory.mutable_data_ptr());
+  Workspace memory(x, partial_bytes + tasks * task_bytes);
+  char* base = memory.base();
   char* sums = direct ? static_cast<char*>(dweight.mutable_data_ptr()) : base;
   parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
@@ -129,11 +173,11 @@ Tensor avgpool_conv1x1_forward(Tensor x, Tensor weight, std::optional<Tensor> bi
   const char* op = "avgpool_conv1x1_forward";
   const AvgPoolConv1x1Sizes s = avgpool_conv1x1_sizes(op, x, weight, stride, ceil_mode);
   check_avgpool_conv1x1_bias(op, bias, x, s);
-  if (bias.has_value()) bias = torch::stable::contiguous(*bias);
+  if (bias.has_value()) bias = in_layout(*bias, MemoryFormat::Contiguous);
   Tensor y = make(x, {s.n, s.o, s.ho, s.wo}, s.nhwc);
   if (s.n == 0) return y;
-  convolve(kernels_of(x.scalar_type()), s, AvgPoolConv1x1Pass::forward, torch::stable::contiguous(x, layout_of(x)),
-           torch::stable::contiguous(weight), bias.has_value() ? &*bias : nullptr, y);
+  convolve(kernels_of(x.scalar_type()), s, AvgPoolConv1x1Pass::forward, in_layout(x, layout_of(x)),
+           in_layout(weight, MemoryFormat::Contiguous), bias.has_value() ? &*bias : nullptr, y);
   return y;
 }
 
@@ -146,28 +190,27 @@ std::tuple<Tensor, Tensor, Tensor> avgpool_conv1x1_backward(Tensor dy, Tensor x,
   const AvgPoolConv1x1OfType& kernels = kernels_of(x.scalar_type());
   const MemoryFormat layout = layout_of(x);
   const bool empty = s.n == 0;
-  if (!empty) dy = torch::stable::contiguous(dy, layout);
+  if (!empty) dy = in_layout(dy, layout);
 
-  Tensor dx = need_dx ? make(x, {s.n, s.c, s.h, s.w}, s.nhwc) : torch::stable::new_empty(x, {0});
+  Tensor dx = need_dx ? make(x, {s.n, s.c, s.h, s.w}, s.nhwc) : make_vector(x, 0);
   if (need_dx && !empty) {
-    convolve(kernels, s, AvgPoolConv1x1Pass::backward, dy, torch::stable::contiguous(weight), nullptr, dx);
+    convolve(kernels, s, AvgPoolConv1x1Pass::backward, dy, in_layout(weight, MemoryFormat::Contiguous), nullptr, dx);
     if (s.ho * stride < s.h || s.wo * stride < s.w)
       parallel_for(0, s.n, 1,
                    [&](int64_t begin, int64_t end) { kernels.zero_uncovered(s, dx.mutable_data_ptr(), begin, end); });
   }
 
-  // dweight has the strides of weight, so that neither autograd nor DistributedDataParallel copies it
-  Tensor dweight = need_dweight ? torch::stable::empty_like(weight) : torch::stable::new_empty(weight, {0});
+  Tensor dweight = need_dweight ? make_like(weight) : make_vector(weight, 0);
   if (need_dweight && empty) torch::stable::zero_(dweight);
   if (need_dweight && !empty) {
-    x = torch::stable::contiguous(x, layout);
+    x = in_layout(x, layout);
     const bool rows = is_matrix(dweight, s);
     Tensor dense = rows ? dweight : torch::stable::new_empty(weight, {s.o, s.c, 1, 1});
     weight_grad(kernels, s, dy, x, dense);
     if (!rows) torch::stable::copy_(dweight, dense);
   }
 
-  Tensor dbias = torch::stable::new_empty(weight, {need_dbias ? s.o : 0});
+  Tensor dbias = make_vector(weight, need_dbias ? s.o : 0);
   if (need_dbias && empty) torch::stable::zero_(dbias);
   if (need_dbias && !empty)
     parallel_for(0, s.o, 32, [&](int64_t begin, int64_t end) {

@@ -9,9 +9,8 @@ namespace fasttricks::cpu::FT_ISA {
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "bits.h moves several bytes at once");
 
-// The bytes are zero beforehand. A byte that is wholly this stream's is stored; in the first and the last the bits are
-// or-ed in, for the others may be a neighbour's: atomically where that may be another thread's (or-ing gives the same
-// in any order).
+// The bytes are zero beforehand. Full bytes are stored. The first and last byte are OR-ed, atomically if another thread
+// may share them: the order of two threads does not matter.
 class BitWriter {
  public:
   FT_INLINE BitWriter(uint8_t* bytes, int64_t bit, bool front_is_shared)
@@ -41,8 +40,7 @@ class BitWriter {
   }
 
  private:
-  // Another thread may still or its bits into the first byte: ours go in the same way, and the byte is not stored
-  // again.
+  // Another thread may still OR its bits into the first byte, so it is not stored.
   FT_INLINE void first() {
     __atomic_fetch_or(at_, uint8_t(bits_), __ATOMIC_RELAXED);
     ++at_, held_ -= 8, bits_ >>= 8;

@@ -24,15 +24,15 @@ Isa best_isa() {
 
 Isa choose() {
   const Isa best = best_isa();
-  const char* wish = std::getenv("FASTTRICKS_CPU_ISA");
-  if (wish == nullptr || *wish == '\0') return best;
+  const char* requested = std::getenv("FASTTRICKS_CPU_ISA");
+  if (requested == nullptr || *requested == '\0') return best;
   for (int i = 0; i < 3; ++i) {
-    if (std::string(wish) != kNames[i]) continue;
-    STD_TORCH_CHECK(i <= static_cast<int>(best), "fasttricks: FASTTRICKS_CPU_ISA=", wish,
+    if (std::string(requested) != kNames[i]) continue;
+    STD_TORCH_CHECK(i <= static_cast<int>(best), "fasttricks: FASTTRICKS_CPU_ISA=", requested,
                     " but this CPU (or this build) goes no further than ", kNames[static_cast<int>(best)]);
     return static_cast<Isa>(i);
   }
-  STD_TORCH_CHECK(false, "fasttricks: FASTTRICKS_CPU_ISA=", wish, "; accepted: generic, avx2, avx512");
+  STD_TORCH_CHECK(false, "fasttricks: FASTTRICKS_CPU_ISA=", requested, "; accepted: generic, avx2, avx512");
   return best;
 }
 

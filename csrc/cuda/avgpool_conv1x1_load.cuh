@@ -1,6 +1,6 @@
 // How the operands of avgpool_conv1x1's products come into shared memory. A loader yields vectors of 16 bytes of a
-// matrix that has one index along memory: (outer, inner), with zeros behind its ends. Where `wide`, fetch reads what a
-// vector is made of into registers, and settle makes it of that, when it has arrived; otherwise there is one element
+// matrix that has one index along memory: (outer, inner), with zeros past its ends. Where `wide`, fetch reads what a
+// vector is made of into registers, and settle makes it of that, when it has arrived; without it elements come one
 // after the other, neighbours in memory by neighbouring threads.
 //
 // Pixels are divided into (n, i, j) once for the whole product where they are not its depth.

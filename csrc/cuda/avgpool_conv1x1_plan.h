@@ -55,8 +55,8 @@ inline AvgPoolPlan avgpool_plan(const AvgPoolShape& s, AvgPoolProduct product, i
   const int64_t m = ceil_div(weight ? s.o : s.pixels(), rows), n = ceil_div(forward ? s.o : s.c, columns);
   const int64_t depth = forward ? s.c : weight ? s.pixels() : s.o;
   // two blocks a multiprocessor, and no part of less than eight steps
-  const int64_t wish = weight ? std::clamp<int64_t>(2 * sm_count / (m * n), 1, ceil_div(depth, 8 * step)) : 1;
-  const int64_t each = ceil_div(ceil_div(depth, wish), step) * step;
+  const int64_t wanted_splits = weight ? std::clamp<int64_t>(2 * sm_count / (m * n), 1, ceil_div(depth, 8 * step)) : 1;
+  const int64_t each = ceil_div(ceil_div(depth, wanted_splits), step) * step;
   return {int(m), int(n), int(depth), int(each), int(ceil_div(depth, each))};
 }
 
@@ -77,8 +77,8 @@ inline AvgPoolSlabPlan avgpool_slab_plan(const AvgPoolShape& s, int sm_count, in
   if (bytes > shared_per_block) return plan;
   // as few groups as give every multiprocessor twice the blocks that it holds at a time
   const int64_t resident = std::clamp<int64_t>(shared_per_sm / (bytes + 1024), 1, 4);
-  const int64_t wish = std::clamp<int64_t>(ceil_div(2 * resident * sm_count, m), 1, n);
-  plan.tiles_per_group = int(ceil_div(n, wish));
+  const int64_t wanted_groups = std::clamp<int64_t>(ceil_div(2 * resident * sm_count, m), 1, n);
+  plan.tiles_per_group = int(ceil_div(n, wanted_groups));
   if (plan.tiles_per_group > 1) plan.groups = int(ceil_div(n, plan.tiles_per_group));
   return plan;
 }

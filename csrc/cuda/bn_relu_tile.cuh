@@ -189,7 +189,7 @@ struct BnTile {
     if (int(e % 8) + valid > 8) bits |= unsigned(cuda::load(mask + e / 8 + 1)) << 8;
     return bits >> (e % 8);
   }
-  // The elementwise kernels' rows always start at bytes (bn_flat); the bits behind the last element are 0.
+  // The elementwise kernels' rows always start at bytes (bn_flat); the bits after the last element are 0.
   FT_DEVICE void store_bits(uint8_t* mask, int64_t row, unsigned bits) const {
     cuda::store(mask + offset(row) / 8, uint8_t(bits & ((1u << valid) - 1)));
   }
@@ -343,7 +343,7 @@ struct ChannelParts {
     first_slot = int(c - first_tile * t.width() / s.inner);
   }
   FT_DEVICE int count() const { return t.splits * tiles; }
-  // Tiles behind the channel's first one begin in it.
+  // Tiles after the channel's first one begin in it.
   FT_DEVICE int64_t slot(int i) const {
     const int split = i / tiles, tile = i - split * tiles;
     return (split * t.tiles + first_tile + tile) * t.slots + (tile == 0 ? first_slot : 0);

@@ -175,7 +175,7 @@ FT_DEVICE void load_matrices(uint32_t (&r)[4], const void* row) {
 }
 
 // 16 bytes from global to shared memory, past the registers; zeros where not `needed`. Visible to this thread after
-// copy_wait, to others after a barrier behind it.
+// copy_wait, to others after a barrier that follows.
 FT_DEVICE void copy_async(void* to, const void* from, bool needed) {
 #if defined(CUDA_ON_CPU)
   ::emu::cp_async16(to, from, needed ? 16 : 0);

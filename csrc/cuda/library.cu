@@ -9,7 +9,7 @@ namespace {
 
 __global__ void probe() {}
 
-// A launch is refused for the same reasons for which asking after a kernel's attributes is.
+// Querying a kernel's attributes fails exactly when launching it would.
 std::string cuda_why_not(int64_t device) {
   int before = 0;
   cudaError_t error = cudaGetDevice(&before);

@@ -22,7 +22,7 @@ FT_DEVICE void for_values(int64_t n, Use use) {
   for (int64_t i = int64_t(threadIdx.x) * kSgdValues; i < n; i += kSgdThreads * kSgdValues)
     use(i, n - i < kSgdValues ? int(n - i) : kSgdValues);
 }
-// Zeros behind the first `count`. wide: the pointer allows 16-byte accesses.
+// Zeros after the first `count`. wide: the pointer allows 16-byte accesses.
 template <typename T>
 FT_DEVICE void load_values(const T* p, int count, bool wide, T (&v)[kSgdValues]) {
   if (wide && count == kSgdValues) {

@@ -25,7 +25,8 @@ struct SgdHeader {
 };
 static_assert(sizeof(SgdHeader) == kSgdHeaderBytes);
 
-// kSgdCount: steps are counted. The first entry's tensor began, and the last one's goes on, in another launch.
+// kSgdCount: steps are counted. kSgdContinues: the first tensor started in an earlier launch. kSgdGoesOn: the last one
+// continues in the next.
 enum : uint16_t { kSgdLrInMomentum = 1, kSgdCount = 2, kSgdContinues = 4, kSgdGoesOn = 8 };
 
 struct SgdGroup {
@@ -40,7 +41,7 @@ static_assert(sizeof(SgdGroup) == kSgdGroupBytes);
 // kSgdWeight: of sgd_check, entries of weights, not of gradients.
 enum : uint16_t { kSgdNesterov = 1, kSgdMaximize = 2, kSgdLrIsDouble = 4, kSgdWeight = 8 };
 
-// Pointers of an entry, in this order; those behind kSgdParam only where some tensor of the launch has them.
+// Pointers of an entry, in this order; those after kSgdParam only where some tensor of the launch has them.
 enum { kSgdGrad = 0, kSgdParam = 1, kSgdMaster = 2, kSgdBuffer = 3, kSgdSteps = 4 };
 
 // A table, read.

@@ -18,8 +18,8 @@ LIB = Path(__file__).resolve().parent / "lib"
 
 # why a library is not loaded; a missing key means that it is
 not_loaded: dict[str, str] = {}
-# the types of device that a backend takes, and where its ops are registered. Meta and fake tensors take the road that
-# real ones take: the fakes are registered for every library.
+# the types of device that a backend takes, and where its ops are registered. Meta and fake tensors dispatch like real
+# ones: the fakes are registered for every library.
 devices: dict[str, tuple[str, ...]] = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu", "meta")}
 namespaces: dict[str, str] = {"cuda": "fasttricks", "triton": "fasttricks_triton", "cpu": "fasttricks"}
 # what `auto` tries, by type of device, before the reference; emulated kernels, made for tests, are never among them
@@ -145,10 +145,16 @@ def select(op: str, device: torch.device) -> str:
     return "reference"
 
 
-def ops_for(op: str, device: torch.device) -> Any:
-    """The `torch.ops` namespace whose raw ops serve `op` on `device`; None: the reference does."""
+def namespace_for(op: str, device: torch.device) -> str | None:
+    """The namespace of `torch.ops` whose raw ops serve `op` on `device`; None: the reference does."""
     chosen = select(op, device)
-    return None if chosen == "reference" else getattr(torch.ops, namespaces[chosen])
+    return None if chosen == "reference" else namespaces[chosen]
+
+
+def ops_for(op: str, device: torch.device) -> Any:
+    """As `namespace_for`, but the namespace itself."""
+    namespace = namespace_for(op, device)
+    return None if namespace is None else getattr(torch.ops, namespace)
 
 
 def loaded_namespaces() -> list[str]:

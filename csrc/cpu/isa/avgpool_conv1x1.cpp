@@ -40,9 +40,10 @@ struct ConvolvePlan {
         m(pass == AvgPoolConv1x1Pass::forward ? s.o : s.c),
         blocks(k_blocks(k)) {
     const int64_t unit = s.nhwc ? kMr : kNr<A>, most = s.nhwc ? 18 * kMr : 512;
-    pixels = max_of(1, min_of(most, kOperandBytes / (k * int64_t(sizeof(A)))) / unit) * unit;
+    const int64_t all_pixels = ceil_div(s.n * s.ho * s.wo, unit);
+    pixels = min_of(all_pixels, max_of(1, min_of(most, kOperandBytes / (k * int64_t(sizeof(A)))) / unit)) * unit;
     const int64_t c_unit = s.nhwc ? kNr<A> : kMr;
-    channels = max_of(1, kResultBytes / (pixels * int64_t(sizeof(A))) / c_unit) * c_unit;
+    channels = min_of(ceil_div(m, c_unit), max_of(1, kResultBytes / (pixels * int64_t(sizeof(A))) / c_unit)) * c_unit;
     row = (s.nhwc ? channels : pixels) + kPad / int64_t(sizeof(A));
     operand = s.nhwc ? blocks * pixels * kRow<A> : blocks * (pixels / kNr<A>)*panel_stride<A>(k);
   }
@@ -175,18 +176,24 @@ void convolve(const AvgPoolConv1x1Sizes& s, AvgPoolConv1x1Pass pass, const AvgPo
 
 template <class A>
 struct WeightGradPlan {
-  int64_t rows = 8 * kMr;  // output channels of one block
-  int64_t channels;        // pooled channels of one block
-  int64_t stride = kKc * kNr<A> + kPad / int64_t(sizeof(A));
+  int64_t depth;     // most pixels of one block
+  int64_t rows;      // output channels of one block
+  int64_t channels;  // pooled channels of one block
+  int64_t stride;    // from one panel of them to the next
+  int64_t run;       // from one channel's pixels to the next
 
-  explicit WeightGradPlan(const AvgPoolConv1x1Sizes& s) {
+  explicit WeightGradPlan(const AvgPoolConv1x1Sizes& s)
+      : depth(min_of(kKc, s.n * s.ho * s.wo)),
+        rows(min_of(8, ceil_div(s.o, kMr)) * kMr),
+        stride(depth * kNr<A> + kPad / int64_t(sizeof(A))),
+        run(ceil_div(depth, Vec<A>::N) * Vec<A>::N + kPad / int64_t(sizeof(A))) {
     const int64_t most = max_of(1, kPooledBytes / (kKc * kNr<A> * int64_t(sizeof(A))));
     channels = min_of(most, ceil_div(s.c, kNr<A>)) * kNr<A>;
   }
   FT_INLINE int64_t left() const { return rows * kRow<A>; }
   FT_INLINE int64_t right() const { return channels / kNr<A> * stride; }
-  FT_INLINE int64_t runs() const { return max_of(kNr<A> * kRow<A>, channels); }
-  FT_INLINE int64_t scratch() const { return scratch_for_run<A>(kKc); }
+  FT_INLINE int64_t runs() const { return max_of(kNr<A> * run, channels); }
+  FT_INLINE int64_t scratch() const { return scratch_for_run<A>(depth); }
 };
 
 template <class T>
@@ -224,13 +231,13 @@ void weight_grad(const AvgPoolConv1x1Sizes& s, const AvgPoolConv1x1WeightTask& t
       } else {
         for (int64_t q0 = 0; q0 < channels; q0 += kNr<A>) {
           for (int64_t q = 0; q < kNr<A>; ++q) {
-            A* run = runs + q * kRow<A>;
+            A* run = runs + q * plan.run;
             if (q0 + q < channels)
               read_run(x, c + q0 + q, p, kc, scratch, [&](int64_t k, Vec<A> values) { values.store(run + k); });
             else
               for (int64_t k = 0; k < kc; ++k) run[k] = A(0);
           }
-          transpose(runs, kRow<A>, kNr<A>, kc, right + q0 / kNr<A> * plan.stride, kNr<A>);
+          transpose(runs, plan.run, kNr<A>, kc, right + q0 / kNr<A> * plan.stride, kNr<A>);
         }
       }
       for (int64_t o = task.o0; o < task.o1; o += plan.rows) {

@@ -1,4 +1,4 @@
-// The kernels of bn_relu and bn_add_relu; the formulas stand in math/bn.h.
+// The kernels of bn_relu and bn_add_relu; math/bn.h has the formulas.
 #include "cpu/bn_relu.h"
 
 #include "cpu/bits.h"
@@ -235,8 +235,7 @@ struct Bn {
       const Channel k = channel(a, c);
       if (passes & kBnApply) {
         const bool read = !vanishes(a, k, c);
-        // whose bytes of the mask may be another thread's: those at the ends, and all where a byte spans several
-        // channels
+        // Mask bytes that another thread may also write: those at the range's ends, or all if inner < 8.
         const bool first = c == begin || a.inner < 8, last = c == end - 1 || a.inner < 8;
         if (a.residual)
           read ? apply<true, true>(a, c, k, first, last) : apply<false, true>(a, c, k, first, last);

@@ -115,7 +115,8 @@ void step(void* param_, const void* grad_, void* master_, void* buf_, int64_t n,
 FT_INLINE bool holds(float sum) { return sum >= 0x1p-88f && sum <= 3.4028234e38f; }
 FT_INLINE bool holds(double) { return true; }
 
-// The sum of squares of n values in float64. at(i, count): a vector of `count` values from the i-th on, zeros behind.
+// The sum of squares of n values in float64. at(i, count): a vector of `count` values from the i-th on, zeros after
+// them.
 template <class V, class T, class At>
 double wide_square_sum(int64_t n, T, const At& at) {
   double sum = 0.0;

@@ -64,6 +64,16 @@ class Holder(nn.Module):
         self.held._apply(fn, recurse)
         return self
 
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """As nn.Module; with duplicates, this module alone.
+
+        torch.func.functional_call replaces each name of a tied tensor and restores each: in one dictionary that both
+        modules share, the second would restore the replacement.
+        """
+        return super().named_modules(memo, prefix) if remove_duplicate else iter([(prefix, self)])
+
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
-from ..backends import loaded_namespaces, ops_for
+from .. import transforms
+from ..backends import loaded_namespaces, namespace_for
 from ..layout import layout_of
 from ..reference.avgpool_conv1x1 import avgpool_conv1x1 as reference
 from ..reference.avgpool_conv1x1 import avgpool_conv1x1_backward as differentiable_backward
 from ..reference.avgpool_conv1x1 import output_size
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from .avgpool_conv1x1_checks import check_backward, check_forward
 
 
 def avgpool_conv1x1(
@@ -56,12 +58,32 @@ def avgpool_conv1x1(
         >>> fasttricks.avgpool_conv1x1(x, weight, ceil_mode=True).shape
         torch.Size([2, 8, 4, 4])
     """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return _traced(x, weight, bias, stride, ceil_mode)
+    try:
+        if torch._C._is_any_autocast_enabled():
+            x, weight, bias = _autocast(x, weight, bias)
+        namespace = namespace_for("avgpool_conv1x1", x.device)
+        # what the dispatcher would take for an int and a bool are not left to the kernels' checks
+        if namespace is not None and type(stride) is int and type(ceil_mode) is bool:
+            return _differentiable[namespace](x, weight, bias, stride, ceil_mode)
+    except Exception:
+        check_forward("avgpool_conv1x1", x, weight, bias, stride, ceil_mode)  # in the words of this function
+        raise
+    check_forward("avgpool_conv1x1", x, weight, bias, stride, ceil_mode)
+    return reference(x, weight, bias, stride=stride, ceil_mode=ceil_mode)
+
+
+def _traced(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: int, ceil_mode: bool
+) -> torch.Tensor:
+    """As torch.compile, torch.export and torch.jit.trace take it: one op in their graph."""
     x, weight, bias = _autocast(x, weight, bias)
-    _check(x, weight, bias, stride, ceil_mode)
-    ops = ops_for("avgpool_conv1x1", x.device)
-    if ops is None:
+    check_forward("avgpool_conv1x1", x, weight, bias, stride, ceil_mode)
+    namespace = namespace_for("avgpool_conv1x1", x.device)
+    if namespace is None or transforms.active():
         return reference(x, weight, bias, stride=stride, ceil_mode=ceil_mode)
-    return ops.avgpool_conv1x1_forward(x, weight, bias, stride, ceil_mode)
+    return getattr(torch.ops, namespace).avgpool_conv1x1_forward(x, weight, bias, stride, ceil_mode)
 
 
 def _autocast(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
@@ -82,43 +104,10 @@ def _autocast(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
     return tuple(cast(t) for t in tensors)
 
 
-def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: int, ceil_mode: bool) -> None:
-    for name, t in (("x", x), ("weight", weight), ("bias", bias)):
-        if t is None and name == "bias":
-            continue
-        if not isinstance(t, torch.Tensor):
-            raise TypeError(f"avgpool_conv1x1: {name} is a {type(t).__name__}; accepted: a tensor")
-        if t.dtype not in DTYPES:
-            raise TypeError(
-                f"avgpool_conv1x1: {name} has dtype {t.dtype}; accepted: float16, bfloat16, float32, float64"
-            )
-        if t.dtype != x.dtype:
-            raise TypeError(f"avgpool_conv1x1: {name} has dtype {t.dtype}; accepted: the dtype of x, {x.dtype}")
-        if t.device != x.device:
-            raise ValueError(f"avgpool_conv1x1: {name} is on {t.device}; accepted: the device of x, {x.device}")
-    if x.dim() != 4:
-        raise ValueError(f"avgpool_conv1x1: x has shape {tuple(x.shape)}; accepted: 4 dimensions (N, C, H, W)")
-    if weight.dim() != 4 or tuple(weight.shape[1:]) != (x.shape[1], 1, 1) or 0 in weight.shape:
-        raise ValueError(
-            f"avgpool_conv1x1: weight has shape {tuple(weight.shape)} and x {tuple(x.shape)}; accepted: weight of "
-            f"shape (Cout, C, 1, 1) with the C of x, none of them zero (no groups, no other kernel size)"
-        )
-    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
-        raise ValueError(f"avgpool_conv1x1: bias has shape {tuple(bias.shape)}; accepted: ({weight.shape[0]},)")
-    if isinstance(stride, bool) or not isinstance(stride, int) or stride not in (1, 2):
-        raise ValueError(f"avgpool_conv1x1: stride is {stride!r}; accepted: 1, 2")
-    if not isinstance(ceil_mode, bool):
-        raise TypeError(f"avgpool_conv1x1: ceil_mode is {ceil_mode!r}; accepted: True, False")
-    if 0 in (size := output_size(x, stride, ceil_mode)):
-        raise ValueError(
-            f"avgpool_conv1x1: x has shape {tuple(x.shape)}, so that the output would be {size[0]} x {size[1]}: Output "
-            f"size is too small; accepted: H and W of at least {1 if ceil_mode else stride}"
-        )
-
-
 def _fake_forward(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: int, ceil_mode: bool
 ) -> torch.Tensor:
+    check_forward("avgpool_conv1x1_forward", x, weight, bias, stride, ceil_mode)
     size = (x.shape[0], weight.shape[0], *output_size(x, stride, ceil_mode))
     return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=layout_of(x))
 
@@ -133,31 +122,87 @@ def _fake_backward(
     need_dweight: bool,
     need_dbias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    check_backward("avgpool_conv1x1_backward", dy, x, weight, stride, ceil_mode)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout_of(x)) if need_dx else x.new_empty(0)
     dweight = torch.empty_like(weight) if need_dweight else weight.new_empty(0)
     return dx, dweight, weight.new_empty(weight.shape[0] if need_dbias else 0)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    x, weight, _, ctx.stride, ctx.ceil_mode = inputs
-    ctx.save_for_backward(x, weight)
+def _forward_flops(x: Any, weight: Any, *rest: Any, out_shape: Any, **options: Any) -> int:
+    """Those of the convolution; torch counts none for a pool."""
+    return conv_flop_count(x, weight, out_shape)
+
+
+def _backward_flops(
+    dy: Any, x: Any, weight: Any, stride: int, ceil_mode: bool, need_dx: bool, need_dweight: bool, *rest: Any,
+    **options: Any,
+) -> int:  # fmt: skip
+    return (need_dx + need_dweight) * conv_flop_count(x, weight, dy)
+
+
+# the raw forward op of a namespace, with its derivative: in eager mode called directly, without the dispatcher's
+# autograd, which costs 10 us
+_differentiable: dict[str, Callable[..., torch.Tensor]] = {}
+_libraries: list[torch.library.Library] = []  # what these register lives as long as they do
 
 
 def register(namespace: str) -> None:
-    """Gives the ops of a namespace with these schemas (fasttricks, fasttricks_triton) their fakes and autograd."""
+    """Gives the ops of a namespace with these schemas (fasttricks, fasttricks_triton) fakes, autograd, flop counts."""
     ops = getattr(torch.ops, namespace)
+    raw_forward, raw_backward = ops.avgpool_conv1x1_forward.default, ops.avgpool_conv1x1_backward.default
 
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        need = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled():  # create_graph=True: these gradients will be differentiated
-            return *differentiable_backward(dy, x, weight, ctx.stride, ctx.ceil_mode, *need), None, None
-        grads = ops.avgpool_conv1x1_backward(dy, x, weight, ctx.stride, ctx.ceil_mode, *need)
-        return *(g if needed else None for g, needed in zip(grads, need, strict=True)), None, None
+    class AvgPoolConv1x1Function(torch.autograd.Function):
+        @staticmethod
+        def forward(
+            ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: int, ceil_mode: bool
+        ) -> torch.Tensor:
+            ctx.save_for_backward(x, weight)
+            ctx.stride, ctx.ceil_mode = stride, ceil_mode
+            with torch._C._AutoDispatchBelowAutograd():
+                return raw_forward(x, weight, bias, stride, ceil_mode)
 
+        @staticmethod
+        def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+            x, weight = ctx.saved_tensors
+            need_dx, need_dweight, need_dbias, *_ = ctx.needs_input_grad
+            arguments = (dy, x, weight, ctx.stride, ctx.ceil_mode, need_dx, need_dweight, need_dbias)
+            if torch.is_grad_enabled() or transforms.active():  # create_graph=True, or vmap over gradients
+                return *differentiable_backward(*arguments), None, None
+            with torch._C._AutoDispatchBelowAutograd():
+                dx, dweight, dbias = raw_backward(*arguments)
+            return dx if need_dx else None, dweight if need_dweight else None, dbias if need_dbias else None, None, None
+
+    def forward(
+        x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: int, ceil_mode: bool
+    ) -> torch.Tensor:
+        if transforms.active():
+            check_forward("avgpool_conv1x1_forward", x, weight, bias, stride, ceil_mode)
+            return reference(x, weight, bias, stride=stride, ceil_mode=ceil_mode)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(x, weight, bias):
+            return AvgPoolConv1x1Function.apply(x, weight, bias, stride, ceil_mode)
+        with torch._C._AutoDispatchBelowAutograd():
+            return raw_forward(x, weight, bias, stride, ceil_mode)
+
+    def backward(
+        dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, stride: int, ceil_mode: bool, *need: bool
+    ) -> tuple[torch.Tensor, ...]:
+        if transforms.active() or (torch.is_grad_enabled() and torch._C._any_requires_grad(dy, x, weight)):
+            check_backward("avgpool_conv1x1_backward", dy, x, weight, stride, ceil_mode)
+            grads = differentiable_backward(dy, x, weight, stride, ceil_mode, *need)
+            return tuple(x.new_empty(0) if g is None else g for g in grads)
+        with torch._C._AutoDispatchBelowAutograd():
+            return raw_backward(dy, x, weight, stride, ceil_mode, *need)
+
+    library = torch.library.Library(namespace, "FRAGMENT")
+    for key in ("Autograd", "FuncTorchBatched"):
+        library.impl("avgpool_conv1x1_forward", forward, key)
+        library.impl("avgpool_conv1x1_backward", backward, key)
+    _libraries.append(library)
+    _differentiable[namespace] = forward
     torch.library.register_fake(f"{namespace}::avgpool_conv1x1_forward", _fake_forward)
     torch.library.register_fake(f"{namespace}::avgpool_conv1x1_backward", _fake_backward)
-    torch.library.register_autograd(f"{namespace}::avgpool_conv1x1_forward", backward, setup_context=_setup_context)
+    register_flop_formula(ops.avgpool_conv1x1_forward)(_forward_flops)
+    register_flop_formula(ops.avgpool_conv1x1_backward)(_backward_flops)
 
 
 for loaded in loaded_namespaces():

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import distributed
-from torch.autograd import forward_ad
 
+from .. import transforms
 from ..backends import loaded_namespaces, ops_for
 from ..layout import layout_of
 from ..recomputation import current
@@ -173,7 +173,7 @@ def _run(
         check_public(op, x, residual, weight, bias, running_mean, running_var, training, momentum, eps, batches)
         x, residual = _as_one(x, residual)
     constants = (ops, training, momentum, eps, running_mean, running_var, batches)
-    if torch.compiler.is_compiling() or _transformed() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or transforms.active() or torch.jit.is_tracing():
         return _raw(x, residual, weight, bias, constants)[0]
     if torch.is_grad_enabled():
         return _Fused.apply(x, residual, weight, bias, constants, False)
@@ -185,11 +185,6 @@ def _as_one(x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torc
     """Both as torch's addition sees them: of one dtype, and of the shape of x."""
     dtype = torch.promote_types(x.dtype, residual.dtype)
     return x.to(dtype), residual.to(dtype).expand(x.shape)
-
-
-def _transformed() -> bool:
-    """Whether derivatives or batches are taken by other means than autograd's graph: torch.func, forward mode."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 # what a call has besides tensors that may need gradients: ops, training, momentum, eps, running_mean, running_var,
@@ -246,7 +241,7 @@ class _Fused(torch.autograd.Function):
         x, weight, bias, mean, var, mask = ctx.saved_tensors
         ops, training, _, eps, *_ = ctx.constants
         need_dx, need_dresidual, need_dweight, need_dbias, *_ = ctx.needs_input_grad
-        if torch.is_grad_enabled() or _transformed():  # these gradients will be differentiated
+        if torch.is_grad_enabled() or transforms.active():  # these gradients will be differentiated
             passes = None if mask is None else unpack_mask(mask, x)
             dx, dresidual, dweight, dbias = plain.backward(dy, x, None, weight, bias, mean, var, eps, training, passes)
         else:
@@ -412,7 +407,7 @@ def register(namespace: str) -> None:
 
         def autograd(*given: Any) -> Any:
             tensors, constants = ordered(*given)
-            if _transformed():
+            if transforms.active():
                 return chosen(_composed(*tensors, constants))
             if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
                 return _Fused.apply(*tensors, constants, True)
@@ -452,7 +447,7 @@ def register(namespace: str) -> None:
             )
 
         def autograd(*given: Any) -> Any:
-            if _transformed():
+            if transforms.active():
                 refuse()
             with torch._C._AutoDispatchBelowAutograd():
                 return op(*given)
