@@ -8,7 +8,7 @@ CXX_SOURCES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.c
 PYTEST := $(PY) -m pytest -q -n logical --maxprocesses 8 --dist loadgroup
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: train test test-all test-oldest-triton libraries lint bench bench-traffic docs sdist wheel wheel-matrix clean
+.PHONY: train test test-all test-long test-zoo test-oldest-triton libraries lint bench bench-traffic docs sdist wheel wheel-matrix clean
 
 # ResNet-50-D on real scans with both recipes: a table and curves.
 train: libraries
@@ -26,11 +26,18 @@ test: libraries lint
 	@echo "fasttricks: the tests of the Triton kernels, in Triton's interpreter"
 	TRITON_INTERPRET=1 $(PYTEST) tests -m "not long and not zoo" -k "triton or registration"
 
-# Also what takes long: sanitizers, planted faults, every model of the zoos, the oldest Triton.
-test-all: test test-oldest-triton
+# Everything, in about an hour and a half on two cores.
+test-all: test test-oldest-triton test-long test-zoo
+
+# Sanitizers and planted faults on the emulated CUDA kernels.
+test-long: libraries
 	@echo "fasttricks: compiling the emulator with two sanitizers, about 3 minutes"
 	@PYTHONPATH=. $(PY) tests/emulator/emulated.py asan tsan
-	$(PYTEST) tests -m "long or zoo"
+	$(PYTEST) tests -m long
+
+# The pairs that fuse finds in every classification model of torchvision and timm, counted: about 25 minutes.
+test-zoo: libraries
+	$(PYTEST) tests -m zoo
 
 # The oldest Triton that is supported, and a NumPy of its time, which its interpreter needs.
 OLDEST := build/triton-oldest
