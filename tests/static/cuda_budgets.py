@@ -56,7 +56,7 @@ BUDGETS: dict[str, Budget] = {
         256, registers=128, blocks=2, shared=16_384, wide=("LDG", "STG", "LDS", "STS")
     ),
     r"bn_finalize_(stats|backward)<.*>": Budget(256, registers=80, blocks=3),
-    r"bn_update_stats": Budget(512, registers=48, blocks=2),
+    r"bn_update_stats": Budget(512, registers=64, blocks=2),
     # sgd. A block's scalars and the partial sums of its warps are shared
     r"sgd_step": Budget(256, registers=80, blocks=3, shared=256, wide=("LDG", "STG")),
     r"sgd_check": Budget(256, registers=64, blocks=4, shared=128, wide=("LDG",)),
