@@ -83,7 +83,9 @@ def _traced(
     namespace = namespace_for("avgpool_conv1x1", x.device)
     if namespace is None or transforms.active():
         return reference(x, weight, bias, stride=stride, ceil_mode=ceil_mode)
-    return getattr(torch.ops, namespace).avgpool_conv1x1_forward(x, weight, bias, stride, ceil_mode)
+    # a constant: with dynamic=True stride may be a symbol, which Triton's inferred schema would keep
+    constant = 2 if stride == 2 else 1
+    return getattr(torch.ops, namespace).avgpool_conv1x1_forward(x, weight, bias, constant, ceil_mode)
 
 
 def _autocast(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
