@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import re
@@ -10,6 +12,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,15 +34,21 @@ def python(code: str, *flags: str, path: Path | None = None, **env: str) -> subp
     return subprocess.run([sys.executable, *flags, "-c", code], capture_output=True, text=True, env=full, cwd="/")
 
 
-# one process builds the sdist and the wheel, once: both write to src/fasttricks.egg-info
-of_the_wheel = pytest.mark.xdist_group("wheel")
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Builds of packages one after another: they share build/ and src/fasttricks.egg-info."""
+    (ROOT / "build").mkdir(exist_ok=True)
+    with open(ROOT / "build/packaging.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", str(folder), "."]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    with alone():
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     (made,) = folder.glob("*.whl")
     return made
@@ -53,11 +62,15 @@ def unpacked(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+of_the_wheel = pytest.mark.xdist_group("wheel")  # one process builds it, once
+
+
 @of_the_wheel
 def test_sdist_holds_what_the_build_reads(tmp_path: Path) -> None:
     """Every module, source and header of a checkout, as files: in a checkout src/fasttricks/kernels is a link."""
     command = [sys.executable, "-m", "build", "-q", "--sdist", "--no-isolation", "-o", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    with alone():
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     (made,) = tmp_path.glob("fasttricks-*.tar.gz")
     with tarfile.open(made) as archive:
