@@ -8,7 +8,7 @@
 
 #include "checks.h"
 #include "layout.h"
-#include "math/pool.h"
+#include "math/avgpool.h"
 
 namespace fasttricks {
 

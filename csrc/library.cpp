@@ -42,7 +42,7 @@ FT_LIBRARY(FT_LIBRARY_NAME, m) {
   // Why the CUDA kernels cannot run on this device (an older driver, no code for the card); "" if they can.
   m.def("cuda_why_not(int device) -> str");
 
-  // avgpool_conv1x1: see csrc/math/pool.h.
+  // avgpool_conv1x1: see csrc/math/avgpool.h.
   m.def("avgpool_conv1x1_forward(Tensor x, Tensor weight, Tensor? bias, int stride, bool ceil_mode) -> Tensor");
   m.def(
       "avgpool_conv1x1_backward(Tensor dy, Tensor x, Tensor weight, int stride, bool ceil_mode, bool need_dx,"

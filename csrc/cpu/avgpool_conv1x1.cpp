@@ -10,7 +10,7 @@
 
 #include "avgpool_conv1x1_call.h"
 #include "cpu/huge_pages.h"
-#include "math/pool.h"
+#include "math/avgpool.h"
 
 namespace fasttricks::cpu {
 namespace {
@@ -125,7 +125,7 @@ struct WeightGrid {
 // The grid with the least work for the busiest task, from the sizes and the thread count alone. In units of one
 // multiply-add of the register tile: copying an element of dy, pooling one of x (four reads) and adding one of a slice.
 WeightGrid weight_grid(const AvgPoolConv1x1OfType& kernels, const AvgPoolConv1x1Sizes& s, int64_t tasks) {
-  constexpr double kCopy = 32, kPool = 96, kAdd = 96;
+  constexpr double kCopy = 32, kAverage = 96, kAdd = 96;
   const int64_t pixels = s.n * s.ho * s.wo;
   WeightGrid best{1, 1, 1};
   double least = 0;
@@ -135,7 +135,7 @@ WeightGrid weight_grid(const AvgPoolConv1x1OfType& kernels, const AvgPoolConv1x1
       const double p = double(ceil_div(pixels, slices)), o = double(ceil_div(s.o, o_parts));
       const double c = double(ceil_div(ceil_div(s.c, kernels.nr), c_parts) * kernels.nr);
       const double sums = slices > 1 ? double(s.o * s.c) * double(slices + 1) / double(tasks) : 0;
-      const double work = p * o * c + kCopy * p * o + kPool * p * c + kAdd * sums;
+      const double work = p * o * c + kCopy * p * o + kAverage * p * c + kAdd * sums;
       if (least == 0 || work < least) least = work, best = {slices, o_parts, c_parts};
     }
   return best;

@@ -4,7 +4,7 @@
 #include <stdint.h>
 
 #include "cpu/isa.h"
-#include "math/pool.h"
+#include "math/avgpool.h"
 
 namespace fasttricks::cpu {
 

@@ -1,5 +1,5 @@
 // Kernels of avgpool_conv1x1: the three products, and the sums of their parts. avgpool_conv1x1_plan.h says which tile
-// and part of the depth a block has; csrc/math/pool.h has the formulas. The pooled x exists in registers and shared
+// and part of the depth a block has; csrc/math/avgpool.h has the formulas. The pooled x exists in registers and shared
 // memory only; of 16-bit types it is rounded there, as the tensor cores take it.
 #pragma once
 

@@ -11,7 +11,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "math/pool.h"
+#include "math/avgpool.h"
 
 namespace fasttricks::cuda {
 

@@ -1,21 +1,21 @@
 // avgpool_conv1x1: y = W pool(x) + b,  dx = spread(W^T dy),  dW = dy pool(x)^T,  db = sum dy     (formulas:
-// math/pool.h)
+// math/avgpool.h)
 //
 // Blocked products (cpu/gemm.h) whose operand of pixels is pooled while it is packed: the pooled tensor exists only as
 // one block at a time, in the L2 cache. Half precision is widened there: pooled values and sums are float, and only y,
 // dx and dW are rounded.
 #include "cpu/avgpool_conv1x1.h"
 
+#include "cpu/avgpool_image.h"
 #include "cpu/gemm.h"
-#include "cpu/pool_image.h"
 
 namespace fasttricks::cpu::FT_ISA {
 namespace {
 
 // Blocks that the L2 cache holds, for one of 1 MiB.
-constexpr int64_t kOperandBytes = 512 << 10;  // pixels, read once for every row or panel of the weight
-constexpr int64_t kResultBytes = 128 << 10;   // results
-constexpr int64_t kPooledBytes = 1024 << 10;  // pooled channels of dW, read a panel at a time: they may reach into L3
+constexpr int64_t kOperandBytes = 512 << 10;   // pixels, read once for every row or panel of the weight
+constexpr int64_t kResultBytes = 128 << 10;    // results
+constexpr int64_t kAvgPoolBytes = 1024 << 10;  // pooled channels of dW, read a panel at a time: they may reach into L3
 
 // ---- blocks of the reduced dimension ----
 
@@ -187,7 +187,7 @@ struct WeightGradPlan {
         rows(min_of(8, ceil_div(s.o, kMr)) * kMr),
         stride(depth * kNr<A> + kPad / int64_t(sizeof(A))),
         run(ceil_div(depth, Vec<A>::N) * Vec<A>::N + kPad / int64_t(sizeof(A))) {
-    const int64_t most = max_of(1, kPooledBytes / (kKc * kNr<A> * int64_t(sizeof(A))));
+    const int64_t most = max_of(1, kAvgPoolBytes / (kKc * kNr<A> * int64_t(sizeof(A))));
     channels = min_of(most, ceil_div(s.c, kNr<A>)) * kNr<A>;
   }
   FT_INLINE int64_t left() const { return rows * kRow<A>; }

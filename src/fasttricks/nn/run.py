@@ -143,12 +143,12 @@ def norm_add_relu(norm: Any, x: torch.Tensor, residual: Any, in_place: bool = Fa
     return _op(norm, x, residual)
 
 
-def pool_conv1x1(pool: nn.AvgPool2d, conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+def avgpool_conv1x1_of_modules(pool: nn.AvgPool2d, conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
     """conv(pool(x)) of a 2x2 pool and a 1x1 convolution."""
-    return avg_pool_conv1x1(conv, x, pool.ceil_mode)
+    return avgpool_conv1x1_of(conv, x, pool.ceil_mode)
 
 
-def avg_pool_conv1x1(conv: nn.Conv2d, x: torch.Tensor, ceil_mode: bool) -> torch.Tensor:
+def avgpool_conv1x1_of(conv: nn.Conv2d, x: torch.Tensor, ceil_mode: bool) -> torch.Tensor:
     """conv(avg_pool2d(x, 2, ceil_mode=ceil_mode)) of a 1x1 convolution."""
     if x.dim() != 4:
         return conv(F.avg_pool2d(x, 2, ceil_mode=ceil_mode))

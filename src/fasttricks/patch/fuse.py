@@ -11,7 +11,7 @@ from torch import nn
 
 from ..nn import run
 from .block import Allowed, Plan, fingerprint, fused_class, fused_norm_act_class, has_relu, plan, recomputing_class
-from .match import BN_ADD_RELU, BN_RELU, NOT_WANTED, POOL_CONV, Left
+from .match import AVGPOOL_CONV1X1, BN_ADD_RELU, BN_RELU, NOT_WANTED, Left
 from .report import Fusion, Fusions
 from .trace import Untraceable, original_class
 
@@ -60,7 +60,7 @@ def fuse(
         Counter({'bn_relu': 1})
     """
     _check(model, "fuse")
-    wanted = {BN_RELU: bn_relu, BN_ADD_RELU: bn_add_relu, POOL_CONV: avgpool_conv1x1}
+    wanted = {BN_RELU: bn_relu, BN_ADD_RELU: bn_add_relu, AVGPOOL_CONV1X1: avgpool_conv1x1}
     changes, rows = _analyse(model, wanted, filter_fn)
     if strict and (left := [row for row in rows if row.kind is not None and row.reason not in ("", NOT_WANTED)]):
         raise ValueError(f"fuse: strict is True, and pairs are left as they are:\n{Fusions(left)}")
@@ -120,7 +120,7 @@ def fusions(model: nn.Module) -> Fusions:
         Counter({'bn_relu': 1})
     """
     _check(model, "fusions")
-    _, rows = _analyse(model, dict.fromkeys((BN_RELU, BN_ADD_RELU, POOL_CONV), True), None)
+    _, rows = _analyse(model, dict.fromkeys((BN_RELU, BN_ADD_RELU, AVGPOOL_CONV1X1), True), None)
     now = {
         _join(name, pair)
         for name, module in model.named_modules()

@@ -15,7 +15,7 @@ from torch import fx, nn
 from ..nn import run
 from .trace import original_class
 
-BN_RELU, BN_ADD_RELU, POOL_CONV = "bn_relu", "bn_add_relu", "avgpool_conv1x1"
+BN_RELU, BN_ADD_RELU, AVGPOOL_CONV1X1 = "bn_relu", "bn_add_relu", "avgpool_conv1x1"
 NOT_WANTED = "not wanted"
 
 _RELU_FUNCTIONS = (F.relu, F.relu_, torch.relu, torch.relu_)
@@ -235,8 +235,8 @@ class Matcher:
             return Left(None, "no 1x1 convolution follows")
         for n in (node, *between, reader):
             if n.op == "call_module" and not run.untouched(self.module(n)):  # type: ignore[arg-type]
-                return Left(POOL_CONV, f"a hook on {n.target}")
-        return Pair(POOL_CONV, str(reader.target), node, reader, between)
+                return Left(AVGPOOL_CONV1X1, f"a hook on {n.target}")
+        return Pair(AVGPOOL_CONV1X1, str(reader.target), node, reader, between)
 
     def _follower(self, reader: fx.Node | None) -> str:
         if reader is None:
@@ -342,10 +342,10 @@ def rewrite(graph: fx.Graph, pairs: list[Pair]) -> None:
                 options: dict[str, Any] = {"in_place": True} if pair.in_place else {}
                 fused = graph.call_function(run.norm_add_relu, (first, x, residual), options)
             elif first is not None:
-                fused = graph.call_function(run.pool_conv1x1, (first, graph.get_attr(pair.name), x))
+                fused = graph.call_function(run.avgpool_conv1x1_of_modules, (first, graph.get_attr(pair.name), x))
             else:
                 ceil_mode = (pool_of(pair.first) or {})["ceil_mode"]
-                fused = graph.call_function(run.avg_pool_conv1x1, (graph.get_attr(pair.name), x, ceil_mode))
+                fused = graph.call_function(run.avgpool_conv1x1_of, (graph.get_attr(pair.name), x, ceil_mode))
         pair.last.replace_all_uses_with(fused)
         for node in (pair.last, *reversed(pair.between), pair.first):
             graph.erase_node(node)
@@ -354,7 +354,7 @@ def rewrite(graph: fx.Graph, pairs: list[Pair]) -> None:
 def modules_of(pairs: list[Pair]) -> Iterator[tuple[str, str]]:
     """(name, what it must still be) of the modules that the pairs call no longer by themselves."""
     for pair in pairs:
-        if pair.kind == POOL_CONV:
+        if pair.kind == AVGPOOL_CONV1X1:
             if pair.first.op == "call_module":
                 yield str(pair.first.target), "pool"
             yield pair.name, "conv"

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "cpu/shuffle.h"
-#include "math/pool.h"
+#include "math/avgpool.h"
 
 namespace fasttricks::cpu::FT_ISA {
 
