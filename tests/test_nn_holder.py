@@ -6,7 +6,8 @@ import copy
 import io
 import pickle
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -284,3 +285,72 @@ def test_functional_call_leaves_the_module_as_it_was() -> None:
     assert all(after[name] is before[name] for name in before)
     model.load_state_dict(other, strict=False)
     torch.testing.assert_close(got, model(x))
+
+
+@pytest.fixture
+def one_rank(tmp_path: Path) -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def fully_sharded(net: nn.Module) -> nn.Module:
+    from torch.distributed.fsdp import fully_shard
+
+    for module in net.children():
+        fully_shard(module)
+    return fully_shard(net)
+
+
+def flat(use_orig_params: bool) -> Callable[[nn.Module], nn.Module]:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return lambda net: FullyShardedDataParallel(net, use_orig_params=use_orig_params, device_id=torch.device("cpu"))
+
+
+SHARDED = {"FSDP2": fully_sharded, "FSDP1": flat(False), "FSDP1 with the original parameters": flat(True)}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("shard", SHARDED.values(), ids=list(SHARDED))
+def test_sharded_parameters_reach_the_child(shard: Callable[[nn.Module], nn.Module], one_rank: None) -> None:
+    from torch.distributed.checkpoint import state_dict as checkpoints
+
+    ours, plain = (net.double() for net in nets())
+    names = list(plain.state_dict())
+    ours = shard(ours)
+    optimizers = [torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9) for net in (ours, plain)]
+    for _ in range(3):
+        x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+        for net, optimizer in zip((ours, plain), optimizers, strict=True):
+            optimizer.zero_grad()
+            net(x).square().mean().backward()
+            optimizer.step()
+    state = ours.state_dict()
+    assert list(state) == names
+    for name, want in plain.state_dict().items():
+        got = state[name].full_tensor() if hasattr(state[name], "full_tensor") else state[name]
+        assert relative_error(got, want) < 1e-10, name
+    # torch.distributed.checkpoint reads and writes by the same names
+    saved, moments = checkpoints.get_state_dict(ours, optimizers[0])
+    assert set(saved) == set(names)
+    assert set(moments["state"]) == {name for name, _ in plain.named_parameters()}
+    checkpoints.set_state_dict(ours, optimizers[0], model_state_dict=saved, optim_state_dict=moments)
+
+
+def test_pruning_and_plain_attributes_reach_the_child() -> None:
+    from torch.nn.utils import prune
+
+    ours, plain = (net.eval() for net in nets())
+    x = torch.randn(2, 3, 8, 8)
+    for module in (ours.down, ours.bn1, plain.down, plain.bn1):
+        prune.l1_unstructured(module, "weight", 0.5)
+    assert relative_error(ours(x), plain(x)) < 1e-5
+    for module in (ours.down, ours.bn1, plain.down, plain.bn1):
+        prune.remove(module, "weight")
+    assert relative_error(ours(x), plain(x)) < 1e-5
+    assert list(ours.state_dict()) == list(plain.state_dict())
+    del ours.bn1.weight
+    assert not hasattr(ours.bn1.norm, "weight")
+    ours.bn1.weight = nn.Parameter(torch.ones(6))
+    assert ours.bn1.norm.weight is ours.bn1.weight is ours.bn1._parameters["weight"]

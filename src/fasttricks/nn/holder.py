@@ -12,6 +12,21 @@ from torch import fx, nn
 _SHARED = ("_parameters", "_buffers", "_non_persistent_buffers_set")
 
 
+def delegated(name: str, doc: str) -> Any:
+    """An attribute of the held module, read, written and deleted."""
+
+    def read(self: Holder) -> Any:
+        return getattr(self.held, name)
+
+    def write(self: Holder, value: Any) -> None:
+        setattr(self.held, name, value)
+
+    def delete(self: Holder) -> None:
+        delattr(self.held, name)
+
+    return property(read, write, delete, doc=doc)
+
+
 class Holder(nn.Module):
     """A module that computes what the module it holds does, and something more, in one op.
 
@@ -24,6 +39,10 @@ class Holder(nn.Module):
     """
 
     _held_name: str  # the name of the child
+
+    # FSDP and pruning replace a parameter by a plain attribute: the held module must get it
+    weight = delegated("weight", "of the held module")
+    bias = delegated("bias", "of the held module")
 
     def __init__(self, held: nn.Module) -> None:
         super().__init__()
@@ -44,6 +63,9 @@ class Holder(nn.Module):
     # ---- a replaced child shares its parameters and buffers too ----
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("weight", "bias"):
+            object.__setattr__(self, name, value)  # nn.Module would register a Parameter here, not in the child
+            return
         super().__setattr__(name, value)
         if name == self._held_name:
             self._share()
@@ -77,14 +99,21 @@ class Holder(nn.Module):
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        """As nn.Module; with recurse=False none: tools that sort parameters by class find them in the child."""
-        return super().named_parameters(prefix, recurse, remove_duplicate) if recurse else iter(())
+        """As nn.Module; with recurse=False none: tools that sort parameters by class find them in the child.
+
+        With duplicates they are its own: FSDP asks each of named_modules(remove_duplicate=False), without the child.
+        """
+        if recurse or not remove_duplicate:
+            return super().named_parameters(prefix, recurse, remove_duplicate)
+        return iter(())
 
     def named_buffers(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """As nn.Module; with recurse=False none: they are those of the child."""
-        return super().named_buffers(prefix, recurse, remove_duplicate) if recurse else iter(())
+        """As named_parameters."""
+        if recurse or not remove_duplicate:
+            return super().named_buffers(prefix, recurse, remove_duplicate)
+        return iter(())
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As the state_dict of the held module."""
@@ -112,6 +141,10 @@ class Holder(nn.Module):
         for name, tensor in [*held._parameters.items(), *held._buffers.items()]:
             if tensor is not None:
                 state_dict[f"{prefix}{self._held_name}.{name}"] = tensor
+
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """For torch.distributed.checkpoint: the names of the child's tensors are without its own name."""
+        return {"": self._held_name}
 
     # ---- copies ----
 
@@ -156,15 +189,3 @@ class Holder(nn.Module):
         return f"{type(self).__name__}({self.extra_repr()})" if type(self.held) in self._plain else super().__repr__()
 
     _plain: tuple[type[nn.Module], ...] = ()  # the classes that are held as built, not worth a line of their own
-
-
-def delegated(name: str, doc: str) -> Any:
-    """An attribute of the held module, read and written."""
-
-    def read(self: Holder) -> Any:
-        return getattr(self.held, name)
-
-    def write(self: Holder, value: Any) -> None:
-        setattr(self.held, name, value)
-
-    return property(read, write, doc=doc)
