@@ -12,7 +12,7 @@ import torch
 
 
 def instruction_sets() -> list[str]:
-    """Those that this CPU has."""
+    """Those that this CPU has; all other tests run on the last one."""
     sets = ["generic"]
     if platform.machine().lower() in ("x86_64", "amd64"):
         best = torch.backends.cpu.get_cpu_capability()

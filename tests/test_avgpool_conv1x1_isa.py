@@ -1,4 +1,4 @@
-"""avgpool_conv1x1 on every instruction set that this CPU has, each forced in a process of its own."""
+"""avgpool_conv1x1 on the instruction sets that the other tests do not run on, each forced in a process of its own."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 from isa import instruction_sets, run_on
 
 
-@pytest.mark.parametrize("isa", instruction_sets())
+@pytest.mark.parametrize("isa", instruction_sets()[:-1])
 def test_values_on(isa: str, request: pytest.FixtureRequest) -> None:
     run_on(
         isa,

@@ -12,7 +12,7 @@ import fasttricks
 from fasttricks.backends import why_not
 from fasttricks.ops.avgpool_conv1x1 import avgpool_conv1x1
 
-pytestmark = pytest.mark.xdist_group("memory")  # one at a time: each needs gigabytes
+pytestmark = [pytest.mark.long, pytest.mark.xdist_group("memory")]  # one at a time: each needs gigabytes
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 KERNELS = [
     (name, device)

@@ -9,7 +9,7 @@ import torch
 
 from fasttricks.backends import not_loaded
 
-pytestmark = pytest.mark.xdist_group("memory")  # one at a time: each needs gigabytes
+pytestmark = [pytest.mark.long, pytest.mark.xdist_group("memory")]  # one at a time: each needs gigabytes
 MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 

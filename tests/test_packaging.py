@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from isa import instruction_sets
 
 import fasttricks
 from fasttricks import backend as backend_context
@@ -279,6 +280,11 @@ def test_import_needs_no_triton_ninja_or_torchvision(tmp_path: Path) -> None:
     done = python(block + USE_OPS, PATH="/nonexistent")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("cpu ")
+
+
+@pytest.mark.skipif("FASTTRICKS_CPU_ISA" in os.environ, reason="FASTTRICKS_CPU_ISA forces one")
+def test_the_best_instruction_set_is_taken() -> None:
+    assert torch.ops.fasttricks.cpu_isa() == instruction_sets()[-1]
 
 
 def test_an_instruction_set_that_is_not_there_is_refused() -> None:

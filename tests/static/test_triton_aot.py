@@ -25,7 +25,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from fasttricks.kernels import avgpool_conv1x1, bn_relu, launch, sgd, tune, version  # noqa: E402
 
-TARGETS = (80, 90, 100)
+TARGETS = (pytest.param(80, marks=pytest.mark.long), 90, pytest.param(100, marks=pytest.mark.long))
 TYPES = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
