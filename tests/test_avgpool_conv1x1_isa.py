@@ -1,4 +1,4 @@
-"""avgpool_conv1x1 on the instruction sets that the other tests do not run on, each forced in a process of its own."""
+"""avgpool_conv1x1 on the instruction sets that no other test runs on, each forced in a process of its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""bn_relu and bn_add_relu on the instruction sets that the other tests do not run on, each forced in a process of its own."""
+"""bn_relu and bn_add_relu on the instruction sets that no other test runs on, each forced in a process of its own."""
 
 from __future__ import annotations
 
