@@ -30,7 +30,7 @@ struct BnCall {
              "; accepted: 2 to 5 dimensions (N, C, ...)");
     check_floating(op, "x", x);
     FT_CHECK(op, eps >= 0 && eps < std::numeric_limits<double>::infinity(), "eps is ", eps,
-             "; accepted: 0 or more, finite");
+             "; accepted: a finite number >= 0");
     statistics_type = accumulate_type(x.scalar_type());
     layout = layout_of(x);
     if (!is_dense(x, layout)) x = torch::stable::contiguous(x, layout);

@@ -10,6 +10,7 @@
 #include <string>
 
 #include "math/common.h"
+#include "types.h"
 
 #define FT_CHECK(op, cond, ...) STD_TORCH_CHECK(cond, "fasttricks::", op, ": ", __VA_ARGS__)
 
@@ -79,6 +80,11 @@ inline ElementType element_type(ScalarType t) {
                                      : ElementType::kFloat;
 }
 
+template <typename F>
+void with_type(ScalarType type, F f) {
+  with_type(element_type(type), f);
+}
+
 inline void check_floating(const char* op, const char* arg, const Tensor& t) {
   FT_CHECK(op, is_floating(t.scalar_type()), arg, " has dtype ", name_of(t.scalar_type()),
            "; accepted: float16, bfloat16, float32, float64");
@@ -88,8 +94,10 @@ inline void check_dtype(const char* op, const char* arg, const Tensor& t, Scalar
   FT_CHECK(op, t.scalar_type() == want, arg, " has dtype ", name_of(t.scalar_type()), "; accepted: ", name_of(want));
 }
 
-inline void check_same_device(const char* op, const char* arg, const Tensor& t, const Tensor& x) {
-  FT_CHECK(op, t.device() == x.device(), arg, " is on ", device_of(t), "; accepted: the device of x, ", device_of(x));
+inline void check_same_device(const char* op, const char* arg, const Tensor& t, const Tensor& other,
+                              const char* whose = "x") {
+  FT_CHECK(op, t.device() == other.device(), arg, " is on ", device_of(t), "; accepted: the device of ", whose, ", ",
+           device_of(other));
 }
 
 }  // namespace fasttricks

@@ -57,8 +57,8 @@ inline ScalarType sgd_check_tensor(const char* op, const char* arg, size_t i, co
   const ScalarType type = t.scalar_type();
   FT_CHECK(op, is_floating(type), arg, "[", i, "] has dtype ", name_of(type),
            "; accepted: float16, bfloat16, float32, float64");
-  FT_CHECK(op, &t == &first || t.device() == first.device(), arg, "[", i,
-           "] is on another device than the first tensor");
+  FT_CHECK(op, &t == &first || t.device() == first.device(), arg, "[", i, "] is on ", device_of(t),
+           "; accepted: the device of the first tensor, ", device_of(first));
   FT_CHECK(op, t.dim() <= kSgdMaxDims, arg, "[", i, "] has ", t.dim(), " dimensions; accepted: at most ", kSgdMaxDims);
   return type;
 }
@@ -75,7 +75,7 @@ inline void sgd_check_written(const char* op, const char* arg, size_t i, const T
   if (t.is_contiguous()) return;
   for (int64_t d = 0; d < t.dim(); ++d)
     FT_CHECK(op, t.size(d) <= 1 || t.stride(d) != 0 || t.numel() == 0, arg, "[", i,
-             "] is an expanded tensor: several of its elements are one place in memory, which cannot be written");
+             "] is expanded: its elements share memory; accepted: a tensor that can be written");
 }
 
 inline void sgd_check_number(const char* op, const char* arg, double value, double least) {
@@ -91,7 +91,7 @@ inline void sgd_check_count(const char* op, const char* arg, size_t count, size_
 inline void sgd_check_scalar(const char* op, const char* arg, const Tensor& t, const Tensor& first) {
   FT_CHECK(op, t.numel() == 1, arg, " has shape ", shape_of(t), "; accepted: one element");
   if (t.scalar_type() != ScalarType::Double) check_dtype(op, arg, t, ScalarType::Float);
-  FT_CHECK(op, t.device() == first.device(), arg, " is on another device than the first tensor");
+  check_same_device(op, arg, t, first, "the first tensor");
 }
 
 // Squared norms: float64, one for each of `count` tensors; of a step perhaps also those of tensors that are elsewhere.
@@ -102,7 +102,7 @@ inline void sgd_check_squares(const char* op, const char* arg, const MaybeTensor
   const bool fits = exactly ? size_t(t->numel()) == count : size_t(t->numel()) >= count;
   FT_CHECK(op, t->dim() == 1 && fits && t->is_contiguous(), arg, " has shape ", shape_of(*t), "; accepted: (", count,
            ",)", exactly ? "" : " or longer", ", contiguous");
-  FT_CHECK(op, t->device() == first.device(), arg, " is on another device than the first tensor");
+  check_same_device(op, arg, *t, first, "the first tensor");
 }
 
 // ---- the tensors of a call ----

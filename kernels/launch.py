@@ -6,7 +6,7 @@ import contextlib
 import functools
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import triton.language as tl
@@ -16,7 +16,6 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # offsets of this many elements and more are computed in 64 bits; below it no tile can reach 2**31
 WIDE_FROM = 2**31 - 2**16
 TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
-DTYPES = tuple(TYPES)
 
 library = torch.library.Library(NAMESPACE, "DEF")
 
@@ -51,11 +50,6 @@ def programs(device: torch.device) -> int:
 def multiple_of(size: int, most: int = 8) -> int:
     """The largest of 8, 4, 2 and 1, up to `most`, that divides `size`: kernels receive it as a constant."""
     return next(v for v in (8, 4, 2, 1) if v <= most and size % v == 0)
-
-
-def fail(op: str, name: str, given: str, accepted: str) -> NoReturn:
-    """Raises the ValueError of a wrong argument."""
-    raise ValueError(f"{op}: {name} {given}; accepted: {accepted}")
 
 
 def define(implementation: Callable[..., Any], mutates: Sequence[str] = ()) -> None:

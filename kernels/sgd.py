@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from triton import cdiv
 
+from ..checks import FLOATS
 from ..ops.sgd_call import CheckCall, StepCall, Stepped, is_half
 from . import launch as launching
 from . import sgd_kernels as kernels
@@ -129,7 +130,7 @@ def plan(items: tuple[tuple[tuple[bool, int, int, bool], bool, int], ...]) -> Pl
 
 
 def _type(index: int) -> Any:
-    return launching.TYPES[launching.DTYPES[index]]
+    return launching.TYPES[FLOATS[index]]
 
 
 def _bits(*numbers: float) -> tuple[int, ...]:
@@ -209,13 +210,13 @@ def sgd_check(
     device = found_inf.device
     items = []
     for i, grad in enumerate(grads):
-        dtype = launching.DTYPES.index(grad.dtype)
+        dtype = FLOATS.index(grad.dtype)
         items.append(Item((False, dtype, dtype, False), grad.numel(), 0, i, (*_packed([grad]), *[None] * 4)))
     if weight_sq is not None:
         rest = iter(masters)
         for i, param in enumerate(params):
             master = next(rest) if is_half(param) else None
-            dtype = launching.DTYPES.index(param.dtype)
+            dtype = FLOATS.index(param.dtype)
             tensors = (None, *_packed([param, master]), None, None)
             items.append(Item((True, dtype, dtype, False), param.numel(), 0, i, tensors))
     if not items:
@@ -301,7 +302,7 @@ def sgd_step(
 
 
 def _item(t: Stepped) -> Item:
-    dtypes = launching.DTYPES.index(t.param.dtype), launching.DTYPES.index(t.grad.dtype)
+    dtypes = FLOATS.index(t.param.dtype), FLOATS.index(t.grad.dtype)
     tensors = t.grad, t.param, t.master, t.momentum_buffer, t.steps
     return Item((False, *dtypes, t.momentum_buffer is not None), t.param.numel(), t.group, t.index, tensors)
 

@@ -77,6 +77,11 @@ STEP: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"lr": [torch.zeros((), dtype=HALF)]}, TypeError, "lr has dtype float16; accepted: float32"),
     ({"lr": []}, ValueError, "lr has 0 values; accepted: (1|one value)"),
     ({"momentum": [0.1, 0.2]}, ValueError, "momentum has 2 values; accepted: (1|one value)"),
+    ({"dampening": []}, ValueError, "dampening has 0 values; accepted: (1|one value)"),
+    ({"weight_decay": [0.0, 0.0]}, ValueError, "weight_decay has 2 values; accepted: (1|one value)"),
+    ({"nesterov": []}, ValueError, "nesterov has 0 values; accepted: (1|one value)"),
+    ({"maximize": [True, True]}, ValueError, "maximize has 2 values; accepted: (1|one value)"),
+    ({"trust_coefficient": []}, ValueError, "trust_coefficient has 0 values; accepted: (1|one value)"),
     ({"momentum": [-0.1]}, ValueError, "momentum is -0.1; accepted: a finite number >= 0"),
     ({"dampening": [math.nan]}, ValueError, "dampening is nan; accepted: a finite number"),
     ({"weight_decay": [math.inf]}, ValueError, "weight_decay is inf; accepted: a finite number >= 0"),
@@ -98,6 +103,9 @@ CHECK: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"found_inf": torch.zeros((), dtype=HALF)}, TypeError, "found_inf has dtype float16; accepted: float32"),
     ({"grads": [ones(3, dtype=INT)]}, TypeError, r"grads\[0\] has dtype int32"),
     ({"grad_sq": squares(2)}, ValueError, r"grad_sq has shape \(2,?\); accepted: \(1,\), contiguous"),
+    ({"params": [ones(3, dtype=INT), ones(4, dtype=HALF)]}, TypeError, r"params\[0\] has dtype int32"),
+    ({"masters": [ones(4, dtype=HALF)]}, TypeError, r"masters\[0\] has dtype float16; accepted: float32"),
+    ({"grad_sq": squares(1, torch.float32)}, TypeError, "grad_sq has dtype float32; accepted: float64"),
     ({"weight_sq": squares(3)}, ValueError, r"weight_sq has shape \(3,?\); accepted: \(2,\), contiguous"),
     ({"weight_sq": squares(2, torch.float32)}, TypeError, "weight_sq has dtype float32; accepted: float64"),
     ({"masters": []}, ValueError, "masters has 0 tensors"),
@@ -153,22 +161,37 @@ def test_bad_arguments(backend: str, run: Any, op: str) -> None:
 @pytest.mark.parametrize("run", [run_function, run_raw])
 def test_tensors_of_other_kinds(backend: str, run: Any) -> None:
     """Tensors on another device, as if nothing were there to compute; sparse tensors; what is no tensor."""
-    there = torch.ones(3, device="meta")
-    for op, good in (("sgd_step", good_step), ("sgd_check", good_check)):
-        call = good()
-        with pytest.raises((ValueError, RuntimeError), match=f"{op}: .*meta"):
-            run(changed(call, {"grads": [there, *call.grads[1:]]}))
+    scalars = {
+        "grad_scale": torch.ones(()),
+        "found_inf": torch.zeros(()),
+        "grad_sq": squares(2),
+        "weight_sq": squares(2),
+    }
+    for op, good, first, more in (
+        ("sgd_step", good_step, "params", scalars),
+        ("sgd_check", good_check, "found_inf", {"grad_sq": squares(1)}),
+    ):
+        for name, value in vars(changed(good(), more)).items():
+            tensors = value if isinstance(value, list) else [value]
+            if name == first or not isinstance(tensors[0], Tensor):  # the first tensor says where all must be
+                continue
+            moved = [t.to("meta") for t in tensors]
+            wrong = moved if isinstance(value, list) else moved[0]
+            with pytest.raises(
+                (ValueError, RuntimeError), match=rf"{op}: {name}.* is on meta; accepted: the device of"
+            ):
+                run(changed(good(), {**more, name: wrong}))
         call = good()
         with pytest.raises((TypeError, NotImplementedError, RuntimeError), match=r"grads\[0\] has layout|Sparse"):
             run(changed(call, {"grads": [torch.ones(3).to_sparse(), *call.grads[1:]]}))
     if run is run_function:
         for name in ("params", "grads", "masters"):
-            with pytest.raises(TypeError, match=rf"sgd_step: {name}\[0\] is float; accepted: torch\.Tensor"):
+            with pytest.raises(TypeError, match=rf"sgd_step: {name}\[0\] is a float; accepted: a tensor"):
                 run(changed(good_step(), {name: [1.0, *getattr(good_step(), name)[1:]]}))
-        with pytest.raises(TypeError, match=r"sgd_check: found_inf is float; accepted: torch\.Tensor"):
+        with pytest.raises(TypeError, match=r"sgd_check: found_inf is a float; accepted: a tensor"):
             run(changed(good_check(), {"found_inf": 1.0}))
         for name in ("lr", "momentum", "weight_decay"):
-            with pytest.raises(TypeError, match=f"sgd_step: {name} is str; accepted: a number"):
+            with pytest.raises(TypeError, match=f"sgd_step: {name} is a str; accepted: a number"):
                 run(changed(good_step(), {name: "0.1"}))
 
 

@@ -3,8 +3,6 @@
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <tuple>
@@ -201,21 +199,6 @@ void move_statistic(Tensor& running, const Tensor& now, double factor, double mo
   for (int64_t c = 0; c < channels; ++c) {
     const A value = A(double(from[c * now_stride]) * factor);
     to[c * stride] = R(bn_update(A(to[c * stride]), value, A(momentum)));
-  }
-}
-
-// f(T()) with the C++ type of such elements.
-template <class F>
-void with_type(ScalarType type, F f) {
-  switch (type) {
-    case ScalarType::Double:
-      return f(double());
-    case ScalarType::Half:
-      return f(torch::headeronly::Half());
-    case ScalarType::BFloat16:
-      return f(torch::headeronly::BFloat16());
-    default:
-      return f(float());
   }
 }
 

@@ -53,7 +53,7 @@ void avgpool_input_run(const T* dy, const T* weight, const AvgPoolShape& s, bool
 template <typename T>
 void avgpool_sum_splits_run(const acc_t<T>* partial, int64_t splits, int64_t numel, T* out, cudaStream_t stream) {
   const int64_t each = int64_t(kAvgPoolThreads) * kAvgPoolVector<T>;
-  launch(&avgpool_sum_splits<T>, dim3(unsigned((numel + each - 1) / each)), kAvgPoolThreads, 0, stream, partial, splits,
+  launch(&avgpool_sum_splits<T>, dim3(unsigned(ceil_div(numel, each))), kAvgPoolThreads, 0, stream, partial, splits,
          numel, out);
 }
 
@@ -71,8 +71,8 @@ template <typename T>
 void avgpool_bias_run(const T* dy, const AvgPoolShape& s, bool nhwc, int64_t splits, acc_t<T>* partial,
                       cudaStream_t stream) {
   const int64_t channels = nhwc ? kAvgPoolThreads : kAvgPoolThreads / 32;
-  launch(&avgpool_bias<T>, dim3(unsigned((s.o + channels - 1) / channels), unsigned(splits)), kAvgPoolThreads, 0,
-         stream, dy, s, nhwc, int(splits), partial);
+  launch(&avgpool_bias<T>, dim3(unsigned(ceil_div(s.o, channels)), unsigned(splits)), kAvgPoolThreads, 0, stream, dy, s,
+         nhwc, int(splits), partial);
 }
 
 }  // namespace fasttricks::cuda

@@ -17,11 +17,6 @@
 
 namespace fasttricks::cuda {
 
-template <typename F>
-void with_type(ScalarType type, F f) {
-  with_type(element_type(type), f);
-}
-
 #if defined(CUDA_ON_CPU)
 
 struct OnDevice {

@@ -4,8 +4,6 @@
 #pragma once
 
 #include <cuda_runtime.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <bit>
 #include <cstdint>
@@ -13,6 +11,7 @@
 #include <type_traits>
 
 #include "math/common.h"
+#include "types.h"
 
 #if defined(CUDA_ON_CPU)
 #define FT_METER_LOAD(bytes) ::emu::count_load(bytes)
@@ -40,24 +39,6 @@ namespace fasttricks::cuda {
 
 using Half = torch::headeronly::Half;
 using BFloat16 = torch::headeronly::BFloat16;
-
-// f(T()) with the C++ type of a dtype; host code may call it too.
-#if defined(__CUDACC__)
-#pragma nv_exec_check_disable
-#endif
-template <typename F>
-FT_HD void with_type(ElementType type, F f) {
-  switch (type) {
-    case ElementType::kHalf:
-      return f(Half());
-    case ElementType::kBFloat16:
-      return f(BFloat16());
-    case ElementType::kFloat:
-      return f(float());
-    case ElementType::kDouble:
-      return f(double());
-  }
-}
 
 constexpr unsigned kAllLanes = 0xffffffffu;
 

@@ -106,7 +106,7 @@ inline std::vector<SgdLaunch> sgd_plan(const std::vector<SgdTensor>& tensors, in
     if (new_group) l.group_starts.push_back(int64_t(l.entries.size()));
     key = tensors[tensor].key;
     l.entries.push_back({tensor, begin, count, l.blocks, begin + count == tensors[tensor].numel});
-    l.blocks += std::max<int64_t>(1, (count + kSgdBlock - 1) / kSgdBlock);
+    l.blocks += std::max<int64_t>(1, ceil_div(count, kSgdBlock));
     l.bytes = sgd_layout(int64_t(l.entries.size()), int64_t(l.group_starts.size()), pointers).bytes;
   };
   for (int64_t i : order) {

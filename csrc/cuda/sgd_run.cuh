@@ -83,7 +83,7 @@ inline void sgd_check_run(const std::vector<SgdItem>& items, const SgdHeader& he
   sgd_tables(items, groups, header, weights ? 3 : 1, [&](const SgdTable& table, const SgdLaunch& plan) {
     launch(&sgd_check, dim3(unsigned(plan.blocks)), kSgdThreads, 0, stream, table, partial);
     if (!partial) return;
-    const int64_t warps = kSgdThreads / 32, blocks = (int64_t(plan.entries.size()) + warps - 1) / warps;
+    const int64_t warps = kSgdThreads / 32, blocks = ceil_div(int64_t(plan.entries.size()), warps);
     launch(&sgd_norms, dim3(unsigned(blocks)), kSgdThreads, 0, stream, table, static_cast<const double*>(partial),
            plan.blocks);
   });

@@ -13,7 +13,7 @@ namespace fasttricks {
 
 // How many windows cover `size` pixels: floor is torch's default; ceil adds the window that overhangs an odd edge.
 FT_HD int64_t avgpool_out_size(int64_t size, int64_t stride, bool ceil_mode) {
-  return ceil_mode ? (size + stride - 1) / stride : size / stride;
+  return ceil_mode ? ceil_div(size, stride) : size / stride;
 }
 
 // How many of a window's pixels along one axis lie inside the image: `stride`, or 1 at an overhanging edge.

@@ -6,12 +6,20 @@ csrc/checks.h has the same checks, in the same words, for raw calls of the C++ o
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# numbers of Python and NumPy, and those that torch.compile traces
+NUMBERS: tuple[Any, ...] = (numbers.Real, torch.SymFloat, torch.SymInt)
+
+
+def fail(op: str, name: str, given: str, accepted: str, kind: type[Exception] = ValueError) -> NoReturn:
+    """Raises the error of the argument `name`."""
+    raise kind(f"{op}: {name} {given}; accepted: {accepted}")
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -23,30 +31,32 @@ def check_tensor(op: str, name: str, t: Any, optional: bool = False) -> None:
     """TypeError unless t is a tensor (or None, where that is accepted)."""
     if not isinstance(t, torch.Tensor) and not (optional and t is None):
         accepted = "a tensor or None" if optional else "a tensor"
-        raise TypeError(f"{op}: {name} is a {type(t).__name__}; accepted: {accepted}")
+        fail(op, name, f"is a {type(t).__name__}", accepted, TypeError)
 
 
 def check_dtype(op: str, name: str, t: torch.Tensor, accepted: Sequence[torch.dtype] = FLOATS) -> None:
     """TypeError unless the dtype of t is one of `accepted`."""
     if t.dtype not in accepted:
-        names = ", ".join(map(dtype_name, accepted))
-        raise TypeError(f"{op}: {name} has dtype {dtype_name(t.dtype)}; accepted: {names}")
+        fail(op, name, f"has dtype {dtype_name(t.dtype)}", ", ".join(map(dtype_name, accepted)), TypeError)
 
 
 def check_shape(op: str, name: str, t: torch.Tensor, shape: Sequence[int], meaning: str) -> None:
     """ValueError unless t has this shape; `meaning` says whose it is: "the channels of x"."""
     if tuple(t.shape) != tuple(shape):
-        raise ValueError(f"{op}: {name} has shape {tuple(t.shape)}; accepted: {tuple(shape)}, {meaning}")
+        fail(op, name, f"has shape {tuple(t.shape)}", f"{tuple(shape)}, {meaning}")
 
 
-def check_device(op: str, name: str, t: torch.Tensor, x: torch.Tensor) -> None:
-    """ValueError unless t is on the device of x."""
-    if t.device != x.device:
-        raise ValueError(f"{op}: {name} is on {t.device}; accepted: the device of x, {x.device}")
+def check_device(op: str, name: str, t: torch.Tensor, other: torch.Tensor, whose: str = "x") -> None:
+    """ValueError unless t is on the device of `other`; `whose` says which tensor that is."""
+    if t.device != other.device:
+        fail(op, name, f"is on {t.device}", f"the device of {whose}, {other.device}")
 
 
-def check_finite(op: str, name: str, value: float, least: float = -math.inf) -> None:
-    """ValueError unless value is finite and at least `least`."""
-    if not (least <= value and -math.inf < value < math.inf):  # comparisons, which torch.compile traces
-        accepted = "a finite number" if least == -math.inf else f"{least:g} or more, finite"
-        raise ValueError(f"{op}: {name} is {value}; accepted: {accepted}")
+def check_number(op: str, name: str, value: Any, least: float = -math.inf) -> float:
+    """value as a float; TypeError unless it is a number, ValueError unless finite and at least `least`."""
+    if not isinstance(value, NUMBERS):
+        fail(op, name, f"is a {type(value).__name__}", "a number", TypeError)
+    # comparisons rather than math.isfinite, because torch.compile traces them
+    if not (least <= value and -math.inf < value < math.inf):
+        fail(op, name, f"is {value}", "a finite number" if least == -math.inf else f"a finite number >= {least:g}")
+    return float(value)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..checks import FLOATS, check_device, check_dtype, check_finite, check_shape, check_tensor
+from ..checks import FLOATS, check_device, check_dtype, check_number, check_shape, check_tensor
 
 
 def check_x(op: str, x: Any) -> None:
@@ -50,7 +50,7 @@ def _check_running(
         missing = "running_mean" if running_mean is None else "running_var"
         raise ValueError(f"{op}: {missing} is None and the other is not; accepted: both, or neither")
     if momentum is not None:
-        check_finite(op, "momentum", momentum)
+        check_number(op, "momentum", momentum)
     elif running_mean is not None and batches is None:
         raise ValueError(f"{op}: momentum is None and num_batches_tracked is None; accepted: one of the two given")
     if batches is not None:
@@ -71,7 +71,7 @@ def _check_several_values(op: str, x: torch.Tensor) -> None:
 def _check_affine(op: str, x: Any, weight: Any, bias: Any, eps: float) -> None:
     check_x(op, x)
     _check_per_channel(op, x, weight=weight, bias=bias)
-    check_finite(op, "eps", eps, least=0)
+    check_number(op, "eps", eps, least=0)
 
 
 def check_forward(

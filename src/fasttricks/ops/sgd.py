@@ -11,6 +11,7 @@ captured in a CUDA graph.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,8 +19,9 @@ import torch
 from torch import Tensor
 
 from ..backends import loaded_namespaces, ops_for
+from ..checks import check_number, fail
 from ..reference import sgd as _reference
-from .sgd_call import CheckCall, StepCall, check_number, fail, widest_dtype
+from .sgd_call import CheckCall, StepCall, widest_dtype
 
 
 def run_check(call: CheckCall) -> None:
@@ -78,8 +80,8 @@ def _per_group(name: str, value: Any, count: int) -> list[Any]:
     return list(value)
 
 
-def _numbers(name: str, value: Any, count: int, least: float | None = 0.0) -> list[float]:
-    return [check_number(name, v, "sgd_step", least) for v in _per_group(name, value, count)]
+def _numbers(name: str, value: Any, count: int, least: float = 0.0) -> list[float]:
+    return [check_number("sgd_step", name, v, least) for v in _per_group(name, value, count)]
 
 
 @torch.no_grad()
@@ -136,19 +138,19 @@ def sgd_step(
     """
     sizes = [len(params)] if group_sizes is None else list(group_sizes)
     count = len(sizes)
-    if max_norm is not None and check_number("max_norm", max_norm, "sgd_step") == 0:
+    if max_norm is not None and check_number("sgd_step", "max_norm", max_norm, 0.0) == 0:
         fail("sgd_step", "max_norm", "is 0", "None, or a finite number > 0")
     device = params[0].device if len(params) and isinstance(params[0], Tensor) else torch.device("cpu")
     call = StepCall(
         *(list(params), list(grads), list(momentum_buffers), list(steps), list(masters), sizes),
         lr=[_rate(rate, device) for rate in _per_group("lr", lr, count)],
         momentum=_numbers("momentum", momentum, count),
-        dampening=_numbers("dampening", dampening, count, None),
+        dampening=_numbers("dampening", dampening, count, -math.inf),
         weight_decay=_numbers("weight_decay", weight_decay, count),
         nesterov=_per_group("nesterov", nesterov, count),
         maximize=_per_group("maximize", maximize, count),
         trust_coefficient=_numbers("trust_coefficient", trust_coefficient, count),
-        eps=check_number("eps", eps, "sgd_step"),
+        eps=check_number("sgd_step", "eps", eps, 0.0),
         lr_in_momentum=lr_in_momentum,
         max_norm=float(max_norm or 0),
         grad_scale=grad_scale,
@@ -164,7 +166,7 @@ def sgd_step(
 def _rate(lr: Any, device: torch.device) -> Tensor:
     if isinstance(lr, Tensor):
         return lr
-    return torch.full((), check_number("lr", lr, "sgd_step"), dtype=widest_dtype(device), device=device)
+    return torch.full((), check_number("sgd_step", "lr", lr, 0.0), dtype=widest_dtype(device), device=device)
 
 
 def _fake_check(*arguments: Any) -> None:

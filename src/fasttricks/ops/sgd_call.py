@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# of Python and NumPy, and those that torch.compile traces
-NUMBERS: tuple[Any, ...] = (numbers.Real, torch.SymFloat, torch.SymInt)
+from ..checks import FLOATS, check_device, check_dtype, check_number, check_shape, check_tensor, fail
 
 
 def is_half(t: Tensor) -> bool:
@@ -32,65 +29,41 @@ def widest_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-# ---- checks of one argument: each error names the op, the argument, what was given and what is accepted ----
+# ---- checks of one argument ----
 
 
-def fail(op: str, name: str, given: str, accepted: str, kind: type[Exception] = ValueError) -> NoReturn:
-    raise kind(f"{op}: {name} {given}; accepted: {accepted}" if op else f"{name} {given}; accepted: {accepted}")
-
-
-def check_number(name: str, value: Any, op: str = "", least: float | None = 0.0) -> float:
-    """value, a finite Python or NumPy number of at least `least`, as a float."""
-    if not isinstance(value, NUMBERS):
-        fail(op, name, f"is {type(value).__name__}", "a number", TypeError)
-    # comparisons, which torch.compile traces
-    if not -math.inf < value < math.inf or (least is not None and value < least):
-        fail(op, name, f"is {value}", "a finite number" if least is None else f"a finite number >= {least:g}")
-    return float(value)
-
-
-def _check_dtype(op: str, name: str, t: Tensor, *accepted: torch.dtype) -> None:
-    if t.dtype not in accepted:
-        mine, *names = (str(d).removeprefix("torch.") for d in (t.dtype, *accepted))
-        fail(op, name, f"has dtype {mine}", ", ".join(names), TypeError)
-
-
-def _check_tensor(op: str, name: str, t: Any, device: torch.device, *dtypes: torch.dtype) -> None:
-    if not isinstance(t, Tensor):
-        fail(op, name, f"is {type(t).__name__}", "torch.Tensor", TypeError)
+def _check_dense(op: str, name: str, t: Any, first: Tensor, dtypes: Sequence[torch.dtype] = FLOATS) -> None:
+    """A strided tensor of one of these dtypes, on the device of the call's first tensor."""
+    check_tensor(op, name, t)
     if t.layout is not torch.strided:
         fail(op, name, f"has layout {t.layout}", "torch.strided (dense)", TypeError)
-    _check_dtype(op, name, t, *(dtypes or DTYPES))
-    if t.device != device:
-        fail(op, name, f"is on {t.device}", f"{device}, where the first tensor is")
+    check_dtype(op, name, t, dtypes)
+    check_device(op, name, t, first, "the first tensor")
 
 
-def _check_scalar(op: str, name: str, t: Tensor | None, device: torch.device, *dtypes: torch.dtype) -> None:
+def _check_scalar(
+    op: str, name: str, t: Tensor | None, first: Tensor, dtypes: Sequence[torch.dtype] = (torch.float32,)
+) -> None:
     if t is None:
         return
-    _check_tensor(op, name, t, device, *(dtypes or (torch.float32,)))
+    _check_dense(op, name, t, first, dtypes)
     if t.numel() != 1:
         fail(op, name, f"has shape {tuple(t.shape)}", "one element")
 
 
-def _check_squares(op: str, name: str, t: Tensor | None, count: int, exactly: bool, device: torch.device) -> None:
+def _check_squares(op: str, name: str, t: Tensor | None, count: int, exactly: bool, first: Tensor) -> None:
     if t is None:
         return
-    _check_tensor(op, name, t, device, widest_dtype(device))
+    _check_dense(op, name, t, first, (widest_dtype(first.device),))
     if t.dim() != 1 or t.numel() < count or (exactly and t.numel() != count) or not t.is_contiguous():
         fail(op, name, f"has shape {tuple(t.shape)}", f"({count},){'' if exactly else ' or longer'}, contiguous")
-
-
-def _check_shape(op: str, name: str, t: Tensor, param: Tensor) -> None:
-    if t.shape != param.shape:
-        fail(op, name, f"has shape {tuple(t.shape)}", f"{tuple(param.shape)}, the parameter's")
 
 
 def _check_written(op: str, name: str, t: Tensor) -> None:
     if t.is_contiguous() or t.numel() == 0:
         return
     if any(stride == 0 and size > 1 for stride, size in zip(t.stride(), t.shape, strict=True)):
-        fail(op, name, "is expanded: several of its elements are one place in memory", "tensors that can be written")
+        fail(op, name, "is expanded: its elements share memory", "a tensor that can be written")
 
 
 def _check_count(op: str, name: str, values: Sequence[Any], count: int, of: str = "tensors") -> None:
@@ -104,8 +77,8 @@ def _check_beside(
     """One tensor for each of `params`, of its shape and in the dtype that it is updated in."""
     _check_count(op, name, tensors, len(params))
     for i, (t, param) in enumerate(zip(tensors, params, strict=True)):
-        _check_tensor(op, f"{name}[{i}]", t, param.device, compute_dtype(param.dtype))
-        _check_shape(op, f"{name}[{i}]", t, param)
+        _check_dense(op, f"{name}[{i}]", t, param, (compute_dtype(param.dtype),))
+        check_shape(op, f"{name}[{i}]", t, param.shape, "the parameter's")
         if written:
             _check_written(op, f"{name}[{i}]", t)
 
@@ -130,15 +103,14 @@ class CheckCall:
     def check(self) -> None:
         """Raises TypeError or ValueError unless the op can run."""
         op = "sgd_check"
-        if not isinstance(self.found_inf, Tensor):
-            fail(op, "found_inf", f"is {type(self.found_inf).__name__}", "torch.Tensor", TypeError)
-        device = self.found_inf.device
-        _check_scalar(op, "found_inf", self.found_inf, device)
-        _check_squares(op, "grad_sq", self.grad_sq, len(self.grads), True, device)
-        _check_squares(op, "weight_sq", self.weight_sq, len(self.params), True, device)
+        check_tensor(op, "found_inf", self.found_inf)
+        first = self.found_inf
+        _check_scalar(op, "found_inf", first, first)
+        _check_squares(op, "grad_sq", self.grad_sq, len(self.grads), True, first)
+        _check_squares(op, "weight_sq", self.weight_sq, len(self.params), True, first)
         for name, tensors in (("grads", self.grads), ("params", self.params)):
             for i, t in enumerate(tensors):
-                _check_tensor(op, f"{name}[{i}]", t, device)
+                _check_dense(op, f"{name}[{i}]", t, first)
         if self.weight_sq is not None:
             _check_beside(op, "masters", self.masters, [p for p in self.params if is_half(p)], written=False)
 
@@ -202,35 +174,34 @@ class StepCall:
             fail(op, "group_sizes", f"add up to {sum(self.group_sizes)}", f"{len(self.params)}, the number of params")
         for name in ("momentum", "dampening", "weight_decay", "trust_coefficient"):
             for value in getattr(self, name):
-                check_number(name, value, op, None if name == "dampening" else 0.0)
+                check_number(op, name, value, -math.inf if name == "dampening" else 0.0)
         for name in ("eps", "max_norm"):
-            check_number(name, getattr(self, name), op)
+            check_number(op, name, getattr(self, name), 0.0)
         if not self.params:
             return
-        if not isinstance(self.params[0], Tensor):
-            fail(op, "params[0]", f"is {type(self.params[0]).__name__}", "torch.Tensor", TypeError)
-        device, adapted = self.params[0].device, any(self.trust_coefficient)
+        check_tensor(op, "params[0]", self.params[0])
+        first, adapted = self.params[0], any(self.trust_coefficient)
         for rate in self.lr:
-            _check_scalar(op, "lr", rate, device, torch.float32, torch.float64)
-        _check_scalar(op, "grad_scale", self.grad_scale, device)
-        _check_scalar(op, "found_inf", self.found_inf, device)
-        _check_squares(op, "grad_sq", self.grad_sq, len(self.params), False, device)
-        _check_squares(op, "weight_sq", self.weight_sq, len(self.params), False, device)
+            _check_scalar(op, "lr", rate, first, (torch.float32, torch.float64))
+        _check_scalar(op, "grad_scale", self.grad_scale, first)
+        _check_scalar(op, "found_inf", self.found_inf, first)
+        _check_squares(op, "grad_sq", self.grad_sq, len(self.params), False, first)
+        _check_squares(op, "weight_sq", self.weight_sq, len(self.params), False, first)
         if self.grad_sq is None and (self.max_norm > 0 or adapted):
             fail(op, "grad_sq", "is None", "with max_norm or trust_coefficient: what sgd_check wrote")
         if self.weight_sq is None and adapted:
             fail(op, "weight_sq", "is None", "with trust_coefficient: what sgd_check wrote")
         for i, (param, grad) in enumerate(zip(self.params, self.grads, strict=True)):
-            _check_tensor(op, f"params[{i}]", param, device)
-            _check_tensor(op, f"grads[{i}]", grad, device)
-            _check_shape(op, f"grads[{i}]", grad, param)
+            _check_dense(op, f"params[{i}]", param, first)
+            _check_dense(op, f"grads[{i}]", grad, first)
+            check_shape(op, f"grads[{i}]", grad, param.shape, "the parameter's")
             _check_written(op, f"params[{i}]", param)
         _check_beside(op, "masters", self.masters, [p for p in self.params if is_half(p)])
         moving = [p for p, group in zip(self.params, self._groups(), strict=True) if self.momentum[group] != 0]
         _check_beside(op, "momentum_buffers", self.momentum_buffers, moving)
         _check_count(op, "steps", self.steps, len(moving))
         for i, steps in enumerate(self.steps):
-            _check_scalar(op, f"steps[{i}]", steps, device)
+            _check_scalar(op, f"steps[{i}]", steps, first)
 
     def _groups(self) -> list[int]:
         """The group of each parameter."""

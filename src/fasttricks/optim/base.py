@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import FLOATS, check_number
 from ..ops.sgd import run_step
-from ..ops.sgd_call import DTYPES, check_number, is_half, widest_dtype
+from ..ops.sgd_call import is_half, widest_dtype
 from .check import Norms, Scaling, check_grads, check_pass, on, unscale_grads_
 from .distributed import full, local_grad
 from .plan import Options, Part, Plan
@@ -49,7 +50,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         differentiable: bool,
         fused: bool | None,
     ) -> None:
-        if max_grad_norm is not None and check_number("max_grad_norm", max_grad_norm) == 0:
+        if max_grad_norm is not None and check_number(type(self).__name__, "max_grad_norm", max_grad_norm, 0.0) == 0:
             raise ValueError("max_grad_norm is 0; accepted: None, or a finite number above 0")
         if differentiable:
             raise ValueError(f"differentiable is True; {type(self).__name__} cannot be differentiated: accepted: False")
@@ -100,12 +101,12 @@ class FusedOptimizer(torch.optim.Optimizer):
             if lr.requires_grad:
                 raise ValueError("lr requires grad; accepted: a tensor that does not")
             lr = lr.item()
-        check_number("lr", lr)
+        check_number(type(self).__name__, "lr", lr, 0.0)
         self._group_options(0, group)
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
             raise ValueError("nesterov requires a momentum above 0 and a dampening of 0")
         for i, p in enumerate(group["params"]):
-            if p.dtype not in DTYPES:
+            if p.dtype not in FLOATS:
                 raise TypeError(
                     f"parameter {i} of the group has dtype {p.dtype}; accepted: float16, bfloat16, float32, float64"
                 )
@@ -113,12 +114,13 @@ class FusedOptimizer(torch.optim.Optimizer):
                 raise TypeError(f"parameter {i} of the group has layout {p.layout}; accepted: torch.strided (dense)")
 
     def _options(self, index: int, group: dict[str, Any], trust_coefficient: float = 0.0) -> Options:
+        name = type(self).__name__
         return Options(
             index,
             len(group["params"]),
-            check_number("momentum", group["momentum"]),
-            check_number("dampening", group["dampening"], least=None),
-            check_number("weight_decay", group["weight_decay"]),
+            check_number(name, "momentum", group["momentum"], 0.0),
+            check_number(name, "dampening", group["dampening"]),
+            check_number(name, "weight_decay", group["weight_decay"], 0.0),
             bool(group["nesterov"]),
             bool(group["maximize"]),
             trust_coefficient,
@@ -331,7 +333,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         cached = self._lr_on_device.get((index, device))
         if cached is not None and cached[0] == lr:
             return cached[1]
-        value = check_number(f"lr of group {index}", lr)
+        value = check_number(type(self).__name__, f"lr of group {index}", lr, 0.0)
         if cached is None:
             made = torch.full((), value, dtype=widest_dtype(device), device=device)
         else:

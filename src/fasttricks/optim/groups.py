@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ..ops.sgd_call import check_number
+from ..checks import check_number
 
 _NORMS = (
     nn.modules.batchnorm._NormBase,
@@ -41,7 +41,7 @@ def param_groups(
         >>> [(len(group["params"]), group["weight_decay"]) for group in groups]
         [(1, 0.0001), (3, 0.0)]
     """
-    check_number("weight_decay", weight_decay)
+    check_number("param_groups", "weight_decay", weight_decay, 0.0)
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     seen: set[int] = set()
@@ -79,7 +79,7 @@ def linear_scaled_lr(base_lr: float, batch: int, base_batch: int = 256) -> float
         >>> fasttricks.optim.linear_scaled_lr(0.1, batch=1024)
         0.4
     """
-    check_number("base_lr", base_lr)
+    check_number("linear_scaled_lr", "base_lr", base_lr, 0.0)
     if batch < 1 or base_batch < 1:
         raise ValueError(f"batch is {batch} and base_batch {base_batch}; accepted: at least 1")
     return base_lr * batch / base_batch

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..ops.sgd_call import check_number
+from ..checks import check_number
 from .base import FusedOptimizer
 from .plan import Options
 
@@ -65,7 +65,7 @@ class FusedLARS(FusedOptimizer):
         differentiable: bool = False,
         fused: bool | None = None,
     ) -> None:
-        self._eps = check_number("eps", eps)
+        self._eps = check_number("FusedLARS", "eps", eps, 0.0)
         self._lr_in_momentum = lr_in_momentum
         defaults = {
             "lr": lr,
@@ -94,7 +94,7 @@ class FusedLARS(FusedOptimizer):
             raise ValueError("trust_coefficient is 0; accepted: a finite number above 0")
 
     def _group_options(self, index: int, group: dict[str, Any]) -> list[Options]:
-        trust = check_number("trust_coefficient", group["trust_coefficient"])
+        trust = check_number("FusedLARS", "trust_coefficient", group["trust_coefficient"], 0.0)
         return [self._options(index, group, trust), self._options(index, group)]
 
     def _part_of(self, p: Tensor, group: dict[str, Any]) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.sgd_call import DTYPES
+from ..checks import FLOATS
 from .base import FusedOptimizer
 from .check import check_grads, unscale_grads_
 
@@ -113,7 +113,7 @@ class LossScaler:
     def _grads(optimizer: torch.optim.Optimizer) -> list[Tensor]:
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         for grad in grads:
-            if grad.layout is not torch.strided or grad.dtype not in DTYPES:
+            if grad.layout is not torch.strided or grad.dtype not in FLOATS:
                 raise RuntimeError(
                     f"a gradient has layout {grad.layout} and dtype {grad.dtype}; accepted: dense floating"
                 )
