@@ -11,7 +11,8 @@ import torch
 
 from fasttricks import backends
 
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+HALF = (torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, torch.float64, *HALF)
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 
 

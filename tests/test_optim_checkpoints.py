@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 
-from fasttricks.optim import FusedLARS, FusedSGD, warmup_cosine
+from fasttricks.optim import FusedLARS, FusedSGD, param_groups, warmup_cosine
 
 
 def make_model() -> nn.Module:
@@ -125,3 +125,47 @@ def test_the_options_that_a_copy_keeps() -> None:
     optimizer = FusedSGD(make_model().parameters(), lr=0.1, unscale_in_step=False)
     assert copy.deepcopy(optimizer)._step_supports_amp_scaling is False
     assert FusedSGD(make_model().parameters(), lr=0.1)._step_supports_amp_scaling is True
+
+
+def stepped(kind: type[torch.optim.Optimizer], params: Any, model: nn.Module, **options: Any) -> torch.optim.Optimizer:
+    optimizer = kind(params, lr=0.1, **options)
+    model(torch.randn(5, 4)).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return optimizer
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop])
+def test_the_state_of_another_optimizer_is_refused(kind: type[torch.optim.Optimizer]) -> None:
+    model = nn.Linear(4, 2)
+    own = stepped(FusedSGD, model.parameters(), model, momentum=0.9)
+    before = copy.deepcopy(own.state_dict())
+    other = stepped(kind, model.parameters(), model).state_dict()
+    entry = next(name for name in other["state"][0] if name != "step")
+    with pytest.raises(ValueError, match=f"the state of parameter 0 has .*{entry}.*accepted: .*momentum_buffer"):
+        own.load_state_dict(other)
+    with pytest.raises(ValueError, match=r"group 0 lacks .*nesterov"):  # before its first step there is no state
+        own.load_state_dict(kind(model.parameters()).state_dict())
+    torch.testing.assert_close(own.state_dict(), before, rtol=0, atol=0)
+
+
+def test_a_checkpoint_of_one_group_loads_by_name() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+    old = stepped(torch.optim.SGD, model.parameters(), model, momentum=0.9)
+    optimizer = FusedSGD(param_groups(model, 1e-2, named=True), lr=0.2, momentum=0.8)
+    with pytest.raises(ValueError, match=r"groups of \[6\] .*groups of \[2, 4\].*named=True.*named_parameters"):
+        optimizer.load_state_dict(old.state_dict())
+    named = torch.optim.SGD(model.named_parameters(), lr=0.1)
+    named.load_state_dict(old.state_dict())
+    with pytest.warns(UserWarning, match="loaded by the parameters' names"):
+        optimizer.load_state_dict(named.state_dict())
+    for p in model.parameters():
+        assert torch.equal(optimizer.state[p]["momentum_buffer"], old.state[p]["momentum_buffer"])
+    assert [(g["lr"], g["momentum"], g["weight_decay"]) for g in optimizer.param_groups] == [
+        (0.2, 0.8, 1e-2),
+        (0.2, 0.8, 0.0),
+    ]
+    renamed = named.state_dict()
+    renamed["param_groups"][0]["param_names"] = ["stem", *renamed["param_groups"][0]["param_names"][1:]]
+    with pytest.raises(ValueError, match=r"other parameters than the optimizer; .*0\.weight, stem"):
+        optimizer.load_state_dict(renamed)

@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from cases import HALF
 from torch import Tensor, nn
 
 from fasttricks.optim import FusedLARS, FusedSGD
-
-HALF = (torch.float16, torch.bfloat16)
 
 
 def make_model(dtype: torch.dtype = torch.float16) -> nn.Module:

@@ -11,14 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import DTYPES, HALF
 from torch import Tensor
 
 import fasttricks
 from fasttricks.backends import not_loaded
 from fasttricks.ops.sgd import sgd_check, sgd_step
 
-HALF = (torch.float16, torch.bfloat16)
-DTYPES = (*HALF, torch.float32, torch.float64)
 TAILS = (0, 1, 7, 8, 9, 15, 16, 17, 31, 33, 1025)
 MODES = [
     {},

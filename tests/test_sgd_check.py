@@ -7,11 +7,10 @@ import math
 
 import pytest
 import torch
+from cases import DTYPES, HALF
 
 from fasttricks.ops.sgd import sgd_check, sgd_step
 
-HALF = (torch.float16, torch.bfloat16)
-DTYPES = (*HALF, torch.float32, torch.float64)
 TAILS = (1, 7, 8, 9, 15, 16, 17, 31, 33, 1025)
 
 

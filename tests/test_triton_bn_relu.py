@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import LAYOUTS, allowed, poisoned_memory, relative_error, triton_device
+from cases import DTYPES, LAYOUTS, allowed, poisoned_memory, relative_error, triton_device
 from triton_meter import metered
 
 DEVICE = triton_device()
@@ -23,7 +23,6 @@ ops = torch.ops.fasttricks_triton
 EPS = 1e-5
 # planes and channels that are and are not multiples of 8, several tiles; test_bn_relu.py has the other shapes
 SHAPES = ((2, 3, 5, 7), (4, 8, 4, 4), (5, 16, 12, 16))
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def tensors(shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format) -> dict[str, torch.Tensor]:
