@@ -56,5 +56,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, default=torch.seed() % 2**31, help="seed of the random inputs")
 
 
+# files with tests of half a minute
+LONGEST_FIRST = (
+    "test_cuda_sass.py",
+    "test_traffic.py",
+    "test_examples.py",
+    "test_train.py",
+    "test_optim_distributed.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Starts with the longest tests, so that no process is left alone with one at the end."""
+    items.sort(key=lambda item: item.path.name not in LONGEST_FIRST)
+
+
 def pytest_report_header(config: pytest.Config) -> str:
     return f"fasttricks: backends {', '.join(BACKENDS)}; --seed={config.getoption('--seed')}"

@@ -21,13 +21,12 @@ def run_check(backend: str) -> None:
         grads = [torch.full((5,), torch.finfo(dtype).max, dtype=dtype), -torch.rand(n).to(dtype)]
         sgd_check(grads, found)
         assert found == 0
-        for value in (math.inf, -math.inf, math.nan):
-            for place in {0, n // 2, n - 1}:
-                bad = grads[1].clone()
-                bad[place] = value
-                found = torch.zeros(())
-                sgd_check([grads[0], bad, grads[0]], found)
-                assert found == 1, (dtype, n, value, place)
+        for value, place in zip((math.inf, -math.inf, math.nan), (0, n // 2, n - 1), strict=True):
+            bad = grads[1].clone()
+            bad[place] = value
+            found = torch.zeros(())
+            sgd_check([grads[0], bad, grads[0]], found)
+            assert found == 1, (dtype, n, value, place)
     found = torch.ones(())
     sgd_check([torch.ones(3)], found)
     assert found == 1  # never cleared
