@@ -31,15 +31,15 @@ import torch
 
 EPS = 1e-5
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
-# of ResNet-50, batch reduced: too large for the chip of the emulated card (4 multiprocessors), and not
+# of ResNet-50, batch (and for the interpreter channels) reduced: too large for the chip of the emulated card (4 multiprocessors), and not
 BN_SHAPES = {
     "cuda": ((4, 64, 56, 56), (8, 256, 28, 28), (16, 256, 14, 14), (32, 512, 7, 7), (64, 32, 7, 7)),
-    "triton": ((1, 64, 28, 28), (1, 256, 14, 14), (2, 512, 7, 7)),
+    "triton": ((1, 64, 28, 28), (1, 64, 14, 14), (2, 64, 7, 7)),
 }
 # channels, and height and width of two images
-AVGPOOL_CONV1X1_SHAPES = {"cuda": ((256, 56), (512, 28)), "triton": ((256, 28), (512, 14))}
-# the tensors of one bottleneck of ResNet-50's third stage
-SGD_SHAPES = ((256, 1024, 1, 1), (256,), (256,), (256, 256, 3, 3), (256,), (256,), (1024, 256, 1, 1), (1024,), (1024,))
+AVGPOOL_CONV1X1_SHAPES = {"cuda": ((256, 56), (512, 28)), "triton": ((128, 28), (256, 14))}
+# the tensors of one bottleneck of ResNet-50's second stage
+SGD_SHAPES = ((128, 512, 1, 1), (128,), (128,), (128, 128, 3, 3), (128,), (128,), (512, 128, 1, 1), (512,), (512,))
 
 
 @dataclass(frozen=True)
