@@ -15,10 +15,12 @@ import pytest
 import torch
 
 pytest.importorskip("torchvision")
+import torchvision
 from PIL import Image
 from torch.utils.data import get_worker_info
 
 from fasttricks.train import checkpoint, cli, data
+from fasttricks.train.objective import Objective, load_teacher
 from fasttricks.train.recipe import RECIPES, RecipeError, fit_batch, resolve
 
 pytestmark = pytest.mark.filterwarnings("always::fasttricks.train.data.DataWarning")
@@ -104,19 +106,8 @@ def test_half_precision_with_masters(tree: Path, tmp_path: Path, precision: str)
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_resume_continues_bit_for_bit(tree: Path, tmp_path: Path, precision: str) -> None:
     """Two epochs, a stop, two more: weights, optimizer, schedule, scaler and generators of four in one go."""
-    more = [
-        "--recipe",
-        "efficient",
-        "--precision",
-        precision,
-        "--epochs",
-        "4",
-        "--warmup-epochs",
-        "3",
-        "--mixup",
-        "0.2",
-    ]
-    more += ["--batch-size", "8"]
+    more = ["--recipe", "refined", "--precision", precision, "--epochs", "4", "--warmup-epochs", "2.5"]
+    more += ["--batch-size", "8", "--ema", "0.9"]
     assert train(tree, tmp_path / "whole", *more) == 0
     code = (
         "import sys; from fasttricks.train import cli, loop\n"
@@ -129,10 +120,21 @@ def test_resume_continues_bit_for_bit(tree: Path, tmp_path: Path, precision: str
     assert subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True).returncode == 9
     assert train(tree, tmp_path / "cut", *more, "--resume") == 0
     whole, cut = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "cut"))
-    for part in ("model", "optimizer", "scheduler", "scaler", "rng", "epoch", "step", "best_top1"):
+    for part in (
+        "model",
+        "optimizer",
+        "scheduler",
+        "scaler",
+        "ema",
+        "averaged_steps",
+        "rng",
+        "epoch",
+        "step",
+        "best_top1",
+    ):
         assert same(whole[part], cut[part]), part
     timing = {"img_per_s", "train_seconds"}
-    for a, b in zip(rows(tmp_path / "whole")[2:], rows(tmp_path / "cut")[-2:], strict=True):
+    for a, b in zip(rows(tmp_path / "whole"), rows(tmp_path / "cut"), strict=True):  # as text
         assert {k: v for k, v in a.items() if k not in timing} == {k: v for k, v in b.items() if k not in timing}
 
 
@@ -299,7 +301,137 @@ def test_recipes_are_the_papers() -> None:
     assert (recipe.batch_size, recipe.precision, recipe.lr, recipe.epochs) == (256, "fp32", 0.1, 120)
     assert not recipe.zero_gamma
     assert notes == []
-    assert RECIPES.keys() == {"baseline", "efficient"}
+    recipe, _ = resolve("refined", "imagenet", {}, train_images=1_281_167, device="cuda")
+    assert (recipe.schedule, recipe.label_smoothing, recipe.mixup, recipe.temperature) == ("cosine", 0.1, 0.2, 20)
+    assert recipe.teacher is None
+    assert RECIPES.keys() == {"baseline", "efficient", "refined"}
+
+
+@pytest.mark.parametrize("epochs", [1, 6, 20, 240])
+def test_the_warmup_of_a_recipe_scales_with_the_epochs(epochs: int) -> None:
+    recipe, notes = resolve("efficient", "imagenet", {"epochs": epochs}, train_images=1_281_167, device="cuda")
+    assert recipe.warmup_epochs == pytest.approx(epochs / 24)
+    assert ["in proportion" in note for note in notes] == [True]
+
+
+def test_a_warmup_that_hides_milestones() -> None:
+    """All of them, or the whole run: an error; some of them: a sentence; none, or a cosine: nothing."""
+
+    def resolved(**given: object) -> list[str]:
+        return resolve("efficient", "imagenet", given, train_images=1_281_167, device="cuda")[1]
+
+    with pytest.raises(RecipeError, match=r"--warmup-epochs 5: .*1\.5, 3, 4\.5 epochs"):
+        resolved(epochs=6, warmup_epochs=5)
+    with pytest.raises(RecipeError, match="leaves no epoch of --epochs 6"):
+        resolved(epochs=6, warmup_epochs=6, schedule="cosine")
+    assert ["divided by 100" in note for note in resolved(epochs=6, warmup_epochs=4)] == [True]
+    assert resolved(epochs=6, warmup_epochs=1) == []
+    assert resolved(epochs=6, warmup_epochs=5, schedule="cosine") == []
+
+
+# ---- tricks ----
+
+
+def test_colours_are_scaled_in_hsv() -> None:
+    """A factor of one changes nothing; every other is exact at the pixels whose hue, saturation and value are known."""
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (9, 11, 3)).astype(np.uint8))
+    unchanged = np.asarray(data.ScaleHSV(1, 1)(image), dtype=int)
+    assert np.abs(unchanged - np.asarray(image.convert("HSV").convert("RGB"), dtype=int)).max() == 0
+    hsv = np.asarray([[[100, 120, 90], [200, 255, 200]]], dtype=np.uint8)
+    torch.manual_seed(3)
+    hue, saturation, value = torch.empty(3).uniform_(0.6, 1.4).tolist()
+    torch.manual_seed(3)
+    got = np.asarray(data.ScaleHSV(0.6, 1.4)(Image.fromarray(hsv, "HSV").convert("RGB")).convert("HSV"), dtype=int)
+    want = np.stack(
+        [
+            np.round(hsv[..., 0] * hue) % 256,
+            np.minimum(hsv[..., 1] * saturation, 255),
+            np.minimum(hsv[..., 2] * value, 255),
+        ],
+        axis=-1,
+    )
+    assert np.abs(got - want).max() <= 3  # 8 bits, there and back
+
+
+def test_augmentation_is_the_papers() -> None:
+    crop, flip, colour, *_, noise, normalize = data.train_transform("imagenet", 64).transforms
+    assert (crop.size, tuple(crop.scale), tuple(crop.ratio)) == ((64, 64), (0.08, 1.0), (3 / 4, 4 / 3))
+    assert (flip.p, colour.low, colour.high, noise.std) == (0.5, 0.6, 1.4, 0.1)
+    assert torch.tensor([123.68, 116.779, 103.939]).div(255).sub(torch.tensor(normalize.mean)).abs().max() < 0.5 / 255
+    assert torch.tensor([58.393, 57.12, 57.375]).div(255).sub(torch.tensor(normalize.std)).abs().max() < 0.5 / 255
+    image = Image.new("RGB", (400, 300))
+    assert data.train_transform("imagenet", 64)(image).shape == (3, 64, 64)
+    resize, centre, *_ = data.val_transform("imagenet", 224).transforms
+    assert (resize.size, centre.size) == ([256], (224, 224))
+
+
+def test_objective_is_the_papers() -> None:
+    """Against the sums written out, in float64; gradients by its own derivative."""
+    torch.manual_seed(0)
+    z, r, a = (torch.randn(5, 7, dtype=torch.float64) for _ in range(3))
+    labels, t, eps = torch.randint(7, (5,)), 3.0, 0.1
+    q = torch.full((5, 7), eps / 7, dtype=torch.float64)
+    q[range(5), labels] += 1 - eps
+
+    def entropy(p: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        return -(p * (logits.exp() / logits.exp().sum(1, keepdim=True)).log()).sum(1).mean()
+
+    hard = entropy(q, z)
+    soft = t**2 * entropy((r / t).exp() / (r / t).exp().sum(1, keepdim=True), z / t)
+    loss = Objective(eps, t)
+    torch.testing.assert_close(loss(z, labels).double(), hard, rtol=1e-5, atol=0)
+    torch.testing.assert_close(loss(z, labels, r).double(), hard + soft, rtol=1e-5, atol=0)
+    torch.testing.assert_close(loss((z, a, None), labels).double(), hard + 0.3 * entropy(q, a), rtol=1e-5, atol=0)
+    z.requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(z, labels, r), z)
+    want = ((z.softmax(1) - q) + t * ((z / t).softmax(1) - (r / t).softmax(1))) / 5
+    assert (gradient - want).norm() / want.norm() < 1e-5
+
+
+def test_teachers(tree: Path, tmp_path: Path, capsys: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint of another model, of other classes, an own name, and a library's with published weights."""
+    teacher = tmp_path / "teacher"
+    more = ["--epochs", "1", "--batch-size", "8"]
+    assert train(tree, teacher, *more, "--ema", "0.5") == 0
+    student = ["--recipe", "refined", "--teacher", str(teacher / "best.pt"), "--out", str(tmp_path / "student")]
+    assert cli.main(["train", "--data", str(tree), *SMALL, *more, *student, "--model", "resnet18b"]) == 0
+    assert cli.main(["report", str(tmp_path / "student"), "--png", str(tmp_path / "c.png")]) == 0
+    assert "distillation" in " ".join(capsys.readouterr().out.split())
+    base = ["--data", tree, "--out", tmp_path / "run", *SMALL, *more]
+    assert "no published weights" in refused(capsys, *base, "--teacher", "resnet18d")
+    assert "no checkpoint at" in refused(capsys, *base, "--teacher", tmp_path / "none.pt")
+    assert "are for 1000 classes, asked for 3" in refused(capsys, *base, "--teacher", "torchvision/squeezenet1_1")
+    assert "are for 1000 classes, asked for 3" in refused(capsys, *base, "--teacher", "timm/resnet18")
+    other = write_tree(tmp_path / "other", ("cat", "dog"))
+    told = refused(capsys, "--data", other, *base[2:], "--teacher", teacher / "best.pt")
+    assert "trained on 3 classes" in told
+    # A file in torchvision's cache stands for the download.
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    (tmp_path / "hub" / "hub" / "checkpoints").mkdir(parents=True)
+    theirs = torchvision.models.squeezenet1_1()
+    url = torchvision.models.SqueezeNet1_1_Weights.DEFAULT.url
+    torch.save(theirs.state_dict(), tmp_path / "hub" / "hub" / "checkpoints" / url.rpartition("/")[2])
+    taught = load_teacher("torchvision/squeezenet1_1", [str(i) for i in range(1000)])
+    x = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(taught(x), theirs.eval()(x))
+    assert not any(p.requires_grad for p in taught.parameters())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_averaged_weights(tree: Path, tmp_path: Path, precision: str) -> None:
+    """The average of a run of one step an epoch is that of its weights written out, and stays so after a resume."""
+    out, decay = tmp_path / "run", 0.25
+    more = ["--recipe", "efficient", "--precision", precision, "--batch-size", "24", "--ema", str(decay)]
+    average = None
+    for epochs in (1, 2, 3):
+        resume = ["--resume"] if epochs > 1 else []
+        assert train(tree, out, *more, "--epochs", str(epochs), "--warmup-epochs", "0", *resume) == 0
+        state = torch.load(out / "last.pt", weights_only=True)
+        weight = state["model"]["layer1.0.conv1.weight"].double()
+        average = weight if average is None else decay * average + (1 - decay) * weight
+        assert state["ema"]["layer1.0.conv1.weight"].dtype == torch.float32
+        error = (state["ema"]["layer1.0.conv1.weight"].double() - average).norm() / average.norm()
+        assert error < 1e-6
 
 
 def test_small_data_and_cpus_change_the_recipe_and_say_so() -> None:

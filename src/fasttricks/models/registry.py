@@ -23,7 +23,15 @@ def names() -> list[str]:
     return [f"resnet{depth}{letter}" for depth in STAGES for letter in ("", "a", "b", "c", "d")]
 
 
-def build(name: str, num_classes: int = 1000, *, width: int | None = None, fused: bool | None = None) -> nn.Module:
+def build(
+    name: str,
+    num_classes: int = 1000,
+    *,
+    width: int | None = None,
+    fused: bool | None = None,
+    aux_logits: bool = False,
+    pretrained: bool = False,
+) -> nn.Module:
     """Build a model with fresh weights.
 
     Args:
@@ -32,9 +40,13 @@ def build(name: str, num_classes: int = 1000, *, width: int | None = None, fused
         width: channels of the first stage of an own model (default 64).
         fused: fused modules (the default) or eager ones. Models of torchvision and timm are built as their library
             defines them, and then `fasttricks.fuse` runs their blocks on the fused ops.
+        aux_logits: keep the auxiliary heads of inception_v3 and googlenet. In training, their output is then a tuple
+            with the logits first.
+        pretrained: the weights that torchvision or timm publishes, downloaded if need be.
 
     Raises:
-        ValueError: an unknown name, or ``width`` for a model that is not our own.
+        ValueError: an unknown name, ``width`` for a model that is not our own, or ``pretrained`` for a model without
+            published weights of ``num_classes`` classes.
         ImportError: the library of the model is not installed.
 
     Examples:
@@ -50,6 +62,8 @@ def build(name: str, num_classes: int = 1000, *, width: int | None = None, fused
                 f"model {name!r} is unknown{_hint(name, names())}; own models: resnet"
                 f"{{{','.join(map(str, STAGES))}}}{{,a,b,c,d}}; others: torchvision/NAME, timm/NAME"
             )
+        if pretrained:
+            raise ValueError(f"model {name!r} has no published weights; torchvision/NAME and timm/NAME may have")
         options = {} if width is None else {"width": width}
         variant = match[2] or "a"
         return ResNet(int(match[1]), variant, num_classes=num_classes, fused=fused is not False, **options)  # type: ignore[arg-type]
@@ -57,32 +71,49 @@ def build(name: str, num_classes: int = 1000, *, width: int | None = None, fused
         raise ValueError(f"model {name!r}: the part before the slash must be 'torchvision' or 'timm', got {library!r}")
     if width is not None:
         raise ValueError(f"width is for the package's own models; {name!r} has a fixed width")
-    model = _torchvision(rest, num_classes) if library == "torchvision" else _timm(rest, num_classes)
+    if library == "torchvision":
+        model = _torchvision(rest, num_classes, aux_logits, pretrained)
+    else:
+        model = _timm(rest, num_classes, pretrained)
     return model if fused is False else fuse(model)
 
 
-def _torchvision(name: str, num_classes: int) -> nn.Module:
+def _torchvision(name: str, num_classes: int, aux_logits: bool, pretrained: bool) -> nn.Module:
     import torchvision.models
 
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in known:
         raise ValueError(f"torchvision has no classification model {name!r}{_hint(name, known)}")
     builder = torchvision.models.get_model_builder(name)
+    if pretrained:
+        weights = torchvision.models.get_model_weights(name).DEFAULT
+        _check_classes(f"torchvision/{name}", len(weights.meta["categories"]), num_classes)
+        return builder(weights=weights)
     options: dict[str, object] = {"weights": None, "num_classes": num_classes}
-    # googlenet and inception_v3 hide this one in **kwargs; auxiliary heads would turn the output into a tuple.
+    # googlenet and inception_v3 hide these in **kwargs
     if name in ("googlenet", "inception_v3"):
-        options.update(aux_logits=False, init_weights=True)
+        options.update(aux_logits=aux_logits, init_weights=True)
     return builder(**options)
 
 
-def _timm(name: str, num_classes: int) -> nn.Module:
+def _timm(name: str, num_classes: int, pretrained: bool) -> nn.Module:
     try:
         import timm
     except ImportError as error:
         raise ImportError(f"model 'timm/{name}' needs timm: pip install timm") from error
     if not timm.is_model(name):
         raise ValueError(f"timm has no model {name!r}{_hint(name, timm.list_models())}")
-    return timm.create_model(name, pretrained=False, num_classes=num_classes)
+    if pretrained:
+        config = timm.get_pretrained_cfg(name)
+        if config is None or not config.has_weights:
+            raise ValueError(f"model 'timm/{name}' has no published weights")
+        _check_classes(f"timm/{name}", config.num_classes, num_classes)
+    return timm.create_model(name, pretrained=pretrained, num_classes=num_classes)
+
+
+def _check_classes(name: str, published: int, wanted: int) -> None:
+    if published != wanted:
+        raise ValueError(f"the published weights of {name!r} are for {published} classes, asked for {wanted}")
 
 
 def _hint(name: str, known: list[str]) -> str:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import AvgPoolConv1x1, BatchNormAddReLU2d, BatchNormReLU2d
+from .init import xavier_
 
 Variant = Literal["a", "b", "c", "d"]
 
@@ -220,11 +221,7 @@ class ResNet(nn.Module):
 
     def reset_parameters(self) -> None:
         """Xavier-uniform weights, zero biases, gamma 1 and beta 0 (section 2.1 of the paper)."""
-        for module in self.modules():
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        xavier_(self)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))

@@ -3,7 +3,7 @@
 A checkpoint is a dict of tensors, numbers, strings, lists and dicts; ``torch.load(path, weights_only=True)`` reads it:
 
     format, recipe, classes, epoch (epochs done), step, best_top1, model, optimizer, scheduler,
-    scaler (None without loss scaling), rng (one entry a rank)
+    scaler (None without loss scaling), ema (averaged weights; None without), rng (one entry a rank)
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def save(path: Path, state: dict[str, Any]) -> None:
         raise
 
 
-def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU.
+def load(path: Path, option: str = "--resume") -> dict[str, Any]:
+    """Read a checkpoint onto the CPU. ``option`` is what named it.
 
     Raises:
         CheckpointError: no such file, not a checkpoint of this trainer, or damaged.
@@ -51,15 +51,15 @@ def load(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise CheckpointError(f"--resume: no checkpoint at {path}") from error
+        raise CheckpointError(f"{option}: no checkpoint at {path}") from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"--resume: {path} cannot be read as a checkpoint: {error}") from error
+        raise CheckpointError(f"{option}: {path} cannot be read as a checkpoint: {error}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise CheckpointError(f"--resume: {path} is not a checkpoint of this trainer (format {FORMAT})")
+        raise CheckpointError(f"{option}: {path} is not a checkpoint of this trainer (format {FORMAT})")
     return state
 
 
-def load_model(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+def load_model(model: nn.Module, state: dict[str, Tensor], path: Path, option: str = "--resume") -> None:
     """Load weights that must fit exactly.
 
     Raises:
@@ -75,7 +75,7 @@ def load_model(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     ]
     if faults:
         more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
-        raise CheckpointError(f"--resume: {path} is a checkpoint of another model: {'; '.join(faults[:3])}{more}")
+        raise CheckpointError(f"{option}: {path} is a checkpoint of another model: {'; '.join(faults[:3])}{more}")
     model.load_state_dict(state)
 
 

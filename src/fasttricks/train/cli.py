@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     where.add_argument("--log-every", type=int, help="steps between points in TensorBoard (default: 10)")
 
     what = train.add_argument_group("recipe")
-    what.add_argument("--recipe", choices=["baseline", "efficient"], default="efficient")
+    what.add_argument("--recipe", choices=["baseline", "efficient", "refined"], default="efficient")
     what.add_argument(
         "--preset",
         choices=["imagenet", "digits-cpu"],
@@ -60,8 +60,21 @@ def parser() -> argparse.ArgumentParser:
     tricks.add_argument("--warmup-epochs", type=float, help="epochs over which the learning rate rises from 0")
     tricks.add_argument("--zero-gamma", action=switch, help="the last gamma of a residual block starts at 0")
     tricks.add_argument("--bias-decay", action=switch, help="weight decay also of biases, gamma and beta")
+    tricks.add_argument(
+        "--xavier",
+        action=switch,
+        help="Xavier-uniform weights and zero biases (the default), or the library's own start",
+    )
     tricks.add_argument("--label-smoothing", type=float, metavar="EPS", help="0.1 in the paper")
     tricks.add_argument("--mixup", type=float, metavar="ALPHA", help="0.2 in the paper")
+
+    tricks.add_argument(
+        "--teacher",
+        metavar="MODEL",
+        help="distil from a checkpoint, or from torchvision/NAME or timm/NAME with its published weights",
+    )
+    tricks.add_argument("--temperature", type=float, metavar="T", help="of the distillation (default: 20)")
+    tricks.add_argument("--ema", type=float, metavar="DECAY", help="validate the moving average of the weights")
 
     guard = train.add_argument_group("when to give up")
     guard.add_argument("--max-skipped-steps", type=int, help="overflowing steps in a row (default: 30)")

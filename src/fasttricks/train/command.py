@@ -15,12 +15,14 @@ import torch
 from pydantic import ValidationError
 from rich.console import Console
 
+from ..models import build
+from ..nn import zero_init_last
 from . import distributed
 from .checkpoint import CheckpointError
 from .data import DataError, DataWarning, open_data, worker_deaths_explained
 from .distributed import World
 from .loop import Trainer, TrainingError
-from .recipe import PRESETS, RECIPES, Recipe, RecipeError, Run, resolve
+from .recipe import Recipe, RecipeError, Run, asked_fields, resolve
 from .report import ReportError
 from .report import report as compare
 
@@ -96,7 +98,7 @@ def _train(args: argparse.Namespace, given: dict[str, Any], world: World, consol
         )
 
     # The batch is fitted to the number of images, so these are opened first, by the fields that describe them.
-    first = {**RECIPES[args.recipe], **PRESETS[preset][args.recipe], **given}
+    first = asked_fields(args.recipe, preset, given)
     with warnings.catch_warnings():
         if not world.first:  # rank 0 writes the digits and says what it skipped
             world.barrier()
@@ -110,6 +112,9 @@ def _train(args: argparse.Namespace, given: dict[str, Any], world: World, consol
         )
     if world.first:
         world.barrier()
+    if first.get("zero_gamma") and "zero_gamma" not in given and not _has_residual_blocks(first):
+        given = {**given, "zero_gamma": False}
+        console.print(f"{first['model']} has no residual block that is known: no zero gamma", highlight=False)
     recipe, notes = resolve(args.recipe, preset, given, train_images=len(train_set), device=world.device.type)
     say = partial(console.print, highlight=False, soft_wrap=True)
     for note in notes:
@@ -132,3 +137,17 @@ def _train(args: argparse.Namespace, given: dict[str, Any], world: World, consol
     with worker_deaths_explained():
         trainer.fit()
     say(f"best top-1 {trainer.best_top1:.2f}; log and checkpoints in {out}")
+
+
+def _has_residual_blocks(fields: dict[str, Any]) -> bool:
+    """Whether zero gamma means something for the model; an unknown model is left to the trainer's error."""
+    try:
+        with torch.device("meta"):
+            model = build(fields.get("model", Recipe.model_fields["model"].default), 2, fused=False)
+    except (ValueError, ImportError):
+        return True
+    try:
+        zero_init_last(model)
+    except ValueError:
+        return False
+    return True

@@ -15,17 +15,20 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.transforms import v2
 
 from .. import optim
-from ..models import build
+from ..models import build, names, xavier_
 from ..nn import zero_init_last
 from . import checkpoint
 from .checkpoint import CheckpointError
+from .clock import Clock
 from .data import Batch, DataWarning, Images, TrainSampler, ValSampler, loader
 from .distributed import World
-from .recipe import DTYPES, Recipe, Run
+from .objective import Objective, keep_norms_in_fp32, load_teacher, logits_of
+from .recipe import DTYPES, MILESTONES, Recipe, Run
 from .report import CsvLog
 
 
@@ -79,7 +82,10 @@ class Trainer:
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._schedule())
         self.scaler = optim.LossScaler() if recipe.precision == "fp16" else None
         self.mixup = v2.MixUp(alpha=recipe.mixup, num_classes=len(self.classes)) if recipe.mixup > 0 else None
-        self.criterion = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
+        self.criterion = Objective(recipe.label_smoothing, recipe.temperature)
+        self.teacher = self._load_teacher(recipe.teacher) if recipe.teacher is not None else None
+        self.ema = self._average() if recipe.ema > 0 else None
+        self.clock = Clock(self.device)
         if run.resume is not None:
             self._restore(run.resume)
         # After the weights are final: it hands rank 0's to the others.
@@ -98,22 +104,44 @@ class Trainer:
     def _build_model(self) -> nn.Module:
         recipe = self.recipe
         try:
-            model = build(recipe.model, len(self.classes), width=recipe.width, fused=recipe.fused)
+            model = build(recipe.model, len(self.classes), width=recipe.width, fused=recipe.fused, aux_logits=True)
         except (ValueError, ImportError) as error:
             raise TrainingError(f"--model: {error}") from error
+        if recipe.xavier and recipe.model not in names():  # own models start so by themselves
+            xavier_(model)
         if recipe.zero_gamma:
             try:
                 zero_init_last(model)
             except ValueError as error:
                 raise TrainingError(f"--zero-gamma: {recipe.model}: {error}") from error
         if recipe.precision != "fp32":
-            model.to(DTYPES[recipe.precision])
-            for module in model.modules():  # statistics and affine terms of batch norm stay fp32, as its arithmetic
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.float()
+            keep_norms_in_fp32(model, DTYPES[recipe.precision])
         if recipe.channels_last:
             model.to(memory_format=torch.channels_last)
         return model.to(self.device)
+
+    def _load_teacher(self, name: str) -> nn.Module:
+        try:
+            teacher = load_teacher(name, self.classes)
+        except (ValueError, ImportError, OSError) as error:
+            raise TrainingError(f"--teacher {name}: {error}") from error
+        if self.recipe.precision != "fp32":
+            keep_norms_in_fp32(teacher, DTYPES[self.recipe.precision])
+        if self.recipe.channels_last:
+            teacher.to(memory_format=torch.channels_last)
+        return teacher.to(self.device)
+
+    def _average(self) -> AveragedModel:
+        """The moving average of weights and running statistics, in fp32, in which small changes are not lost."""
+        decay = self.recipe.ema
+
+        def mean(average: Tensor, new: Tensor, steps: Tensor | int) -> Tensor:
+            # torch's own function would round the new weights to their half precision once more
+            return average.lerp(new.to(average.dtype), 1 - decay) if average.is_floating_point() else new
+
+        average = AveragedModel(self.model, avg_fn=mean, use_buffers=True)
+        average.module.float()
+        return average
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
         recipe = self.recipe
@@ -131,7 +159,7 @@ class Trainer:
         total, warmup = recipe.epochs * self.steps_per_epoch, round(recipe.warmup_epochs * self.steps_per_epoch)
         if recipe.schedule == "cosine":
             return optim.warmup_cosine(warmup, total)
-        return optim.warmup_step(warmup, [total // 4, total // 2, total * 3 // 4])
+        return optim.warmup_step(warmup, [int(total * fraction) for fraction in MILESTONES])
 
     def fit(self) -> list[dict[str, Any]]:
         """Train until ``recipe.epochs`` epochs are done. Returns the rows that went into log.csv.
@@ -140,7 +168,7 @@ class Trainer:
             TrainingError: the loss or the weights are not finite, too many steps in a row were skipped, or the loss
                 scale collapsed. last.pt and best.pt stay those of the last good epoch.
         """
-        out, rows = self.run.out, []
+        out, rows, started = self.run.out, [], time.perf_counter()
         log = tensorboard = None
         if self.world.first:
             log = CsvLog(out / "log.csv", self.epoch)
@@ -154,14 +182,18 @@ class Trainer:
                 self.epoch += 1
                 row["epoch"], row["bad_files"] = self.epoch, self._count_bad_files()
                 rows.append(row)
-                self._save(row["val_top1"], row["val_loss"])
-                if log and tensorboard:
+                # The row first: if the process ends before the checkpoint is written, a resumed run drops it again.
+                if log:
                     log.append(row)
+                self._save(row["val_top1"], row["val_loss"])
+                if tensorboard:
                     for name, value in row.items():
                         if name not in ("epoch", "step"):
                             tensorboard.add_scalar(f"epoch/{name}", value, self.epoch)
                     tensorboard.flush()
-                    self._print(row)
+                    self._print(row, self._remaining(len(rows), time.perf_counter() - started))
+            if rows:
+                self._summarise(rows, time.perf_counter() - started)
         finally:
             if tensorboard:
                 tensorboard.close()
@@ -180,8 +212,10 @@ class Trainer:
         started = time.perf_counter()
         with self._progress() as progress:
             task = progress.add_task("", total=self.steps_per_epoch, info="")
+            self.clock.start()
             for i, batch in enumerate(self.train_loader, 1):
                 images, labels = self._receive(batch)
+                self.clock.end("data")
                 lr = self.scheduler.get_last_lr()[0]
                 loss, logits = self._step(images, labels)
                 self.step += 1
@@ -202,6 +236,7 @@ class Trainer:
                         tensorboard.add_scalar("step/lr", lr, self.step)
                         if self.scaler is not None:
                             tensorboard.add_scalar("step/loss_scale", self.scaler.get_scale(), self.step)
+                self.clock.start()
         seconds = time.perf_counter() - started
         total_loss, hit, count = self.world.sum(sums).tolist()
         return {
@@ -218,17 +253,27 @@ class Trainer:
     def _step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Forward, backward and update; returns the loss and the logits, detached, in fp32."""
         self.optimizer.zero_grad(set_to_none=True)
-        logits = self.replica(images).float()
-        loss = self.criterion(logits, labels)
+        outputs = self.replica(images)
+        taught = None
+        if self.teacher is not None:
+            with torch.no_grad():
+                taught = self.teacher(images)
+        loss = self.criterion(outputs, labels, taught)
+        self.clock.end("forward")
         if self.scaler is None:
             loss.backward()
+            self.clock.end("backward")
             self.optimizer.step()
         else:
             self.scaler.scale(loss).backward()
+            self.clock.end("backward")
             self.scaler.step(self.optimizer)
             self.scaler.update()
         self.scheduler.step()
-        return loss.detach(), logits.detach()
+        if self.ema is not None:
+            self.ema.update_parameters(self.model)
+        self.clock.end("optimizer")
+        return loss.detach(), logits_of(outputs).detach().float()
 
     def _receive(self, batch: Batch, training: bool = True) -> tuple[Tensor, Tensor]:
         """Report the files that could not be read; images and labels on the device, mixed up in training."""
@@ -238,7 +283,9 @@ class Trainer:
                 self.bad_files.add(path)
                 instead = "the next image takes its place" if training else "left out of the accuracy"
                 warnings.warn(f"cannot read {fault}; {instead}", DataWarning, stacklevel=2)
-        images = batch.images.to(self.device, DTYPES[self.recipe.precision], non_blocking=True)
+        averaged = not training and self.ema is not None  # its weights are fp32
+        dtype = torch.float32 if averaged else DTYPES[self.recipe.precision]
+        images = batch.images.to(self.device, dtype, non_blocking=True)
         labels = batch.labels.to(self.device, non_blocking=True)
         if self.recipe.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
@@ -269,15 +316,20 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Loss, top-1 and top-5 (percent) over the validation images of all ranks."""
+        """Loss, top-1 and top-5 (percent) over the validation images of all ranks; of the averaged weights if the
+        recipe keeps an average."""
         self.world.broadcast(list(self.model.buffers()))  # running statistics: rank 0's are those that are saved
-        self.model.eval()
+        model: nn.Module = self.model
+        if self.ema is not None:
+            model = self.ema.module
+            self.world.broadcast(list(model.buffers()))
+        model.eval()
         sums = torch.zeros(4, dtype=torch.float64, device=self.device)
         for batch in self.val_loader:
             images, labels = self._receive(batch, training=False)
             if not len(images):
                 continue
-            logits = self.model(images).float()
+            logits = model(images).float()
             loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
             hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
             sums += torch.stack([loss.double(), hits[:, 0].sum(), hits.sum(), sums.new_tensor(len(images))])
@@ -308,6 +360,8 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict() if self.scaler is not None else None,
+            "ema": self.ema.module.state_dict() if self.ema is not None else None,
+            "averaged_steps": int(self.ema.n_averaged) if self.ema is not None else 0,
             "rng": rng,
         }
         checkpoint.save(self.run.out / "last.pt", state)
@@ -317,7 +371,8 @@ class Trainer:
     def _restore(self, path: Path) -> None:
         """Put everything back to the end of the checkpoint's epoch."""
         state = checkpoint.load(path)
-        mine, theirs = self.recipe.model_dump(), state["recipe"]
+        # A checkpoint of an earlier version lacks the newer fields, which are off by default.
+        mine, theirs = self.recipe.model_dump(), Recipe(**state["recipe"]).model_dump()
         for name in ("model", "width", "precision", "optimizer"):
             if mine[name] != theirs[name]:
                 raise CheckpointError(
@@ -336,6 +391,10 @@ class Trainer:
         self._restore_optimizer(state)
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
+        if self.ema is not None:
+            # A run that kept no average yet starts it from the checkpoint's weights.
+            checkpoint.load_model(self.ema.module, state.get("ema") or state["model"], path)
+            self.ema.n_averaged.fill_(state.get("averaged_steps", 0))
         self.epoch, self.step, self.best_top1 = state["epoch"], state["step"], state["best_top1"]
         if len(state["rng"]) == self.world.size:
             checkpoint.set_rng_state(state["rng"][self.world.rank])
@@ -371,11 +430,25 @@ class Trainer:
             disable=not (self.world.first and self.console.is_terminal),
         )
 
-    def _print(self, row: dict[str, Any]) -> None:
+    def _remaining(self, epochs: int, seconds: float) -> str:
+        """When the run will end, as ``epochs`` of it took ``seconds``."""
+        return _duration((self.recipe.epochs - self.epoch) * seconds / epochs)
+
+    def _summarise(self, rows: list[dict[str, Any]], seconds: float) -> None:
+        """Where the time of this process went. On CUDA the host waits for data while the device computes."""
+        parts = self.clock.seconds()
+        training = sum(row["train_seconds"] for row in rows)
+        shares = ", ".join(f"{name} {100 * spent / training:.0f}%" for name, spent in parts.items())
+        self._say(
+            f"{_duration(seconds)} for {len(rows)} epoch{'s' if len(rows) > 1 else ''}: training {_duration(training)} "
+            f"({shares}), validation and checkpoints {_duration(seconds - training)}"
+        )
+
+    def _print(self, row: dict[str, Any], remaining: str) -> None:
         text = (
             f"epoch {row['epoch']:3d}/{self.recipe.epochs}  lr {row['lr']:.4g}  loss {row['train_loss']:.4f}  "
             f"val loss {row['val_loss']:.4f}  top-1 {row['val_top1']:.2f}  top-5 {row['val_top5']:.2f}  "
-            f"{row['img_per_s']:.0f} img/s"
+            f"{row['img_per_s']:.0f} img/s  {remaining} to go"
         )
         if self.scaler is not None:
             text += f"  scale {row['loss_scale']:g}  skipped {row['skipped_steps']}"
@@ -383,3 +456,9 @@ class Trainer:
 
     def _say(self, text: str) -> None:
         self.console.print(text, highlight=False, soft_wrap=True)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

@@ -3,9 +3,12 @@
     baseline    section 2.1 of the paper: batch 256, learning rate 0.1, fp32, eager modules
     efficient   section 3: batch 1024, the learning rate scaled with it, warmup of 5 epochs, zero gamma, no decay of
                 biases, gamma and beta, fp16 with fp32 master weights, and this package's fused modules
+    refined     section 5 on top of efficient: cosine decay, label smoothing 0.1, mixup 0.2, and distillation if a
+                teacher is given
 
-Both: Nesterov momentum 0.9, weight decay 1e-4, 120 epochs, the learning rate divided by 10 after 30, 60 and 90 of
-them (at the same fractions of a shorter run). Every trick is a field of its own.
+All: Xavier-uniform weights, Nesterov momentum 0.9, weight decay 1e-4, 120 epochs. Without cosine decay, the learning
+rate is divided by 10 after 30, 60 and 90 epochs. A shorter run has its warmup and its milestones at the same fractions
+of the epochs. Every trick is a field of its own.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from .data import Augment
 
 Precision = Literal["fp32", "fp16", "bf16"]
+RecipeName = Literal["baseline", "efficient", "refined"]
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -32,7 +36,7 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    recipe: Literal["baseline", "efficient"] = "efficient"
+    recipe: RecipeName = "efficient"
     model: str = "resnet50d"
     width: int | None = Field(default=None, ge=2, multiple_of=2)
     fused: bool = True
@@ -56,6 +60,10 @@ class Recipe(BaseModel):
     no_bias_decay: bool = False
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     mixup: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    teacher: str | None = None
+    temperature: float = Field(default=20.0, gt=0, allow_inf_nan=False)
+    ema: float = Field(default=0.0, ge=0, lt=1)  # decay of the average per step; 0 keeps no average
+    xavier: bool = True
 
     seed: int = Field(default=0, ge=0)
 
@@ -76,36 +84,55 @@ class Run(BaseModel):
     min_loss_scale: float = Field(default=2.0**-10, gt=0)
 
 
+_EFFICIENT = {
+    "fused": True,
+    "batch_size": 1024,
+    "linear_lr": True,
+    "warmup_epochs": 5.0,
+    "zero_gamma": True,
+    "no_bias_decay": True,
+    "precision": "fp16",
+}
+
 RECIPES: dict[str, dict[str, Any]] = {
     "baseline": {"recipe": "baseline", "fused": False},
-    "efficient": {
-        "recipe": "efficient",
-        "fused": True,
-        "batch_size": 1024,
-        "linear_lr": True,
-        "warmup_epochs": 5.0,
-        "zero_gamma": True,
-        "no_bias_decay": True,
-        "precision": "fp16",
-    },
+    "efficient": {"recipe": "efficient", **_EFFICIENT},
+    "refined": {"recipe": "refined", **_EFFICIENT, "schedule": "cosine", "label_smoothing": 0.1, "mixup": 0.2},
 }
+
+PAPER_EPOCHS = 120  # of which the recipes' warmup is a fraction
+
+# The step schedule divides the learning rate by 10 after these fractions of the epochs.
+MILESTONES = (0.25, 0.5, 0.75)
 
 _DIGITS = {"width": 24, "image_size": 40, "augment": "digits", "epochs": 20}
 
 # Changes to a recipe for other data than ImageNet: {preset: {recipe: fields}}. digits-cpu is sized for two CPU cores.
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    "imagenet": {"baseline": {}, "efficient": {}},
+    "imagenet": {"baseline": {}, "efficient": {}, "refined": {}},
     "digits-cpu": {
         # the baseline's 0.1 at a batch of 256, in proportion
         "baseline": {**_DIGITS, "batch_size": 32, "lr": 0.0125},
         "efficient": {**_DIGITS, "batch_size": 128},
+        "refined": {**_DIGITS, "batch_size": 128},
     },
 }
+
+# Models made for other images than 224x224.
+MODEL_SIZES = {"inception_v3": 299, "nasnetalarge": 331}
 
 # A recipe's batch is the paper's, for 1.28 million images. Smaller data keeps the proportion between the recipes and
 # gets at least this many steps an epoch at a batch of 1024.
 FEWEST_STEPS = 10
 SMALLEST_BATCH = 8
+
+
+def asked_fields(recipe: str, preset: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Fields of :class:`Recipe`: the recipe's, then the preset's, then those of ``given``."""
+    fields = {**RECIPES[recipe], **PRESETS[preset][recipe], **given}
+    if fields.get("model", "").rpartition("/")[2] in MODEL_SIZES:
+        fields.setdefault("image_size", MODEL_SIZES[fields["model"].rpartition("/")[2]])
+    return fields
 
 
 def resolve(
@@ -124,11 +151,11 @@ def resolve(
 
     Raises:
         pydantic.ValidationError: a field out of its range.
-        RecipeError: an explicit batch larger than the training set, or a training set of fewer than 2 images.
+        RecipeError: an explicit batch larger than the training set, a training set of fewer than 2 images, or a warmup
+            after which no epoch, or no milestone of the step schedule, is left.
     """
     preset_fields = PRESETS[preset][recipe]
-    fields = {**RECIPES[recipe], **preset_fields, **given}
-    asked = Recipe(**fields)
+    asked = Recipe(**asked_fields(recipe, preset, given))
     notes: list[str] = []
     changes: dict[str, Any] = {}
 
@@ -156,7 +183,44 @@ def resolve(
             f"recipe {recipe} means {asked.precision} with fp32 master weights, which a CPU computes several "
             f"times slower than fp32: computing in fp32 (--precision {asked.precision} forces it)"
         )
+    if "warmup_epochs" not in given:
+        # The recipes' warmup is for PAPER_EPOCHS; a preset may have fewer epochs, too.
+        changes["warmup_epochs"] = asked.warmup_epochs * asked.epochs / PAPER_EPOCHS
+        if 0 < changes["warmup_epochs"] != asked.warmup_epochs:
+            notes.append(
+                f"warmup of {changes['warmup_epochs']:.3g} epochs: {asked.warmup_epochs:g} of {PAPER_EPOCHS} in "
+                f"recipe {recipe}, in proportion to {asked.epochs}"
+            )
+    else:
+        notes += _check_warmup(asked)
     return asked.model_copy(update=changes), notes
+
+
+def _check_warmup(recipe: Recipe) -> list[str]:
+    """A sentence if the warmup hides some milestones of the step schedule.
+
+    Raises:
+        RecipeError: it lasts as long as the run, or hides all milestones.
+    """
+    warmup, epochs = recipe.warmup_epochs, recipe.epochs
+    if warmup >= epochs:
+        raise RecipeError(f"--warmup-epochs {warmup:g} leaves no epoch of --epochs {epochs} to train; give less")
+    if recipe.schedule != "step":
+        return []
+    milestones = [fraction * epochs for fraction in MILESTONES]
+    hidden = [milestone for milestone in milestones if milestone <= warmup]
+    if len(hidden) == len(milestones):
+        raise RecipeError(
+            f"--warmup-epochs {warmup:g}: the step schedule of --epochs {epochs} divides the learning rate after "
+            f"{', '.join(f'{m:g}' for m in milestones)} epochs, all of them within the warmup; give less than "
+            f"{milestones[0]:g}, more --epochs, or --schedule cosine"
+        )
+    if hidden:
+        return [
+            f"--warmup-epochs {warmup:g} reaches past epoch {hidden[-1]:g}, after which the learning rate is already "
+            f"divided by {10 ** len(hidden)}: it drops at the end of the warmup"
+        ]
+    return []
 
 
 def fit_batch(batch: int, images: int) -> int:

@@ -39,7 +39,8 @@ class CsvLog:
     which belong to what was interrupted."""
 
     def __init__(self, path: Path, epochs_done: int):
-        rows = read_log(path)[:epochs_done] if epochs_done and path.exists() else []
+        # As text, so that they stay what they were. The last row may have been cut short: it is of a later epoch.
+        rows = _rows(path)[:epochs_done] if epochs_done and path.exists() else []
         # Rewritten beside the log and renamed, so that a crash here cannot lose the rows.
         draft = path.with_name(f".{path.name}.new")
         with draft.open("w", newline="") as file:
@@ -54,6 +55,17 @@ class CsvLog:
             csv.DictWriter(file, COLUMNS).writerow(row)
 
 
+def _rows(path: Path) -> list[dict[str, str]]:
+    try:
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            if tuple(reader.fieldnames or ()) != COLUMNS:
+                raise ReportError(f"{path} is not a log of this trainer: its columns are {reader.fieldnames}")
+            return list(reader)
+    except FileNotFoundError as error:
+        raise ReportError(f"{path}: no such file; give the --out folder of a training run") from error
+
+
 def read_log(path: Path) -> list[dict[str, float]]:
     """The rows of a log.csv as numbers.
 
@@ -61,13 +73,7 @@ def read_log(path: Path) -> list[dict[str, float]]:
         ReportError: the file is missing or no log of this trainer.
     """
     try:
-        with path.open(newline="") as file:
-            reader = csv.DictReader(file)
-            if tuple(reader.fieldnames or ()) != COLUMNS:
-                raise ReportError(f"{path} is not a log of this trainer: its columns are {reader.fieldnames}")
-            return [{name: float(row[name]) for name in COLUMNS} for row in reader]
-    except FileNotFoundError as error:
-        raise ReportError(f"{path}: no such file; give the --out folder of a training run") from error
+        return [{name: float(row[name]) for name in COLUMNS} for row in _rows(path)]
     except (TypeError, ValueError) as error:
         raise ReportError(f"{path} is damaged: {error}") from error
 
@@ -140,8 +146,10 @@ def _tricks(recipe: dict[str, Any]) -> list[str]:
         "no bias decay": recipe["no_bias_decay"],
         "cosine": recipe["schedule"] == "cosine",
         "label smoothing": recipe["label_smoothing"] > 0,
+        "distillation": recipe.get("teacher") is not None,
         "mixup": recipe["mixup"] > 0,
         "LARS": recipe["optimizer"] == "lars",
+        "EMA": recipe.get("ema", 0) > 0,
     }
     return [name for name, used in named.items() if used]
 

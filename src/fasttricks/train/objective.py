@@ -1,0 +1,93 @@
+"""What a step minimises: cross entropy, with auxiliary heads and with a teacher's logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..models import build
+from . import checkpoint
+from .checkpoint import CheckpointError
+
+# Weight of an auxiliary head in the loss: Szegedy et al. 2015 (arXiv:1409.4842), section 5.
+AUXILIARY = 0.3
+
+
+def logits_of(outputs: Tensor | tuple[Tensor | None, ...]) -> Tensor:
+    """The logits among the outputs of a model, which are a tuple where it has auxiliary heads."""
+    logits = outputs if isinstance(outputs, Tensor) else outputs[0]
+    assert logits is not None
+    return logits
+
+
+class Objective(nn.Module):
+    """The loss of a batch. With p the labels, z the logits, r the teacher's and a those of the auxiliary heads:
+
+        l(p, softmax(z)) + 0.3 sum l(p, softmax(a)) + T^2 l(softmax(r/T), softmax(z/T))
+
+    l is the cross entropy; labels are smoothed in the first two terms (He et al. 2018, sections 5.2 and 5.3).
+
+    Args:
+        label_smoothing: in [0, 1).
+        temperature: T.
+    """
+
+    def __init__(self, label_smoothing: float, temperature: float):
+        super().__init__()
+        self.label_smoothing, self.temperature = label_smoothing, temperature
+
+    def forward(
+        self, outputs: Tensor | tuple[Tensor | None, ...], labels: Tensor, teacher: Tensor | None = None
+    ) -> Tensor:
+        logits = logits_of(outputs).float()
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        for auxiliary in () if isinstance(outputs, Tensor) else outputs[1:]:
+            if auxiliary is not None:
+                loss = loss + AUXILIARY * F.cross_entropy(
+                    auxiliary.float(), labels, label_smoothing=self.label_smoothing
+                )
+        if teacher is not None:
+            soft = (teacher.float() / self.temperature).softmax(1)
+            loss = loss + self.temperature**2 * F.cross_entropy(logits / self.temperature, soft)
+        return loss
+
+
+def load_teacher(name: str, classes: list[str]) -> nn.Module:
+    """The model to distil from, in evaluation mode and without gradients.
+
+    Args:
+        name: a checkpoint of this trainer, whose averaged weights are taken if it has them; or "torchvision/NAME" or
+            "timm/NAME", with the weights that the library publishes.
+        classes: those of the training set.
+
+    Raises:
+        CheckpointError, ValueError, ImportError: no such model, or one of other classes.
+        OSError: the weights cannot be downloaded.
+    """
+    path = Path(name)
+    if path.suffix == ".pt" or path.is_file():
+        state = checkpoint.load(path, "--teacher")
+        if state["classes"] != classes:
+            raise CheckpointError(
+                f"--teacher: {path} was trained on {len(state['classes'])} classes, the data has {len(classes)} "
+                "or others"
+            )
+        recipe = state["recipe"]
+        teacher = build(recipe["model"], len(classes), width=recipe["width"], fused=recipe["fused"])
+        checkpoint.load_model(teacher, state.get("ema") or state["model"], path, "--teacher")
+    else:
+        teacher = build(name, len(classes), pretrained=True)
+    return teacher.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def keep_norms_in_fp32(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """``model`` in ``dtype``, with the statistics and affine terms of batch norm in fp32, as its arithmetic."""
+    model.to(dtype)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.float()
+    return model
