@@ -178,7 +178,121 @@ def test_initialisation_is_the_papers():
     assert all((m.weight == 1).all() and not m.bias.any() for m in net.modules() if "BatchNorm" in type(m).__name__)
 
 
-@pytest.mark.parametrize("name", models.names())
+def size_of(layers: list[tuple[int, int, int, int, bool, int]]) -> tuple[int, int]:
+    """(parameters, multiply-adds) of convolutions (inputs per group, outputs, area of the kernel, edge of the output,
+    followed by BatchNorm or with a bias, how many)."""
+    parameters = sum(n * (i * o * k + (2 * o if norm else o)) for i, o, k, _, norm, n in layers)
+    return parameters, sum(n * i * o * k * e * e for i, o, k, e, _, n in layers)
+
+
+def test_mobilenet_is_the_definition():
+    """Howard et al. 2017, table 1, row by row; its sums are 4.2 M parameters and 569 M multiply-adds (table 8)."""
+    layers = [(3, 32, 9, 112, True, 1)]
+    rows = [(32, 64, 112, 112), (64, 128, 112, 56), (128, 128, 56, 56), (128, 256, 56, 28), (256, 256, 28, 28)]
+    rows += [(256, 512, 28, 14), *[(512, 512, 14, 14)] * 5, (512, 1024, 14, 7), (1024, 1024, 7, 7)]
+    for inputs, outputs, _, edge in rows:
+        layers += [(1, inputs, 9, edge, True, 1), (inputs, outputs, 1, edge, True, 1)]
+    layers.append((1024, 1000, 1, 1, False, 1))
+    with torch.device("meta"):
+        eager, fused = (models.MobileNetV1(fused=fused) for fused in (False, True))
+    assert count(eager) == size_of(layers)
+    assert sum(p.numel() for p in fused.parameters()) == size_of(layers)[0]
+    assert round(size_of(layers)[0] / 1e6, 1) == 4.2
+    assert round(size_of(layers)[1] / 1e6) == 569
+
+
+def test_nin_is_the_definition():
+    layers = [(3, 96, 121, 54, False, 1), (96, 96, 1, 54, False, 2), (96, 256, 25, 27, False, 1)]
+    layers += [(256, 256, 1, 27, False, 2), (256, 384, 9, 13, False, 1), (384, 384, 1, 13, False, 2)]
+    layers += [(384, 1024, 9, 6, False, 1), (1024, 1024, 1, 6, False, 1), (1024, 1000, 1, 6, False, 1)]
+    with torch.device("meta"):
+        assert count(models.NiN()) == size_of(layers)
+
+
+def test_inception_is_torchvisions():
+    """Same keys and shapes, same multiply-adds, same outputs of both heads, gradients and statistics."""
+    torchvision = pytest.importorskip("torchvision")
+    with torch.device("meta"):
+        ours = models.InceptionV3(aux_logits=True)
+        theirs = torchvision.models.inception_v3(weights=None, init_weights=False)
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
+    assert count(ours, 299) == count(theirs, 299)
+    assert sum(p.numel() for p in ours.parameters()) == 27_161_264
+    torch.manual_seed(0)
+    theirs = torchvision.models.inception_v3(weights=None, num_classes=7, aux_logits=False, init_weights=False)
+    net = models.InceptionV3(num_classes=7).double()
+    theirs.double().dropout.p = net.dropout.p = 0.0
+    compare(net, theirs, torch.randn(2, 3, 111, 87, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v1", "nin", "inception_v3"])
+def test_own_fused_and_eager_are_one_network(name):
+    edge = {"mobilenet_v1": 50, "nin": 75, "inception_v3": 299}[name]
+    nets = []
+    for fused in (False, True):
+        torch.manual_seed(3)
+        net = models.build(name, 7, width=4, fused=fused, aux_logits=True).double()
+        for module in net.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        if name == "inception_v3":
+            edge_out = net(torch.randn(2, 3, edge, edge, dtype=torch.float64))
+            assert [tuple(t.shape) for t in edge_out] == [(2, 7), (2, 7)]
+            with pytest.raises(ValueError, match="at least 299x299"):
+                net(torch.randn(2, 3, 128, 128, dtype=torch.float64))
+            net.AuxLogits = None  # its gradients are in the trainer's test
+        nets.append(net)
+    eager, fused_net = nets
+    assert list(eager.state_dict()) == list(fused_net.state_dict())
+    compare(fused_net, eager, torch.randn(4, 3, edge if edge < 299 else 107, edge if edge < 299 else 91).double())
+
+
+ZOO = pytest.mark.zoo  # seconds each
+
+
+@pytest.mark.parametrize(
+    ("name", "edge"),
+    [
+        ("mobilenet_v1", 64),
+        ("nin", 67),
+        ("inception_v3", 299),
+        ("torchvision/mobilenet_v2", 64),
+        ("torchvision/efficientnet_b0", 64),
+        ("timm/seresnet50", 64),
+        pytest.param("timm/seresnext50_32x4d", 64, marks=ZOO),
+        pytest.param("torchvision/resnext50_32x4d", 64, marks=ZOO),
+        pytest.param("torchvision/alexnet", 64, marks=ZOO),
+        pytest.param("torchvision/vgg16_bn", 32, marks=ZOO),
+        pytest.param("torchvision/densenet201", 64, marks=ZOO),
+        pytest.param("torchvision/inception_v3", 299, marks=ZOO),
+        pytest.param("timm/nasnetalarge", 75, marks=ZOO),
+    ],
+)
+def test_names_train_fused_and_eager_alike(name, edge):
+    """The losses of three steps, auxiliary heads included, and the weights after them."""
+    pytest.importorskip(name.partition("/")[0] if "/" in name else "torchvision")
+    from fasttricks.train.objective import Objective
+
+    losses, weights = [], []
+    for fused in (False, True):
+        torch.manual_seed(5)
+        model = models.build(name, 5, width=None if "/" in name else 6, fused=fused, aux_logits=True).double()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        losses.append([])
+        for _ in range(3):
+            images = torch.randn(3, 3, edge, edge, dtype=torch.float64)
+            optimizer.zero_grad()
+            loss = Objective(0.1, 20.0)(model(images), torch.arange(3))
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-8)
+    assert len(set(losses[0])) == 3
+    assert (weights[1] - weights[0]).norm() / weights[0].norm() < 1e-6
+
+
+@pytest.mark.parametrize("name", [name for name in models.names() if name.startswith("resnet")])
 def test_own_names_resolve(name):
     with torch.device("meta"):
         model = models.build(name, 5)

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
 from ..patch import fuse
+from .inception import InceptionV3
+from .mobilenet import MobileNetV1
+from .nin import NiN
 from .resnet import STAGES, ResNet
 
 _RESNET = re.compile(r"resnet(\d+)([abcd]?)")
+_OTHERS: dict[str, Callable[..., nn.Module]] = {"inception_v3": InceptionV3, "mobilenet_v1": MobileNetV1, "nin": NiN}
 
 
 def names() -> list[str]:
@@ -20,7 +26,7 @@ def names() -> list[str]:
         >>> fasttricks.models.names()[:5]
         ['resnet18', 'resnet18a', 'resnet18b', 'resnet18c', 'resnet18d']
     """
-    return [f"resnet{depth}{letter}" for depth in STAGES for letter in ("", "a", "b", "c", "d")]
+    return [f"resnet{depth}{letter}" for depth in STAGES for letter in ("", "a", "b", "c", "d")] + [*_OTHERS]
 
 
 def build(
@@ -37,7 +43,7 @@ def build(
     Args:
         name: an own model ("resnet50d", see :func:`names`), "torchvision/NAME" or "timm/NAME".
         num_classes: outputs of the classifier.
-        width: channels of the first stage of an own model (default 64).
+        width: channels of the first stage of an own model (default 64; 32 of inception_v3 and mobilenet_v1, 96 of nin).
         fused: fused modules (the default) or eager ones. Models of torchvision and timm are built as their library
             defines them, and then `fasttricks.fuse` runs their blocks on the fused ops.
         aux_logits: keep the auxiliary heads of inception_v3 and googlenet. In training, their output is then a tuple
@@ -57,16 +63,22 @@ def build(
     library, slash, rest = name.partition("/")
     if not slash:
         match = _RESNET.fullmatch(name)
-        if match is None or int(match[1]) not in STAGES:
+        if name not in _OTHERS and (match is None or int(match[1]) not in STAGES):
             raise ValueError(
                 f"model {name!r} is unknown{_hint(name, names())}; own models: resnet"
-                f"{{{','.join(map(str, STAGES))}}}{{,a,b,c,d}}; others: torchvision/NAME, timm/NAME"
+                f"{{{','.join(map(str, STAGES))}}}{{,a,b,c,d}}, {', '.join(_OTHERS)}; "
+                "others: torchvision/NAME, timm/NAME"
             )
         if pretrained:
             raise ValueError(f"model {name!r} has no published weights; torchvision/NAME and timm/NAME may have")
-        options = {} if width is None else {"width": width}
-        variant = match[2] or "a"
-        return ResNet(int(match[1]), variant, num_classes=num_classes, fused=fused is not False, **options)  # type: ignore[arg-type]
+        options: dict[str, Any] = {"num_classes": num_classes, "fused": fused is not False}
+        if width is not None:
+            options["width"] = width
+        if match is not None:
+            return ResNet(int(match[1]), match[2] or "a", **options)  # type: ignore[arg-type]
+        if name == "inception_v3":
+            options["aux_logits"] = aux_logits
+        return _OTHERS[name](**options)
     if library not in ("torchvision", "timm"):
         raise ValueError(f"model {name!r}: the part before the slash must be 'torchvision' or 'timm', got {library!r}")
     if width is not None:

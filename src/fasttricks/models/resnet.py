@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import AvgPoolConv1x1, BatchNormAddReLU2d, BatchNormReLU2d
+from .blocks import check_sizes
 from .init import xavier_
 
 Variant = Literal["a", "b", "c", "d"]
@@ -174,10 +175,7 @@ class ResNet(nn.Module):
             raise ValueError(f"depth must be one of {sorted(STAGES)}, got {depth!r}")
         if variant not in ("a", "b", "c", "d"):
             raise ValueError(f"variant must be 'a', 'b', 'c' or 'd', got {variant!r}")
-        if width < 2 or width % 2:
-            raise ValueError(f"width must be an even number of channels, at least 2, got {width!r}")
-        if num_classes < 1 or in_channels < 1:
-            raise ValueError(f"num_classes and in_channels must be at least 1, got {num_classes!r} and {in_channels!r}")
+        check_sizes(width, num_classes, in_channels)
         blocks = STAGES[depth][0]
         self.depth, self.variant, self.width, self.fused = depth, variant, width, fused
 

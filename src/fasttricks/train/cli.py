@@ -38,8 +38,11 @@ def parser() -> argparse.ArgumentParser:
         choices=["imagenet", "digits-cpu"],
         help="sizes for the data; digits-cpu: width 24, 40x40 pixels, small batches (default for --data digits)",
     )
-    what.add_argument("--model", help="resnet{18,34,50,101,152}{,a,b,c,d}, torchvision/NAME or timm/NAME")
-    what.add_argument("--width", type=int, help="channels of the first stage (own models; 64 in the paper)")
+    what.add_argument(
+        "--model",
+        help="resnet{18,34,50,101,152}{,a,b,c,d}, mobilenet_v1, inception_v3, nin, torchvision/NAME or timm/NAME",
+    )
+    what.add_argument("--width", type=int, help="channels of the first stage, for own models (64 for ResNet)")
     what.add_argument("--fused", action=switch, help="fused modules and optimizer, or eager ones")
     what.add_argument("--channels-last", action=switch, help="NHWC instead of NCHW")
     what.add_argument("--image-size", type=int, help="edge of the images in pixels")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 import time
@@ -107,6 +108,7 @@ class Trainer:
             model = build(recipe.model, len(self.classes), width=recipe.width, fused=recipe.fused, aux_logits=True)
         except (ValueError, ImportError) as error:
             raise TrainingError(f"--model: {error}") from error
+        self._check_image_size(model)
         if recipe.xavier and recipe.model not in names():  # own models start so by themselves
             xavier_(model)
         if recipe.zero_gamma:
@@ -119,6 +121,16 @@ class Trainer:
         if recipe.channels_last:
             model.to(memory_format=torch.channels_last)
         return model.to(self.device)
+
+    def _check_image_size(self, model: nn.Module) -> None:
+        """A step without data: many models have a smallest image, and some only one size."""
+        size = self.recipe.image_size
+        try:
+            copy.deepcopy(model).to("meta").train()(torch.empty(2, 3, size, size, device="meta"))
+        except (RuntimeError, ValueError, AssertionError) as error:
+            raise TrainingError(
+                f"--model {self.recipe.model} does not take images of {size}x{size}: {error}"
+            ) from error
 
     def _load_teacher(self, name: str) -> nn.Module:
         try:

@@ -23,6 +23,10 @@ def logits_of(outputs: Tensor | tuple[Tensor | None, ...]) -> Tensor:
     return logits
 
 
+def _at_least_fp32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class Objective(nn.Module):
     """The loss of a batch. With p the labels, z the logits, r the teacher's and a those of the auxiliary heads:
 
@@ -42,15 +46,15 @@ class Objective(nn.Module):
     def forward(
         self, outputs: Tensor | tuple[Tensor | None, ...], labels: Tensor, teacher: Tensor | None = None
     ) -> Tensor:
-        logits = logits_of(outputs).float()
+        logits = _at_least_fp32(logits_of(outputs))
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         for auxiliary in () if isinstance(outputs, Tensor) else outputs[1:]:
             if auxiliary is not None:
                 loss = loss + AUXILIARY * F.cross_entropy(
-                    auxiliary.float(), labels, label_smoothing=self.label_smoothing
+                    _at_least_fp32(auxiliary), labels, label_smoothing=self.label_smoothing
                 )
         if teacher is not None:
-            soft = (teacher.float() / self.temperature).softmax(1)
+            soft = (_at_least_fp32(teacher) / self.temperature).softmax(1)
             loss = loss + self.temperature**2 * F.cross_entropy(logits / self.temperature, soft)
         return loss
 
