@@ -15,8 +15,8 @@ namespace fasttricks {
 
 using MaybeTensor = std::optional<Tensor>;
 
-// The tensors of one call, dense; keeps alive what kernels are given pointers to. x is a matrix of rows x channels
-// (inner is 1) or of rows x channels x inner.
+// The dense tensors of one call, kept alive while kernels use their pointers. x is a matrix of rows x channels (inner
+// is 1) or of rows x channels x inner.
 struct BnCall {
   const char* op;
   Tensor x;
@@ -52,7 +52,7 @@ struct BnCall {
     return is_dense(t, layout) ? t.const_data_ptr() : keep(torch::stable::contiguous(t, layout));
   }
 
-  // Of any floating dtype that the type of the statistics holds exactly.
+  // Accepts every floating dtype that the type of the statistics represents exactly.
   void check_per_channel(const char* name, const Tensor& t) const {
     check_same_device(op, name, t, x);
     const ScalarType type = t.scalar_type();
@@ -62,7 +62,7 @@ struct BnCall {
     FT_CHECK(op, t.dim() == 1 && t.size(0) == channels, name, " has shape ", shape_of(t), "; accepted: (", channels,
              ",), the channels of x");
   }
-  // In the type of the statistics.
+  // Returns the values in the type of the statistics.
   const void* per_channel(const char* name, const Tensor& t) {
     check_per_channel(name, t);
     if (t.scalar_type() == statistics_type && is_dense(t, MemoryFormat::Contiguous)) return t.const_data_ptr();
@@ -95,7 +95,7 @@ struct BnCall {
   }
 };
 
-// The running statistics that an op moves, and by how much.
+// The running statistics that an op updates, and the momentum.
 struct BnRunningStatistics {
   MaybeTensor mean, var, batches;  // batches: num_batches_tracked
   std::optional<double> momentum;  // none: the cumulative average
@@ -145,7 +145,7 @@ inline void check_update_stats(const BnRunningStatistics& running, const Tensor&
   FT_CHECK(op, count.numel() == 1, "count has shape ", shape_of(count), "; accepted: (), a number");
 }
 
-// Batch statistics of one value are no statistics.
+// The variance of a single value is undefined.
 inline void check_several_values(const BnCall& call) {
   FT_CHECK(
       call.op, call.values != 1, "x has shape ", shape_of(call.x),

@@ -9,8 +9,7 @@ namespace fasttricks {
 
 using torch::headeronly::MemoryFormat;
 
-// Whether t lies in memory without gaps in the order of this layout: its dimensions, or all but the channels, then
-// these.
+// Whether t is dense in this layout: contiguous, or contiguous with the channels as the innermost dimension.
 inline bool is_dense(const torch::stable::Tensor& t, MemoryFormat layout) {
   const auto sizes = t.sizes(), strides = t.strides();
   if (t.numel() == 0) return true;
@@ -27,8 +26,8 @@ inline bool is_dense(const torch::stable::Tensor& t, MemoryFormat layout) {
   return true;
 }
 
-// The layout of a result that is like x (N, C, ...): that of x, or, for an x that is dense in neither layout and is
-// copied, the one it resembles. src/fasttricks/layout.py makes the same choice.
+// The layout of a result with the shape of x (N, C, ...): the layout of x or, if x is dense in neither layout and is
+// copied, the one that its strides resemble. src/fasttricks/layout.py makes the same choice.
 inline MemoryFormat layout_of(const torch::stable::Tensor& x) {
   if (is_dense(x, MemoryFormat::Contiguous) || x.numel() == 0 || x.size(1) == 1 || x.stride(1) != 1)
     return MemoryFormat::Contiguous;
@@ -37,7 +36,7 @@ inline MemoryFormat layout_of(const torch::stable::Tensor& x) {
                         : MemoryFormat::Contiguous;
 }
 
-// t itself where it is dense in this layout, else a copy that is.
+// Returns t if it is dense in this layout, else a dense copy.
 inline torch::stable::Tensor in_layout(const torch::stable::Tensor& t, MemoryFormat layout) {
   return is_dense(t, layout) ? t : torch::stable::contiguous(t, layout);
 }

@@ -8,7 +8,7 @@
 
 FT_LIBRARY(FT_LIBRARY_NAME, m) {
   // bn_relu, bn_add_relu: see csrc/math/bn.h for the formulas. mean and var are biased, float32 (float64 for float64).
-  // The forward ops move the running statistics themselves: what recomputes a part of the forward pass moves them too.
+  // The forward ops update the running statistics themselves, so that a recomputed forward pass updates them as well.
 #define FT_RUNNING                                                                                      \
   " Tensor(a!)? running_mean=None, Tensor(b!)? running_var=None, Tensor(c!)? num_batches_tracked=None," \
   " float? momentum=0.1)"
@@ -48,8 +48,9 @@ FT_LIBRARY(FT_LIBRARY_NAME, m) {
       "avgpool_conv1x1_backward(Tensor dy, Tensor x, Tensor weight, int stride, bool ceil_mode, bool need_dx,"
       " bool need_dweight, bool need_dbias) -> (Tensor dx, Tensor dweight, Tensor dbias)");
 
-  // sgd_check, sgd_step: see csrc/math/sgd.h. One call a step for all tensors of a device: the tensors of group 0, then
-  // those of group 1, ...; masters only of half parameters, momentum_buffers and steps only of groups with momentum.
+  // sgd_check, sgd_step: see csrc/math/sgd.h. One call per step for all tensors of a device: those of group 0, then
+  // those of group 1, ... Half parameters have masters; parameters of groups with momentum have momentum_buffers and
+  // steps.
   m.def(
       "sgd_check(Tensor[] grads, Tensor[] params, Tensor[] masters, Tensor(a!) found_inf, Tensor(b!)? grad_sq,"
       " Tensor(c!)? weight_sq) -> ()");

@@ -52,7 +52,7 @@ inline bool sgd_dense(const Tensor& t) {
 
 // ---- checks ----
 
-// Returns the dtype. `first` is the tensor that says on which device all are.
+// Returns the dtype. All tensors must be on the device of `first`.
 inline ScalarType sgd_check_tensor(const char* op, const char* arg, size_t i, const Tensor& t, const Tensor& first) {
   const ScalarType type = t.scalar_type();
   FT_CHECK(op, is_floating(type), arg, "[", i, "] has dtype ", name_of(type),
@@ -94,7 +94,8 @@ inline void sgd_check_scalar(const char* op, const char* arg, const Tensor& t, c
   check_same_device(op, arg, t, first, "the first tensor");
 }
 
-// Squared norms: float64, one for each of `count` tensors; of a step perhaps also those of tensors that are elsewhere.
+// Squared norms: float64, one for each of `count` tensors. A step also accepts more of them: the norms of tensors on
+// other devices.
 inline void sgd_check_squares(const char* op, const char* arg, const MaybeTensor& t, size_t count, bool exactly,
                               const Tensor& first) {
   if (!t.has_value()) return;
@@ -107,7 +108,7 @@ inline void sgd_check_squares(const char* op, const char* arg, const MaybeTensor
 
 // ---- the tensors of a call ----
 
-// A tensor to check: a gradient, or a weight with its master (null unless it is a half one).
+// A tensor to check: a gradient, or a weight with its master (null unless the weight is fp16 or bf16).
 struct SgdChecked {
   bool weight;
   size_t index;
@@ -115,7 +116,7 @@ struct SgdChecked {
   const Tensor* master;
 };
 
-// use(SgdChecked) for the gradients, then, where norms of weights are wanted, for the weights.
+// Calls use(SgdChecked) for the gradients and then, if norms of weights are requested, for the weights.
 template <typename Use>
 void for_checked(const std::vector<Tensor>& grads, const std::vector<Tensor>& params,
                  const std::vector<Tensor>& masters, const Tensor& found_inf, const MaybeTensor& grad_sq,
@@ -145,7 +146,7 @@ void for_checked(const std::vector<Tensor>& grads, const std::vector<Tensor>& pa
   sgd_check_count(op, "masters", masters.size(), next);
 }
 
-// A tensor to step. master: of half parameters; buffer and steps: of groups with momentum.
+// A tensor to step. Half parameters have a master; parameters of groups with momentum have a buffer and steps.
 struct SgdStepped {
   size_t index, group;
   Tensor &param, &grad;
@@ -165,7 +166,8 @@ struct SgdStepCall {
 
   static constexpr const char* op = "sgd_step";
 
-  // Checks everything, calling use(SgdStepped) for the tensors in order. Nothing may be changed before it returns.
+  // Checks everything and calls use(SgdStepped) for the tensors in order. `use` must not modify a tensor: a later check
+  // may still fail.
   template <typename Use>
   void for_stepped(Use use) const {
     const size_t groups = group_sizes.size();
@@ -245,8 +247,8 @@ struct SgdStepCall {
     sgd_check_count(op, "steps", steps.size(), next_buffer);
   }
 
-  // Whether two parameters share memory (a parameter given twice, views of one tensor): they must be stepped one by
-  // one.
+  // Whether two parameters share memory (a parameter given twice, views of one tensor). Such parameters must be stepped
+  // one after another.
   bool share_memory() const {
     std::vector<std::pair<const char*, const char*>> spans;
     spans.reserve(params.size());

@@ -25,7 +25,7 @@ const AvgPoolConv1x1OfType& kernels_of(ScalarType t) {
                                    : all.bfloat16;
 }
 
-// As torch's empty of the dtype and device of `like`, past the dispatcher, whose cost small results would feel.
+// As torch.empty with the dtype and device of `like`, but without the dispatcher, whose cost matters for small results.
 Tensor make_small(const Tensor& like, const int64_t* sizes, const int64_t* strides, int64_t dims) {
   int32_t dtype, device_type, device_index;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
@@ -49,7 +49,7 @@ Tensor make(const Tensor& like, std::array<int64_t, 4> sizes, bool nhwc) {
   return made;
 }
 
-// With the strides of weight, so that neither autograd nor DistributedDataParallel copies the gradient.
+// The gradient has the strides of weight, so that neither autograd nor DistributedDataParallel copies it.
 Tensor make_like(const Tensor& weight) {
   if (is_small(weight, weight.numel()) && is_dense(weight, MemoryFormat::Contiguous))
     return make_small(weight, weight.sizes().data(), weight.strides().data(), weight.dim());
@@ -63,7 +63,7 @@ Tensor make_vector(const Tensor& like, int64_t count) {
   return torch::stable::new_empty(like, {count});
 }
 
-// Memory of a call's tasks: on the stack where it is little, as it is for the smallest images.
+// Memory of a call's tasks; on the stack if it is small, as for the smallest images.
 class Workspace {
  public:
   Workspace(const Tensor& like, int64_t bytes) : base_(small_) {
@@ -79,21 +79,22 @@ class Workspace {
   std::optional<Tensor> memory_;
 };
 
-// Workspaces of several tasks in one allocation, each on cache lines of its own.
+// The workspaces of several tasks in one allocation, each aligned to separate cache lines.
 int64_t round_up(int64_t bytes) { return ceil_div(bytes, 64) * 64; }
 
-// How many tasks the work is worth: one a thread, or a single one where starting threads would cost more than it saves.
+// The number of tasks: one per thread, or one if starting threads would cost more than they save.
 int64_t tasks_for(int64_t pixels, int64_t c, int64_t o) {
   constexpr int64_t kSmall = 1 << 18;  // multiply-adds: some 10 us
   return pixels * c * o < kSmall ? 1 : int64_t(torch::stable::get_num_threads());
 }
 
-// y from x, or dx from dy.
+// Computes y from x, or dx from dy.
 void convolve(const AvgPoolConv1x1OfType& kernels, const AvgPoolConv1x1Sizes& s, AvgPoolConv1x1Pass pass,
               const Tensor& src, const Tensor& weight, const Tensor* bias, Tensor& dst) {
   const bool forward = pass == AvgPoolConv1x1Pass::forward;
   const int64_t k = forward ? s.c : s.o, m = forward ? s.o : s.c, pixels = s.n * s.ho * s.wo;
-  // over the pixels, whole tiles; over the output channels too only where the pixels are too few for all threads
+  // split over the pixels, in whole tiles, and over the output channels only if there are too few pixels for all
+  // threads
   const int64_t unit = s.nhwc ? kernels.mr : kernels.nr, units = ceil_div(pixels, unit);
   const int64_t tasks = tasks_for(pixels, s.c, s.o), across = std::min(tasks, units);
   const int64_t panels = ceil_div(m, kernels.nr), along = std::min(tasks / across, panels);
@@ -122,8 +123,9 @@ struct WeightGrid {
   int64_t slices, o_parts, c_parts;
 };
 
-// The grid with the least work for the busiest task, from the sizes and the thread count alone. In units of one
-// multiply-add of the register tile: copying an element of dy, pooling one of x (four reads) and adding one of a slice.
+// The grid with the least work for the busiest task, from the sizes and the thread count alone. Costs are in
+// units of one multiply-add of the register tile: copying an element of dy, pooling one of x (four reads), adding one
+// of a slice.
 WeightGrid weight_grid(const AvgPoolConv1x1OfType& kernels, const AvgPoolConv1x1Sizes& s, int64_t tasks) {
   constexpr double kCopy = 32, kAverage = 96, kAdd = 96;
   const int64_t pixels = s.n * s.ho * s.wo;

@@ -9,7 +9,7 @@
 namespace fasttricks::cpu {
 
 // forward: y = W pool(x) + bias.   backward: dx = spread(W^T dy).
-// The same product over k channels, of x or of dy, at each output pixel; m channels leave.
+// Both are one product per output pixel, from k channels (of x or dy) to m channels.
 enum class AvgPoolConv1x1Pass { forward, backward };
 
 // A part of that product: output pixels [p0, p1) counted over the batch, output channels [m0, m1).
@@ -42,7 +42,7 @@ struct AvgPoolConv1x1OfType {
   void (*convolve)(const AvgPoolConv1x1Sizes&, AvgPoolConv1x1Pass, const AvgPoolConv1x1Task&);
   int64_t (*weight_grad_bytes)(const AvgPoolConv1x1Sizes&);
   void (*weight_grad)(const AvgPoolConv1x1Sizes&, const AvgPoolConv1x1WeightTask&);
-  // dst[i] = sum over the slices, in their order, of partial[slice * numel + i], for i in [begin, end).
+  // dst[i] = sum of partial[slice * numel + i] over the slices, in order, for i in [begin, end).
   void (*sum_slices)(const void* partial, int64_t slices, int64_t numel, void* dst, int64_t begin, int64_t end);
   // dbias[o] = sum of dy over its pixels, for o in [o0, o1).
   void (*bias_grad)(const AvgPoolConv1x1Sizes&, const void* dy, void* dbias, int64_t o0, int64_t o1);

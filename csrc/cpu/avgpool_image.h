@@ -48,7 +48,7 @@ FT_INLINE void mean_channels(const T* p, int64_t right, int64_t down, int64_t n,
   if (n > 0) mean([n](const T* q) { return Vec<A>::load(q, int(n)); }).store(dst, int(n));
 }
 
-// The four pixels get v / count.
+// Stores v / count to the four pixels.
 template <int Rows, int Cols, class A, class T>
 FT_INLINE void spread_channels(const A* v, int64_t n, T* p, int64_t right, int64_t down) {
   constexpr int N = Vec<A>::N;
@@ -65,7 +65,7 @@ FT_INLINE void spread_channels(const A* v, int64_t n, T* p, int64_t right, int64
   if (n > 0) spread(Vec<A>::load(v, int(n)), [n](Vec<A> s, T* q) { s.store(q, int(n)); });
 }
 
-// Where the window of output pixel p begins, and how much of it lies inside the image.
+// The corner of output pixel p's window, and how much of the window lies inside the image.
 template <class T>
 struct Window {
   T* corner;
@@ -110,13 +110,13 @@ static void write_pixel(const AvgPoolImage<T>& image, int64_t p, int64_t c0, int
 // ---- NCHW: one channel, a run of pixels ----
 //
 // Rows of windows are short (7 at the end of a ResNet), so the pool is done in two steps over a whole run: along the
-// columns, row by row, into `scratch` (2 values an output pixel), then along the rows, in full vectors, over what now
-// lies side by side. The spread goes the other way. Each step halves where it has two pixels: exact, and right at
-// overhanging edges too.
+// columns, row by row, into `scratch` (2 values per output pixel), then along the rows, in full vectors, over values
+// that are now contiguous. The spread does the reverse. A step that adds two pixels halves the sum, which is exact and
+// also correct at overhanging edges.
 
-// Calls row(corner, rows, whole, single, done) for the parts, each in one row of windows, of the run of `count` output
-// pixels of `channel` that begins at pixel p (counted over the batch): `whole` windows of two columns, then `single` (0
-// or 1) of one.
+// Splits the run of `count` output pixels of `channel` from pixel p on (counted over the batch) into rows of windows,
+// and calls row(corner, rows, whole, single, done) for each: `whole` windows of two columns, then `single` (0 or 1) of
+// one column.
 template <class T, class Row>
 FT_INLINE void for_rows(const AvgPoolImage<T>& image, int64_t channel, int64_t p, int64_t count, Row row) {
   const int64_t plane = image.ho * image.wo, q = p % plane;
@@ -131,7 +131,7 @@ FT_INLINE void for_rows(const AvgPoolImage<T>& image, int64_t channel, int64_t p
   }
 }
 
-// The same for stride 1, where a part is the run's share of one image: run(pixels, length, done).
+// The same for stride 1: calls run(pixels, length, done) for the part of the run in each image.
 template <class T, class Run>
 FT_INLINE void for_planes(const AvgPoolImage<T>& image, int64_t channel, int64_t p, int64_t count, Run run) {
   const int64_t plane = image.ho * image.wo;
@@ -144,14 +144,14 @@ FT_INLINE void for_planes(const AvgPoolImage<T>& image, int64_t channel, int64_t
   }
 }
 
-// Elements of scratch that a run of `count` pixels needs.
+// The number of elements of scratch that a run of `count` pixels needs.
 template <class A>
 FT_INLINE int64_t scratch_for_run(int64_t count) {
   return 2 * count + 2 * Vec<A>::N;
 }
 
-// Hands output pixels p, p + 1, ... of one pooled channel to put(q, values): pixels q to q + N of the run, q a multiple
-// of N; lanes past `count` are zeros.
+// Passes output pixels p, p + 1, ... of one pooled channel to put(q, values), N pixels from q on at a time (q is a
+// multiple of N); lanes past `count` are zeros.
 template <class A, class T, class Put>
 static void read_run(const AvgPoolImage<const T>& image, int64_t channel, int64_t p, int64_t count, A* scratch,
                      Put put) {

@@ -1,4 +1,4 @@
-// A stream of bits into or out of bytes, from any bit on: the ReLU mask of neighbouring slabs may share a byte.
+// Writes or reads a stream of bits from any bit on: the ReLU masks of neighbouring slabs may share a byte.
 #pragma once
 
 #include <stdint.h>
@@ -9,8 +9,8 @@ namespace fasttricks::cpu::FT_ISA {
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "bits.h moves several bytes at once");
 
-// The bytes are zero beforehand. Full bytes are stored. The first and last byte are OR-ed, atomically if another thread
-// may share them: the order of two threads does not matter.
+// The bytes must be zero at the start. Full bytes are stored. The first and last byte are OR-ed, atomically if another
+// thread may share them, so that the order of the threads does not matter.
 class BitWriter {
  public:
   FT_INLINE BitWriter(uint8_t* bytes, int64_t bit, bool front_is_shared)

@@ -27,7 +27,7 @@ const BnOfType& kernels_of(ScalarType t) {
                                    : all.bfloat16;
 }
 
-// A call as the kernels take it.
+// The arguments of a call as the kernels take them.
 struct Call : BnCall {
   BnArguments arguments{};
 
@@ -49,7 +49,7 @@ struct Call : BnCall {
     if (bias.has_value()) arguments.bias = per_channel("bias", *bias);
   }
 
-  // The kernels read the statistics only, wherever they are given.
+  // The kernels only read statistics that are given.
   void statistics(const Tensor& mean, const Tensor& var) {
     arguments.mean = const_cast<void*>(per_channel("mean", mean));
     arguments.var = const_cast<void*>(per_channel("var", var));
@@ -66,7 +66,7 @@ struct Call : BnCall {
     return made;
   }
 
-  Tensor new_per_channel() const {  // zeros of an empty x: no pass writes them
+  Tensor new_per_channel() const {  // zeros if x is empty: no pass writes them then
     return empty() ? torch::stable::new_zeros(x, {arguments.channels}, statistics_type)
                    : torch::stable::new_empty(x, {arguments.channels}, statistics_type);
   }
@@ -77,7 +77,7 @@ struct Call : BnCall {
     return made;
   }
 
-  // NCHW: the passes over each channel, one after the other while it is in the cache.
+  // NCHW: all passes over one channel before the next channel, while it is in the cache.
   void run_channels(int passes) const {
     const BnOfType& kernels = kernels_of(x.scalar_type());
     const int64_t grain = std::max<int64_t>(1, (1 << 14) / (arguments.rows * arguments.inner));
@@ -85,12 +85,12 @@ struct Call : BnCall {
                  [&](int64_t begin, int64_t end) { kernels.channels(arguments, passes, begin, end); });
   }
 
-  // NHWC: slices of whole rows, the same for any number of threads; eight rows end on a whole byte of the mask.
+  // NHWC: slices of whole rows that do not depend on the number of threads; eight rows end on a byte of the mask.
   int64_t slices() const {
     const int64_t rows = std::max<int64_t>(8, (1 << 17) / arguments.channels);
     return std::clamp<int64_t>(arguments.rows / rows, 1, 64);
   }
-  // The passes over what a reduction has just read go backwards: its last rows are still in the cache.
+  // A pass after a reduction goes backwards, because the last rows are still in the cache.
   template <class F>
   void run_slices(const F& f, bool backwards = false) const {
     const int64_t n = slices(), eighths = (arguments.rows + 7) / 8;
@@ -102,8 +102,8 @@ struct Call : BnCall {
     });
   }
 
-  // A reduction over the rows: two doubles a channel from every slice, which join(count before, count of the slice, the
-  // pair of all before, the slice's pair) merges in the order of the slices. All of one, then all of the other.
+  // A reduction over the rows: two doubles per channel and slice, stored as two arrays. join(count so far, count of the
+  // slice, pair so far, pair of the slice) merges them in the order of the slices.
   template <class Kernel, class Join>
   std::vector<double> reduce_rows(Kernel kernel, const Join& join) const {
     const int64_t n = slices(), channels = arguments.channels;

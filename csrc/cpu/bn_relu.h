@@ -16,13 +16,13 @@ struct BnArguments {
   bool training;
   const void *x, *residual, *dy;
   void *y, *dx, *dresidual;
-  const uint8_t* mask_in;  // one bit an element, memory order
+  const uint8_t* mask_in;  // one bit per element, in memory order
   int64_t mask_bytes;
   uint8_t* mask_out;  // zeroed beforehand
   const void *weight, *bias;
-  void *mean, *var, *dweight, *dbias;  // the statistics are written by a statistics pass, read by the others
+  void *mean, *var, *dweight, *dbias;  // written by a statistics pass, read by the other passes
   double count;                        // values per channel that dweight and dbias are sums over
-  void* prepared;                      // NHWC: five values a channel, from prepare
+  void* prepared;                      // NHWC: five values per channel, from prepare
   bool vanish;                         // NHWC: what prepare returned
 };
 
@@ -31,10 +31,10 @@ enum BnPass { kBnStatistics = 1, kBnApply = 2, kBnReduce = 4, kBnBackward = 8 };
 struct BnOfType {
   // NCHW: channels [begin, end); the second pass over a channel finds it in the cache. passes: of enum BnPass.
   void (*channels)(const BnArguments&, int passes, int64_t begin, int64_t end);
-  // NHWC: what the passes below need of every channel, into `prepared`; true where x need not be read (all weights are
-  // zero and all statistics finite).
+  // NHWC: computes `prepared` for the passes below; true if x need not be read (all weights are zero and all statistics
+  // finite).
   bool (*prepare)(const BnArguments&, bool backward);
-  // NHWC: rows [begin, end). The reductions give partial sums of every channel, in double, that the caller merges.
+  // NHWC: rows [begin, end). The reductions return partial sums per channel, in double, which the caller merges.
   void (*row_statistics)(const BnArguments&, int64_t begin, int64_t end, double* mean, double* m2);
   void (*row_apply)(const BnArguments&, int64_t begin, int64_t end);
   void (*row_reduce)(const BnArguments&, int64_t begin, int64_t end, double* sum_dz, double* sum_dz_d);

@@ -1,4 +1,4 @@
-// The blocked matrix product that convolution kernels are made of: C[rows x cols] (+)= A[rows x kc] B[kc x cols].
+// The blocked matrix product of the convolution kernels: C[rows x cols] (+)= A[rows x kc] B[kc x cols].
 // Like vec.h, included by csrc/cpu/isa/*.cpp only and compiled once per ISA.
 //
 // A: rows of kRow<T> elements, each contiguous in k. The fixed stride makes every address of the innermost loop a
@@ -54,7 +54,7 @@ static void multiply_tile(int64_t kc, const A* a, const A* b, A* c, int64_t ldc,
     for (int i = 0; i < R; ++i) {
       Vec<A> x(a[i * kRow<A>]);
 #if defined(FT_ISA_AVX512)
-      asm("" : "+v"(x.v));  // loaded once: as a memory operand of both products it would take the load ports
+      asm("" : "+v"(x.v));  // loaded once: a memory operand in both products would saturate the load ports
 #endif
 #pragma GCC unroll 2
       for (int j = 0; j < kNv; ++j) acc[i][j] = Vec<A>::fma(x, row[j], acc[i][j]);
@@ -80,8 +80,8 @@ FT_INLINE TileKernel<A> tile_kernel(int64_t rows) {
     return rows == R ? multiply_tile<A, R> : tile_kernel<A, R - 1>(rows);
 }
 
-// C[rows x cols] (+)= A B over panels that lie panel_stride apart. C has room for whole panels where c_padded;
-// elsewhere the last panel goes through a tile of its own, and nothing right of `cols` is touched.
+// C[rows x cols] (+)= A B over panels that lie panel_stride apart. If c_padded, C has room for whole panels; otherwise
+// the last panel is computed in a separate tile, and nothing right of `cols` is touched.
 template <class A>
 static void multiply(int64_t rows, int64_t cols, int64_t kc, const A* a, const A* b, int64_t panel_stride, A* c,
                      int64_t ldc, bool accumulate, bool c_padded) {
@@ -89,7 +89,7 @@ static void multiply(int64_t rows, int64_t cols, int64_t kc, const A* a, const A
   for (int64_t j = 0; j < cols; j += kNr<A>, b += panel_stride) {
     const int64_t width = min_of(kNr<A>, cols - j);
     for (int64_t t = 0; t < tiles; ++t) {
-      // rows spread evenly over the tiles: no thin tile at the end, which could not hide the latency of its products
+      // rows are spread evenly over the tiles: a thin last tile could not hide the latency of its products
       const int64_t r0 = rows * t / tiles, r = rows * (t + 1) / tiles - r0;
       const auto tile_product = [&](A* out, int64_t ld, bool add) {
         for (int64_t k = 0; k < kc; k += kSum, add = true)

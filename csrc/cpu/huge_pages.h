@@ -9,10 +9,10 @@
 
 namespace fasttricks::cpu {
 
-// From 32 MiB on, glibc's malloc takes fresh pages for every allocation; below, it comes to reuse its heap.
+// From 32 MiB on, glibc's malloc takes fresh pages for every allocation; smaller ones reuse its heap.
 // A fresh allocation of some 100 MB costs a page fault for every 4 KiB of it, which takes longer than computing and
-// writing its contents. This asks the kernel to map whole huge pages inside it instead: a hint, which changes no
-// contents and which the system may refuse (/sys/kernel/mm/transparent_hugepage/enabled: never).
+// writing its contents. This asks the kernel to map huge pages instead: a hint that changes no
+// contents and that the system may ignore (/sys/kernel/mm/transparent_hugepage/enabled: never).
 inline void advise_huge_pages(void* data, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kHuge = uintptr_t(2) << 20;

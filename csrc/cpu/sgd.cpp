@@ -15,10 +15,10 @@ namespace fasttricks::cpu {
 namespace {
 
 constexpr int64_t kChunk = 16384;      // elements: the unit of work, and of the sums of squares
-constexpr int64_t kPerThread = 65536;  // elements below which another thread costs more than it brings
+constexpr int64_t kPerThread = 65536;  // elements below which another thread costs more than it saves
 constexpr int64_t kGathered = 512;     // elements of a strided tensor that are copied together at a time
 
-// A tensor's memory: base, element size, and strides that are borrowed from the tensor.
+// A tensor's memory: base, element size, and strides borrowed from the tensor.
 struct Operand {
   char* data = nullptr;
   int64_t item = 0;
@@ -68,7 +68,7 @@ struct Chunk {
   int64_t begin, count;
 };
 
-// Chunks of at most kChunk elements. Their bounds depend on the sizes only, so that sums do not depend on the threads.
+// Chunks of at most kChunk elements. Their bounds depend only on the sizes, so sums do not depend on the thread count.
 std::vector<Chunk> chunks_of(const std::vector<int64_t>& numels, int64_t* total) {
   std::vector<Chunk> chunks;
   *total = 0;
@@ -80,8 +80,8 @@ std::vector<Chunk> chunks_of(const std::vector<int64_t>& numels, int64_t* total)
   return chunks;
 }
 
-// Calls work(chunk index) for all chunks in ascending order (prefetchers count on it), on threads that get nearly equal
-// numbers of elements.
+// Calls work(chunk index) for all chunks, in ascending order on each thread (which helps prefetchers); threads get
+// nearly equal numbers of elements.
 template <class Work>
 void for_chunks(const std::vector<Chunk>& chunks, int64_t total, const Work& work) {
   const int64_t count = int64_t(chunks.size());
@@ -177,7 +177,7 @@ void sgd_check(std::vector<Tensor> grads, std::vector<Tensor> params, std::vecto
       grad_squares[tensor] += sums[i];
     any = any || bad[i];
   }
-  if (grad_squares)  // of fp64 gradients: a norm that is not finite cannot be clipped to
+  if (grad_squares)  // fp64 gradients whose norm overflowed: there is nothing to clip to
     any = any || !std::all_of(grad_squares, grad_squares + grads.size(), [](double s) { return std::isfinite(s); });
   if (any) *static_cast<float*>(found_inf.mutable_data_ptr()) = 1.0f;
 }
@@ -247,7 +247,7 @@ void sgd_step(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector
     numels.push_back(t.shape.numel);
   });
 
-  // what decides is read here, on the CPU; a kernel on another device reads it there
+  // the CPU reads found_inf here; kernels on other devices read it there
   if (found_inf.has_value() && read_scalar(*found_inf) != 0.0) return;
   const double inv_scale = grad_scale.has_value() ? 1.0 / read_scalar(*grad_scale) : 1.0;
   const double* const grad_squares = read_squares(grad_sq);

@@ -9,13 +9,12 @@
 namespace fasttricks::cpu {
 
 struct SgdKernels {
-  // n elements that lie one after another. master: fp32, of half and bfloat16 parameters only; buf: null without
-  // momentum.
+  // n contiguous elements. master: fp32, null unless the parameter is half or bfloat16; buf: null without momentum.
   using Step = void (*)(void* param, const void* grad, void* master, void* buf, int64_t n, const SgdScalars& scalars);
   // Whether any value is infinite or NaN; *square_sum (unless null) receives the sum of squares.
   using Check = bool (*)(const void* grad, int64_t n, double* square_sum);
-  // The sum of squares of the weights as a step sees them: master, or param where param is no longer the rounded
-  // master.
+  // The sum of squares of the weights as a step sees them: the master, or the parameter if it no longer equals the
+  // rounded master.
   using WeightSquare = double (*)(const void* param, const void* master, int64_t n);
 
   // Indexed by ElementType.

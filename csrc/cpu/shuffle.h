@@ -1,4 +1,4 @@
-// Movements of lanes that Vec itself does not have: sums of neighbours, doubling of lanes, transposes of N x N tiles.
+// Lane shuffles beyond those of Vec: sums of neighbours, duplicated lanes, transposes of N x N tiles.
 // Like vec.h, included by csrc/cpu/isa/*.cpp only and compiled once per ISA.
 #pragma once
 

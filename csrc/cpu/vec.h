@@ -15,7 +15,7 @@
 
 namespace fasttricks::cpu::FT_ISA {
 
-// Bit patterns as they lie in memory; arithmetic is done in float.
+// Bit patterns as stored in memory; arithmetic is done in float.
 struct Half {
   uint16_t bits;
 };
@@ -60,7 +60,7 @@ FT_INLINE Half to_half(float f) {  // round to nearest even
 FT_INLINE float to_float(float f) { return f; }
 FT_INLINE double to_float(double f) { return f; }
 
-// One element of any storage type, as its accumulation type; and back.
+// Conversion of one element between its storage type and its accumulation type.
 template <class T>
 FT_INLINE auto load1(const T* p) {
   return to_float(*p);

@@ -8,7 +8,7 @@
 namespace fasttricks::cuda::ops {
 namespace {
 
-// use(first image, shape): launches of whole images, as many as the pixels of one launch allow.
+// Calls use(first image, shape) for each launch: as many whole images as the pixel limit of one launch allows.
 template <typename Use>
 void for_images(const char* op, const AvgPoolConv1x1Sizes& s, Use use) {
   FT_CHECK(op, s.ho * s.wo <= kAvgPoolMaxPixels && s.c < kAvgPoolMaxPixels && s.o < kAvgPoolMaxPixels,
@@ -42,7 +42,7 @@ Tensor avgpool_conv1x1_forward(Tensor x, Tensor weight, MaybeTensor bias, int64_
   return y;
 }
 
-// Sums over parts, of `numel` values each: `parts` of them for every launch, all in one workspace.
+// One workspace for the partial sums of all launches, `numel` values per part.
 template <typename T>
 struct Partial {
   Tensor memory;

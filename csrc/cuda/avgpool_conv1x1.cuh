@@ -1,6 +1,6 @@
 // Kernels of avgpool_conv1x1: the three products, and the sums of their parts. avgpool_conv1x1_plan.h says which tile
-// and part of the depth a block has; csrc/math/avgpool.h has the formulas. The pooled x exists in registers and shared
-// memory only; of 16-bit types it is rounded there, as the tensor cores take it.
+// and part of the depth a block computes; csrc/math/avgpool.h has the formulas. The pooled x exists in registers and
+// shared memory only; of 16-bit types it is rounded there, as the tensor cores take it.
 #pragma once
 
 #include "avgpool_conv1x1_tile.cuh"
@@ -40,7 +40,7 @@ FT_DEVICE AvgPoolGradientLoader<T, kNhwc> gradient_loader(const T* dy, const Avg
     return {dy, s, s.o, wide.gradient};
 }
 
-// The result's tile, rounded, in shared memory: lines of channels (NHWC) or of pixels.
+// The rounded tile of the result in shared memory, as lines of channels (NHWC) or of pixels (NCHW).
 template <typename T, bool kNhwc>
 struct AvgPoolResult {
   using Tile = AvgPoolTile<sizeof(T)>;
@@ -58,7 +58,7 @@ struct AvgPoolResult {
     });
     __syncthreads();
   }
-  // use(line, first, vector) of all vectors.
+  // Calls use(line, first, vector) for all vectors.
   template <typename Use>
   FT_DEVICE void for_vectors(Use use) const {
 #pragma unroll 1
@@ -70,8 +70,7 @@ struct AvgPoolResult {
       use(line, first, v);
     }
   }
-  // use(line, value) of all elements of the line's place that this thread has, the same in every line: neighbours in
-  // memory by neighbouring threads.
+  // Calls use(line, value) for this thread's element of every line. Neighbouring threads have neighbouring elements.
   FT_DEVICE static int index() { return int(threadIdx.x) % kLength; }
   template <typename Use>
   FT_DEVICE void for_lines(Use use) const {
@@ -135,7 +134,7 @@ __global__ void __launch_bounds__(kAvgPoolThreads, sizeof(T) == 8 ? 1 : 2)
   Forward::finish(result, s, block, wide, y);
 }
 
-// The same, by blocks that read and pool their rows once, keep them in shared memory, and go through several tiles of
+// The same product. A block reads and pools its rows once, keeps them in shared memory, and computes several tiles of
 // columns.
 template <typename T, bool kNhwc>
 __global__ void __launch_bounds__(kAvgPoolThreads, 2)
@@ -168,8 +167,8 @@ __global__ void __launch_bounds__(kAvgPoolThreads, 2)
   }
 }
 
-// use(row, column, inside): the pixels of x that belong to the output's pixel `at`: those of its window, and, outside
-// of it, those at the edge that no window covers.
+// Calls use(row, column, inside) for the pixels of x that belong to output pixel `at`: those of its window, and those
+// at the edge that no window covers (inside is false).
 template <typename Use>
 FT_DEVICE void for_spread(const AvgPoolShape& s, const AvgPoolPixel& at, Use use) {
   const int row0 = at.i * s.stride, column0 = at.j * s.stride;
@@ -337,8 +336,8 @@ __global__ void __launch_bounds__(kAvgPoolThreads)
     if (i + e < numel) store(out + i + e, rounded[e]);
 }
 
-// partial[split][o] = sum of dy over the split's pixels. A warp a channel in NCHW, where neighbouring pixels are
-// neighbours in memory, a thread a channel in NHWC, where channels are: lanes is how many share one.
+// partial[split][o] = sum of dy over the split's pixels. NCHW: one warp per channel, since pixels
+// are neighbours in memory; NHWC: one thread per channel, since channels are. lanes: threads that share a channel.
 template <typename T>
 __global__ void __launch_bounds__(kAvgPoolThreads)
     avgpool_bias(const T* __restrict__ dy, AvgPoolShape s, bool nhwc, int splits, acc_t<T>* __restrict__ partial) {
@@ -347,7 +346,7 @@ __global__ void __launch_bounds__(kAvgPoolThreads)
   const int each = (s.pixels() + splits - 1) / splits, begin = int(blockIdx.y) * each;
   const int end = s.pixels() - begin < each ? s.pixels() : begin + each;
   acc_t<T> sum = 0;
-  constexpr int kPart = 64;  // values of a thread that are summed up apart: there is no wider type to sum in
+  constexpr int kPart = 64;  // values that a thread sums separately: there is no wider type to sum in
   if (o < s.o)
     for (unsigned first = unsigned(begin + lane); first < unsigned(end); first += unsigned(kPart * lanes)) {
       acc_t<T> part = 0;

@@ -1,9 +1,9 @@
-// How the operands of avgpool_conv1x1's products come into shared memory. A loader yields vectors of 16 bytes of a
-// matrix that has one index along memory: (outer, inner), with zeros past its ends. Where `wide`, fetch reads what a
-// vector is made of into registers, and settle makes it of that, when it has arrived; without it elements come one
-// after the other, neighbours in memory by neighbouring threads.
+// Loads the operands of avgpool_conv1x1's products into shared memory. A loader yields 16-byte vectors of a matrix
+// (outer, inner) whose inner index is contiguous in memory, with zeros past its ends. If `wide`, fetch starts the loads
+// of a vector into registers and settle computes the vector once they have arrived; otherwise elements are loaded one
+// by one, neighbouring elements by neighbouring threads.
 //
-// Pixels are divided into (n, i, j) once for the whole product where they are not its depth.
+// Unless pixels are the depth of the product, each is divided into (n, i, j) only once.
 #pragma once
 
 #include "avgpool_conv1x1_plan.h"
@@ -21,7 +21,7 @@ FT_DEVICE AvgPoolPixel pixel_of(const AvgPoolShape& s, int q) {
   const unsigned row = unsigned(q) / unsigned(s.wo), n = row / unsigned(s.ho);
   return {int(n), int(row - n * unsigned(s.ho)), int(unsigned(q) - row * unsigned(s.wo))};
 }
-// Where a pixel of the output lies in NCHW, of `channels`, and the corner of its window in x.
+// The offset of an output pixel in an NCHW tensor of `channels`, and the corner of its window in x.
 FT_DEVICE int64_t offset_in_planes(const AvgPoolShape& s, const AvgPoolPixel& at, int channels, int channel) {
   return (int64_t(at.n) * channels + channel) * s.plane() + at.i * s.wo + at.j;
 }
@@ -40,7 +40,8 @@ FT_DEVICE A inverse_count(int rows, int columns) {
   return (rows > 1 ? A(0.5) : A(1)) * (columns > 1 ? A(0.5) : A(1));
 }
 
-// A dense matrix: outer rows of `inner` elements. Copied to shared memory past the registers where it is wide.
+// A dense matrix: outer rows of `inner` elements. If wide, it is copied to shared memory without passing through
+// registers.
 template <typename T>
 struct RowLoader {
   const T* base;
@@ -56,7 +57,7 @@ struct RowLoader {
   FT_DEVICE T one(int outer, int inner) const { return inside(outer, inner) ? load(at(outer, inner)) : T(0); }
 };
 
-// A gradient in NCHW: outer are its channels, inner its pixels.
+// A gradient in NCHW: outer index channels, inner index pixels.
 template <typename T>
 struct PlaneLoader {
   const T* base;
@@ -87,19 +88,19 @@ struct PlaneLoader {
   }
 };
 
-// The mean of a window's four values, of which those outside the image are 0.
+// The mean of a window's four values; those outside the image are 0.
 template <typename T>
 FT_DEVICE T pooled(T a, T b, T c, T d, acc_t<T> inv_count) {
   using A = acc_t<T>;
   return T(((A(a) + A(b)) + (A(c) + A(d))) * inv_count);
 }
 
-// A window of x: where its corner lies in channel 0, how many rows and columns of it are inside the image.
+// A window of x: the offset of its corner in channel 0, and how many of its rows and columns lie inside the image.
 struct AvgPoolWindow {
   int64_t corner;
   int rows, columns;
 };
-// Its mean, where its rows and columns are so far apart; pairs: two columns, always, in one access.
+// The mean of a window, given the strides of its rows and columns; pairs: both columns in one access.
 template <typename T>
 FT_DEVICE T pooled_singly(const T* corner, const AvgPoolWindow& window, int64_t row, int64_t column, bool pairs) {
   T four[2][2] = {};
@@ -116,7 +117,7 @@ FT_DEVICE T pooled_singly(const T* corner, const AvgPoolWindow& window, int64_t 
   return pooled(four[0][0], four[0][1], four[1][0], four[1][1], inverse_count<acc_t<T>>(window.rows, window.columns));
 }
 
-// x in NHWC, pooled: outer are the output's pixels, inner the channels.
+// Pooled x in NHWC: outer index output pixels, inner index channels.
 template <typename T>
 struct PooledRowLoader {
   const T* base;
@@ -154,9 +155,9 @@ struct PooledRowLoader {
   }
 };
 
-// x in NCHW, pooled: outer are the channels, inner the output's pixels. wide: half a vector of pixels, which lie in one
-// row of the output, is a vector of x in each of two rows; with stride 1 a vector is a vector. pairs: a window's row is
-// one access.
+// Pooled x in NCHW: outer index channels, inner index output pixels. wide: half a vector of output pixels, all in one
+// row, is pooled from one vector of x in each of two rows; with stride 1 a vector is copied. pairs: one access per row
+// of a window.
 template <typename T>
 struct PooledPlaneLoader {
   static constexpr int kHalf = kAvgPoolVector<T> / 2;

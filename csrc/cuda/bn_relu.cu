@@ -30,7 +30,7 @@ void move_statistics(BnRunningStatistics& running, const Tensor& mean, const Ten
   if (channels || update.batches) bn_update_stats_run(update, channels, stream);
 }
 
-// A call as the kernels take it.
+// The arguments of a call as the kernels take them.
 struct Call : BnCall {
   OnDevice on;
   BnShape shape;
@@ -47,7 +47,7 @@ struct Call : BnCall {
     return static_cast<const T*>(x.const_data_ptr());
   }
 
-  // In their own type, which the kernels read.
+  // In their own type: the kernels convert.
   void affine(const MaybeTensor& weight, const MaybeTensor& bias) {
     const auto one = [this](const char* name, const MaybeTensor& given, const void*& at, ElementType& type) {
       if (!given.has_value()) return;
@@ -74,12 +74,12 @@ struct Call : BnCall {
             A(eps)};
   }
 
-  // Zeros of an empty x: nothing is launched for it.
+  // Zeros if x is empty: nothing is launched then.
   Tensor new_per_channel() const {
     return empty() ? torch::stable::new_zeros(x, {channels}, statistics_type)
                    : torch::stable::new_empty(x, {channels}, statistics_type);
   }
-  // Of a reduction, of either variant.
+  // Workspace of a reduction, of either variant.
   Tensor new_partial() const {
     int64_t most = bn_partial_count(bn_reduction_tiling(shape, on.device.sm_count));
     for (int blocks = 1; blocks <= 2; ++blocks)
@@ -87,7 +87,7 @@ struct Call : BnCall {
     return torch::stable::new_empty(x, {most}, statistics_type);
   }
 
-  // y, mean, var and, with a residual, the mask.
+  // Computes y, mean, var and, with a residual, the mask.
   std::tuple<Tensor, Tensor, Tensor, Tensor> launch_forward(const MaybeTensor& residual, BnRunningStatistics running) {
     const void* z = residual.has_value() ? like_x("residual", *residual) : nullptr;
     running.check(*this);
@@ -127,7 +127,7 @@ struct Call : BnCall {
     return {mean, var};
   }
 
-  // y with given statistics, and the mask where there is a residual.
+  // Computes y from given statistics and, with a residual, the mask.
   std::tuple<Tensor, Tensor> launch_apply(const MaybeTensor& residual) {
     const void* z = residual.has_value() ? like_x("residual", *residual) : nullptr;
     Tensor y = new_like_x(), mask = torch::stable::new_empty(x, {z ? mask_bytes() : 0}, ScalarType::Byte);
@@ -155,7 +155,7 @@ struct Call : BnCall {
     return {dweight, dbias};
   }
 
-  // dx and dresidual from the sums. count: values of a channel over all replicas, 0 where the statistics are constants.
+  // Computes dx and dresidual from the sums. count: values per channel over all replicas; 0 for constant statistics.
   std::tuple<Tensor, Tensor> launch_backward_apply(const void* dy, const uint8_t* bits, const void* dweight,
                                                    const void* dbias, int64_t count, bool need_dresidual) {
     Tensor dx = new_like_x(), dresidual = need_dresidual ? new_like_x() : torch::stable::new_empty(x, {0});
@@ -208,7 +208,7 @@ std::tuple<Tensor, Tensor> bn_add_relu_apply(Tensor x, Tensor residual, MaybeTen
 
 std::tuple<Tensor, Tensor> bn_stats(Tensor x) { return Call("bn_stats", x, 0.0).launch_stats(); }
 
-// What every backward op is given.
+// The arguments that all backward ops share.
 struct BackwardCall : Call {
   const void* dy;
   const uint8_t* bits;

@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kBnThreads, kBnBlocksOf<T, kVector, 4>)
   });
 }
 
-// mean and biased variance of every channel; one warp a channel.
+// mean and biased variance of every channel; one warp per channel.
 template <typename A>
 __global__ void __launch_bounds__(kBnThreads)
     bn_finalize_stats(const A* __restrict__ partial, BnShape s, BnTiling t, A* __restrict__ mean, A* __restrict__ var) {
@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kBnThreads, kBnBlocksOf<T, kVector, 3>)
   });
 }
 
-// dbias = sum dz, dweight = rstd * sum dz * (x - mean); one warp a channel.
+// dbias = sum dz, dweight = rstd * sum dz * (x - mean); one warp per channel.
 template <typename A>
 __global__ void __launch_bounds__(kBnThreads)
     bn_finalize_backward(const A* __restrict__ partial, BnShape s, BnTiling t, const A* __restrict__ var, A eps,
@@ -198,9 +198,9 @@ __global__ void __launch_bounds__(kBnThreads, kBnBlocksOf<T, kVector, 2>)
   });
 }
 
-// ---- one launch, x read once: the block's part of it stays in shared memory from the reduction to the last pass ----
+// ---- one launch that reads x once: a block keeps its part in shared memory from the reduction to the last pass ----
 
-// Rows that a thread keeps, each its own: nobody else reads them, so that no barrier is needed.
+// Rows that a thread keeps for itself: no other thread reads them, so no barrier is needed.
 template <typename T>
 struct BnSlab {
   static constexpr int kVectors = int(kBnColumns * sizeof(T) / 16);
@@ -220,7 +220,7 @@ struct BnSlab {
   }
 };
 
-// use(channel, lane): every channel once over the grid, a warp each.
+// Calls use(channel, lane) once per channel over the whole grid, with one warp per channel.
 template <typename Use>
 FT_DEVICE void for_channels_of_grid(const BnShape& s, Use use) {
   const int warps = kBnThreads / 32, blocks = int(gridDim.x * gridDim.y);
@@ -345,7 +345,7 @@ __global__ void __launch_bounds__(kBnThreads, 2)
   });
 }
 
-// One running statistic and what moves it.
+// One running statistic and what updates it.
 struct BnRunning {
   void* running;
   const void* now;
@@ -357,7 +357,7 @@ struct BnUpdate {
   const double* count;  // values per channel; null: `values`
   int64_t values;
   int64_t* batches;  // the number of batches; may be null
-  bool cumulative;   // all batches weigh the same, whatever the momentum
+  bool cumulative;   // every batch has the same weight; momentum is ignored
   double momentum;
 };
 
@@ -380,7 +380,8 @@ FT_DEVICE void update_running(const BnRunning& r, int c, double factor, double m
   }
 }
 
-// Moves the running statistics and the number of batches; one block, so that all read that number before it moves.
+// Updates the running statistics and the number of batches; one block, so that every thread reads that number before it
+// changes.
 inline constexpr int kBnUpdateThreads = 512;
 __global__ void __launch_bounds__(kBnUpdateThreads) bn_update_stats(FT_PARAMETER(BnUpdate) u, int channels) {
   const int64_t batches = u.batches ? load(u.batches) + 1 : 1;

@@ -4,8 +4,8 @@
 //   NHWC: rows = N*H*W, cols = C,     inner = 1
 //   NCHW: rows = N,     cols = C*H*W, inner = H*W
 // A block owns a tile of 8*tx columns and a range of rows; a thread owns 8 neighbouring columns (16 bytes at 16 bit)
-// and every ty-th row. Where the rows do not start at multiples of 8 elements, the elementwise kernels see the tensor
-// as one row instead ("flat"), in which the channels repeat.
+// and every ty-th row. If rows do not start at multiples of 8 elements, the elementwise kernels treat the tensor as one
+// row ("flat"), in which the channels repeat.
 #pragma once
 
 #include <algorithm>
@@ -47,7 +47,7 @@ inline BnShape bn_flat(const BnShape& s) { return {1, s.rows * s.cols, s.inner, 
 
 inline bool bn_vectors_fit(const BnShape& s) { return s.cols % kBnColumns == 0; }
 
-// At most max_blocks blocks where the columns allow it, none with less than one chunk of rows a thread, or min_rows.
+// At most max_blocks blocks if the columns allow it; each has at least one chunk of rows per thread, and min_rows.
 inline BnTiling bn_tile(const BnShape& s, int64_t max_blocks, int64_t min_rows = 1) {
   BnTiling t{};
   const int64_t units = ceil_div(s.cols, kBnColumns), widest = s.inner == 1 && s.rows > 1 ? 32 : 64;
@@ -61,11 +61,11 @@ inline BnTiling bn_tile(const BnShape& s, int64_t max_blocks, int64_t min_rows =
   return t;
 }
 
-// Two numbers for every channel of every tile of every range of rows.
+// Two numbers per channel, tile and range of rows.
 inline int64_t bn_partial_count(const BnTiling& t) { return int64_t(t.splits) * t.tiles * t.slots * 2; }
 
-// Reductions want enough blocks to fill the card and few partial results; elementwise passes want many blocks. Of NHWC
-// each block reads the parameters of all its columns: with 128 rows that is a twentieth of what it reads of one tensor.
+// Reductions want enough blocks to fill the card and few partial results; elementwise passes want many blocks.
+// In NHWC each block reads the parameters of all its columns: with 128 rows, a twentieth of what it reads of a tensor.
 inline int64_t bn_min_rows(const BnShape& s) { return s.inner == 1 ? 128 : 1; }
 inline BnTiling bn_reduction_tiling(const BnShape& s, int sm_count) {
   return bn_tile(s, int64_t(sm_count) * 4, bn_min_rows(s));
@@ -74,8 +74,8 @@ inline BnTiling bn_elementwise_tiling(const BnShape& s, int sm_count) {
   return bn_tile(s, int64_t(sm_count) * 16, bn_min_rows(s));
 }
 
-// The one-launch variant, which keeps each block's part of `arrays` tensors in shared memory: possible where the blocks
-// fit on the card together. static_bytes: what the kernel has besides.
+// The one-launch variant, which keeps each block's part of `arrays` tensors in shared memory: possible if all
+// blocks fit on the card together. static_bytes: the kernel's static shared memory.
 struct BnSlabPlan {
   BnTiling tiling;
   int kept_rows;  // of a thread

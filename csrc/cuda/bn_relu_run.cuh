@@ -69,7 +69,7 @@ void bn_backward_apply_run(const T* dy, const T* x, const uint8_t* mask, const B
          inv_count, shape, t, dx, dresidual);
 }
 
-// Whether a one-launch kernel can have all its blocks on the card at once, with as many a multiprocessor as fit.
+// Whether a one-launch kernel can have all its blocks on the card at once, with as many per multiprocessor as fit.
 template <typename Kernel>
 bool bn_slab_fits(Kernel kernel, const BnShape& s, const Device& d, int element_bytes, int arrays, BnSlabPlan* plan) {
   for (int blocks = 2; blocks >= 1; --blocks) {

@@ -11,15 +11,15 @@ namespace fasttricks::cuda {
 // Rows that a thread loads before it computes.
 template <typename T>
 constexpr int kBnChunkOf = sizeof(T) == 8 ? 2 : kBnChunk;
-// Blocks of a kernel that should be resident together, which caps its registers: kHalf of a vectorised one of 16-bit
-// types.
+// Blocks of a kernel that should be resident on an SM together, which caps its registers; kHalf: for the vectorised
+// kernels of 16-bit types.
 template <typename T, bool kVector, int kHalf>
 constexpr int kBnBlocksOf = sizeof(T) == 8   ? 1
                             : !kVector       ? 2
                             : sizeof(T) == 4 ? 2
                                              : kHalf;
 
-// Of every channel; weight and bias may be null (1 and 0).
+// The parameters of all channels; weight and bias may be null (1 and 0).
 template <typename A>
 struct BnParams {
   const A* mean;
@@ -153,10 +153,10 @@ struct BnTile {
         body(r, std::integral_constant<int, kRows>());
     for (; r < r1; r += t.ty()) body(r, std::integral_constant<int, 1>());
   }
-  // How many rows the threads of line y have.
+  // The number of rows of the threads in line y.
   FT_DEVICE int64_t rows_of(int line) const { return r1 - r0 > line ? (r1 - r0 - line - 1) / t.ty() + 1 : 0; }
 
-  // Of the thread's first column, in elements.
+  // Offset of the thread's first column, in elements.
   FT_DEVICE int64_t offset(int64_t row) const { return row * s.cols + col; }
   // Zeros where `needed` is false.
   template <bool kVector, typename T>
@@ -237,7 +237,7 @@ struct BnTile {
     return !live;
   }
 
-  // As channel_params, and the shift and slope of bn_backward_factors: `staged` has 5 * kBnMaxTile.
+  // As channel_params, with the shift and slope of bn_backward_factors; `staged` has 5 * kBnMaxTile values.
   template <typename A>
   FT_DEVICE bool gradient_params(const BnParams<A>& p, const A* dweight, const A* dbias, A inv_count, A* staged,
                                  A (&mean)[kBnColumns], A (&scale)[kBnColumns], A (&bias)[kBnColumns],
@@ -261,11 +261,12 @@ struct BnTile {
     return zero && !infinite;
   }
 
-  // Where this block's result for a channel of its tile lies among the partial ones.
+  // Index of this block's partial result for a channel of its tile.
   FT_DEVICE int64_t partial_slot(int k) const {
     return (int64_t(blockIdx.y) * t.tiles + int64_t(blockIdx.x)) * t.slots + k;
   }
-  // use(slot, lanes): the channels of the tile, a warp for each where it has many columns or lines, else a thread.
+  // Calls use(slot, lanes) for the channels of the tile: a warp per channel if it has many columns or lines, else a
+  // thread.
   template <typename Use>
   FT_DEVICE void for_channels(Use use) const {
     if (s.inner >= 32 || t.ty() >= 32)
@@ -283,7 +284,7 @@ struct BnTile {
     return int((c < col1 ? c : col1) - col0);
   }
 
-  // write(slot, mean, M2) for each channel of the tile.
+  // Calls write(slot, mean, M2) for each channel of the tile.
   template <typename A, typename Write>
   FT_DEVICE void moments_per_channel(const ColumnMoments<A>& own, A* means, A* m2s, Write write) const {
 #pragma unroll

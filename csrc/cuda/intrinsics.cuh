@@ -1,6 +1,6 @@
-// What kernels may use of the device beyond plain C++. Every global access goes through load/store, which vectorise to
-// 16 bytes and which the CPU emulator (tests/emulator) counts; this is the only kernel header that tells device from
-// emulator.
+// Everything that kernels use of the device beyond plain C++. Every global access goes through load/store, which
+// vectorise to 16 bytes and which the CPU emulator (tests/emulator) counts; this is the only kernel header that tells
+// device from emulator.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -89,7 +89,7 @@ FT_DEVICE void store_pair(T* p, const T (&v)[2]) {
   memcpy(&u, v, sizeof u);
   *reinterpret_cast<pair_t<T>*>(p) = u;
 }
-// A value that another block of the same launch has written before the last grid barrier: never through the read-only
+// Loads a value that another block of the same launch wrote before the last grid barrier, bypassing the read-only
 // cache.
 template <typename T>
 FT_DEVICE T load_shared_between_blocks(const T* p) {
@@ -115,8 +115,8 @@ FT_DEVICE A sum_over_lanes(A v) {
   return v;
 }
 
-// d += a * b on the tensor cores: a is 16 x 16, b 16 x 8, of T = Half or BFloat16; d is fp32. A thread has the elements
-// that the PTX manual ("Matrix fragments for mma.m16n8k16") gives its lane.
+// d += a * b on the tensor cores: a is 16 x 16, b 16 x 8, of T = Half or BFloat16; d is fp32. The elements of a thread
+// follow the PTX manual ("Matrix fragments for mma.m16n8k16").
 template <typename T>
 FT_DEVICE void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #if defined(CUDA_ON_CPU)
@@ -155,8 +155,8 @@ FT_DEVICE void load_matrices(uint32_t (&r)[4], const void* row) {
 #endif
 }
 
-// 16 bytes from global to shared memory, past the registers; zeros where not `needed`. Visible to this thread after
-// copy_wait, to others after a barrier that follows.
+// Copies 16 bytes from global to shared memory, bypassing the registers; zeros unless `needed`. Visible to this thread
+// after copy_wait, to others after a barrier that follows.
 FT_DEVICE void copy_async(void* to, const void* from, bool needed) {
 #if defined(CUDA_ON_CPU)
   ::emu::cp_async16(to, from, needed ? 16 : 0);
@@ -174,7 +174,7 @@ FT_DEVICE void copy_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
 }
-// Until at most kPending of this thread's groups, the last ones, are under way.
+// Waits until at most the last kPending of this thread's groups are in flight.
 template <int kPending>
 FT_DEVICE void copy_wait() {
 #if defined(CUDA_ON_CPU)

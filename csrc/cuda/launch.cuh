@@ -22,7 +22,7 @@ struct Device {
 
 #if defined(CUDA_ON_CPU)
 
-// A small card: few blocks, so that a test sees several blocks an SM and several tiles a block.
+// A small card: few blocks, so that a test sees several blocks per SM and several tiles per block.
 inline Device emulated_device() {
   const int shared = int(emu::world.shared_per_sm);
   return {4, shared, shared - 1024};
@@ -37,7 +37,7 @@ void launch_cooperative(void (*kernel)(P...), dim3 grid, int threads, size_t dyn
                         const A&... args) {
   emu::launch(grid, dim3(unsigned(threads)), dynamic_bytes, true, [&] { kernel(args...); });
 }
-// Blocks of a kernel that are resident on one SM together.
+// Number of a kernel's blocks that are resident on one SM at a time.
 template <typename... P>
 int resident_blocks(void (*)(P...), int, size_t dynamic_bytes, const Device& device) {
   return int(device.shared_per_sm / (dynamic_bytes + 18 * 1024));

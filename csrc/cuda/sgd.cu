@@ -13,7 +13,7 @@ void check_how_many(const char* op, size_t tensors) {
            " in one call");
 }
 
-// Copies of strided tensors, one value after another, and where to copy them back to.
+// Contiguous copies of strided tensors, and where to copy them back to.
 class Packed {
  public:
   void* read(const Tensor& t, bool as_it_is) {
@@ -121,7 +121,7 @@ void sgd_step(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector
     sgd_step_run(items, groups, header, true, on.stream);
     return packed.copy_back();
   }
-  // tensors that share memory: one after the other, all with the counts that they came with
+  // tensors that share memory are stepped one after another, all with the step counts from before the call
   for (const SgdStepped& t : all) {
     Packed packed;
     sgd_step_run({item_of(t, packed)}, groups, header, false, on.stream);

@@ -15,7 +15,7 @@ constexpr int kSgdValues = 8;  // of a thread at a time
 FT_DEVICE bool is_finite(float v) { return isfinite(v); }
 FT_DEVICE bool is_finite(double v) { return isfinite(v); }
 
-// use(first value, how many) for the runs of up to 8 values that a thread has of the block's n.
+// Calls use(first value, count) for the runs of up to 8 values, out of the block's n, that belong to this thread.
 template <typename Use>
 FT_DEVICE void for_values(int64_t n, Use use) {
 #pragma unroll 1
@@ -44,7 +44,7 @@ FT_DEVICE void store_values(T* p, int count, bool wide, const T (&v)[kSgdValues]
 }
 FT_DEVICE bool aligned(const void* p) { return (reinterpret_cast<uintptr_t>(p) & 15) == 0; }
 
-// The sum over the block, the same in all threads; `scratch` has a value for each warp. Always the same order.
+// The sum over the block, returned to all threads and always added in the same order; `scratch` has a value per warp.
 FT_DEVICE double sum_over_block(double v, double* scratch) {
   v = sum_over_lanes<32>(v);
   if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = v;
@@ -55,7 +55,7 @@ FT_DEVICE double sum_over_block(double v, double* scratch) {
   return sum;
 }
 
-// The master, or the parameter where it is no longer the rounded master: then it was changed from outside.
+// The master, or the parameter if it no longer equals the rounded master because it was changed from outside.
 template <typename P>
 FT_DEVICE float as_seen(P param, float master) {
   return float(P(master)) == float(param) ? master : float(param);
@@ -101,8 +101,8 @@ __global__ void __launch_bounds__(kSgdThreads, 4)
   if (threadIdx.x == 0) store(partial + blockIdx.x, sum);
 }
 
-// The sum of squares of each tensor, from its blocks' partial sums; a warp a tensor. A gradient's that is not finite
-// (of float64 values) sets found_inf, too: a norm that is not finite cannot be clipped to.
+// The sum of squares of each tensor, from its blocks' partial sums; one warp per tensor. If the sum of a gradient is
+// not finite (float64 values can overflow it), found_inf is set: there is nothing to clip to.
 __global__ void __launch_bounds__(kSgdThreads)
     sgd_norms(FT_PARAMETER(SgdTable) table, const double* __restrict__ partial, int64_t blocks) {
   const SgdView view(table);
@@ -116,9 +116,9 @@ __global__ void __launch_bounds__(kSgdThreads)
   const auto is_same = [&](int64_t other) {
     return view.tensor(other) == tensor && bool(view.group(view.group_of_entry(other)).flags & kSgdWeight) == weight;
   };
-  if (e > 0 && is_same(e - 1)) return;  // the warp of its first entry has it
+  if (e > 0 && is_same(e - 1)) return;  // summed by the warp of its first entry
   double* const squares = weight ? header.weight_sq : header.grad_sq;
-  if (!squares) return;  // only the other's are wanted
+  if (!squares) return;  // only the other kind's norms are requested
   double* const out = squares + tensor;
   double total = e == 0 && (header.flags & kSgdContinues) ? load(out) : 0;
   for (; e < header.entries && is_same(e); ++e) {
@@ -132,9 +132,10 @@ __global__ void __launch_bounds__(kSgdThreads)
   if (!weight && !is_finite(total)) store(header.found_inf, 1.0f);
 }
 
-// Whether this is the tensor's first step; and the step is counted. Blocks may come in any order, and all must see the
-// count as it was. From 1 on that takes no care: whichever block counts, the others see a count that is not 0. At 0
-// each block adds 1 to the count's BITS (which stay below those of 1.0f), and the last of them writes 1.0f.
+// Returns whether this is the tensor's first step, and counts the step. Blocks run in any order, and all of them must
+// see the count from before the step. If it is 1 or more, one block increments it: the others see a nonzero count
+// either way. If it is 0, each block adds 1 to the BITS of the count (which stay below those of 1.0f), and the last
+// writes 1.0f.
 FT_DEVICE bool count_step(float* steps, const SgdView& view, int64_t e) {
   unsigned* const bits = reinterpret_cast<unsigned*>(steps);
   const unsigned seen = load_shared_between_blocks(bits), one = __float_as_uint(1.0f);
@@ -154,7 +155,7 @@ FT_DEVICE bool count_step(float* steps, const SgdView& view, int64_t e) {
   return first;
 }
 
-// What is the same for all values of entry e. norm: of all gradients, before the loss scale is taken out.
+// The factors shared by all values of entry e. norm: of all gradients, before division by the loss scale.
 FT_DEVICE SgdScalars scalars_of(const SgdView& view, int64_t e, double norm, bool first) {
   const SgdHeader& header = view.header();
   const SgdGroup& group = view.group(view.group_of_entry(e));
@@ -213,7 +214,7 @@ FT_DEVICE void step_values(const SgdScalars& s, P* param, const G* grad, acc_t<P
   });
 }
 
-// One step of every tensor in the table; nothing at all where found_inf is set.
+// One step of every tensor in the table; nothing is changed if found_inf is set.
 __global__ void __launch_bounds__(kSgdThreads, 3) sgd_step(FT_PARAMETER(SgdTable) table) {
   FT_SHARED(double, scratch, kSgdThreads / 32);
   FT_SHARED(SgdScalars, scalars, 1);
@@ -249,8 +250,8 @@ __global__ void __launch_bounds__(kSgdThreads, 3) sgd_step(FT_PARAMETER(SgdTable
   });
 }
 
-// Steps of tensors that share memory, which are launched one by one, all with the counts that they came with: counted
-// last.
+// Counts the steps of tensors that share memory. These are launched one by one, all with the counts from before the
+// call, and counted last.
 __global__ void sgd_count(float* steps, const float* found_inf) {
   if (!found_inf || load(found_inf) == 0.0f) store(steps, load(steps) + 1.0f);
 }

@@ -4,7 +4,7 @@
 // captured in a CUDA graph: 32,764 bytes from CUDA 12.1 on, 4,096 before (CUDA Programming Guide, "__global__ function
 // parameters"). The table is a header and arrays without gaps; an entry is a tensor, or a piece of one:
 //
-//   header | groups, 48 bytes each | pointers, `pointers` x 8 bytes an entry | values and first block, 4 + 4 | tensor,
+//   header | groups, 48 bytes each | pointers, `pointers` x 8 bytes each | values and first block, 4 + 4 | tensor,
 //   2
 //
 // pointers: gradient; and for the step parameter [master] [momentum buffer, step count]. Entries are sorted by group
@@ -25,13 +25,13 @@ constexpr int64_t kSgdBlock = 8192;              // values of a block: 256 threa
 constexpr int64_t kSgdPiece = int64_t{1} << 31;  // most values of an entry: they are counted in 32 bits
 constexpr int64_t kSgdMaxTensors = 1 << 16;      // of one table: entries name their tensor in 16 bits
 
-// What a launcher fills in once a launch: grad_scale, found_inf, grad_sq, weight_sq, max_norm, eps, the arrays'
+// Filled in once per launch: grad_scale, found_inf, grad_sq, weight_sq, max_norm, eps, the arrays'
 // lengths.
 constexpr int64_t kSgdHeaderBytes = 64;
 // lr (a pointer), momentum, 1 - dampening, weight decay and trust coefficient in fp64, flags and dtypes, first entry.
 constexpr int64_t kSgdGroupBytes = 48;
 
-// One tensor as the planner sees it. key: the same where group, dtype and gradient's dtype are the same.
+// One tensor as the planner sees it. Tensors with the same group, dtype and gradient dtype have the same key.
 struct SgdTensor {
   int64_t numel;
   int64_t key;
@@ -40,7 +40,7 @@ struct SgdTensor {
 struct SgdEntry {
   int64_t tensor, begin, count;
   int64_t first_block;
-  bool last;  // of its tensor's entries: the one whose blocks count the step
+  bool last;  // the last entry of its tensor, whose blocks count the step
 };
 
 struct SgdLaunch {
@@ -49,7 +49,7 @@ struct SgdLaunch {
   int64_t blocks = 0, bytes = 0;
 };
 
-// Where the arrays of a table lie.
+// Offsets of the arrays of a table.
 struct SgdLayout {
   int64_t groups, pointers, counts, first_blocks, tensors, bytes;
 };
@@ -79,10 +79,9 @@ FT_HD int64_t sgd_find(const Index* firsts, int64_t n, int64_t at) {
   return low;
 }
 
-// The launches of one pass over the tensors, each with a table of at most `limit` bytes; none if that is too small for
-// one entry, or if there are more tensors than a table can name. An empty tensor has a block, too, which counts its
-// step. The pieces of a tensor are launched in order, the last one last. Tensors that share memory must be planned
-// apart.
+// The launches of one pass over the tensors, each with a table of at most `limit` bytes; no launches if that is too
+// small for one entry, or if there are more tensors than a table can name. An empty tensor has one block, which counts
+// its step. The pieces of a tensor are launched in order. Tensors that share memory must be planned separately.
 inline std::vector<SgdLaunch> sgd_plan(const std::vector<SgdTensor>& tensors, int64_t pointers, int64_t limit) {
   if (sgd_layout(1, 1, pointers).bytes > limit || int64_t(tensors.size()) > kSgdMaxTensors) return {};
   std::vector<int64_t> order(tensors.size());

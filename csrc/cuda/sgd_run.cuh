@@ -22,7 +22,7 @@ struct SgdItem {
 
 inline int64_t sgd_bytes(ElementType t) { return t == ElementType::kDouble ? 8 : t == ElementType::kFloat ? 4 : 2; }
 
-// launch_one(table, launch) for the launches that the items take; `pointers` of each entry.
+// Calls launch_one(table, launch) for the launches of the items; each entry has `pointers` pointers.
 template <typename Launch>
 void sgd_tables(const std::vector<SgdItem>& items, const std::vector<SgdGroup>& groups, SgdHeader header, int pointers,
                 Launch launch_one) {
@@ -67,14 +67,14 @@ void sgd_tables(const std::vector<SgdItem>& items, const std::vector<SgdGroup>& 
   }
 }
 
-// The most blocks of one launch of sgd_check: what `partial` must hold.
+// The most blocks of any launch of sgd_check, which is the size of `partial`.
 inline int64_t sgd_check_blocks(const std::vector<SgdItem>& items) {
   int64_t blocks = 0;
   for (const SgdItem& item : items) blocks += item.numel / kSgdBlock + 1 + item.numel / kSgdPiece;
   return blocks;
 }
 
-// items: gradients of group 0, weights (for LARS) of group 1. partial: null where no norms are wanted.
+// items: gradients of group 0, weights (for LARS) of group 1. partial: null if no norms are requested.
 inline void sgd_check_run(const std::vector<SgdItem>& items, const SgdHeader& header, double* partial,
                           cudaStream_t stream) {
   std::vector<SgdGroup> groups(2);

@@ -8,7 +8,7 @@
 
 namespace fasttricks::cuda {
 
-constexpr int64_t kSgdTableBytes = 32736;  // of the 32,764 that a kernel may be given, with what else it takes
+constexpr int64_t kSgdTableBytes = 32736;  // out of 32,764 bytes of kernel parameters
 struct alignas(16) SgdTable {
   unsigned char bytes[kSgdTableBytes];
 };
@@ -16,7 +16,7 @@ struct alignas(16) SgdTable {
 struct SgdHeader {
   const float* grad_scale;  // null: 1
   float* found_inf;         // null: never set
-  double* grad_sq;          // null: not wanted, not needed
+  double* grad_sq;          // null: not requested
   double* weight_sq;
   double max_norm, eps;  // max_norm 0: no clipping
   int32_t entries, groups, norms;
@@ -41,7 +41,7 @@ static_assert(sizeof(SgdGroup) == kSgdGroupBytes);
 // kSgdWeight: of sgd_check, entries of weights, not of gradients.
 enum : uint16_t { kSgdNesterov = 1, kSgdMaximize = 2, kSgdLrIsDouble = 4, kSgdWeight = 8 };
 
-// Pointers of an entry, in this order; those after kSgdParam only where some tensor of the launch has them.
+// Pointers of an entry, in this order; those after kSgdParam only if a tensor of the launch has them.
 enum { kSgdGrad = 0, kSgdParam = 1, kSgdMaster = 2, kSgdBuffer = 3, kSgdSteps = 4 };
 
 // A table, read.

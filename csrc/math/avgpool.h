@@ -1,8 +1,8 @@
-// The 2x2 average pool with stride 2 of a ResNet-D shortcut, and its absence (stride 1): the geometry, for host and
-// device.
+// Geometry of the 2x2 average pool with stride 2 of a ResNet-D shortcut, for host and device; stride 1 is no pool.
 //
-//   p[i, j] = sum of x[r, s] over the window / count        r in [i * stride, min((i + 1) * stride, H)), s alike in W
-//   dx[r, s] = dp[r / stride, s / stride] / count            0 for the pixels that no window covers (floor, odd H or W)
+//   p[i, j] = sum of x[r, s] over the window / count        r in [i * stride, min((i + 1) * stride, H)); s likewise in
+//   W dx[r, s] = dp[r / stride, s / stride] / count            0 for the pixels that no window covers (floor, odd H or
+//   W)
 //
 // count is the number of pixels inside the image, 1, 2 or 4 (count_include_pad=False): 1 / count is exact.
 #pragma once

@@ -1,5 +1,5 @@
-// BatchNorm + ReLU and BatchNorm + residual add + ReLU, for host and device. Statistics are over all but the channels;
-// M is the number of values per channel, rstd = 1 / sqrt(var + eps), var is biased.
+// BatchNorm + ReLU and BatchNorm + residual add + ReLU, for host and device. Statistics are taken over all dimensions
+// but the channels; M is the number of values per channel, rstd = 1 / sqrt(var + eps), var is biased.
 //
 //   z = (x - mean) * (weight * rstd) + bias [+ residual]        y = z rounded to the type of x, 0 where that is <= 0
 //   m = (y > 0 or y is NaN)                                     dz = m * dy
@@ -7,7 +7,8 @@
 //   dx = weight * rstd * (dz - dbias / M - (x - mean) * rstd * dweight / M)      batch statistics
 //   dx = weight * rstd * dz                                                      constant statistics (eval)
 //
-// (x - mean) comes first: it is nearly exact where |mean| is large against the deviation, and zero weights stay exact.
+// (x - mean) is computed first: it is nearly exact even if |mean| is much larger than the deviation, and a zero weight
+// gives an exact zero.
 #pragma once
 
 #include <math.h>
@@ -32,7 +33,7 @@ struct BnBackward {
   A scale, shift, slope;
 };
 
-// inv_count is 1 / M, and 0 for constant statistics: the sums are then not read.
+// inv_count is 1 / M; for constant statistics it is 0 and the sums are not read.
 template <class A, class S>
 FT_HD BnBackward<A> bn_backward_factors(A weight, A rstd, A dweight, A dbias, S inv_count) {
   if (inv_count == S(0)) return {weight * rstd, A(0), A(0)};
@@ -49,10 +50,10 @@ FT_HD A bn_update(A running, A now, A momentum) {
   return (A(1) - momentum) * running + momentum * now;
 }
 
-// The biased variance times this is the unbiased one; of one value it stays biased.
+// Factor from the biased to the unbiased variance; 1 for a single value.
 FT_HD double bn_unbiased_factor(double count) { return count > 1 ? count / (count - 1) : 1.0; }
 
-// The factor of the new statistics after so many batches; cumulative: all batches weigh the same.
+// Weight of the new statistics after `batches` batches; cumulative: every batch has the same weight.
 FT_HD double bn_momentum(bool cumulative, double momentum, int64_t batches) {
   return cumulative ? 1.0 / double(batches) : momentum;
 }

@@ -1,4 +1,4 @@
-// What host code, CPU kernels and CUDA kernels share below the formulas: qualifiers, types, integers.
+// Qualifiers, types and integer helpers shared by host code, CPU kernels and CUDA kernels.
 #pragma once
 
 #include <stdint.h>
@@ -8,7 +8,7 @@
 #else
 #define FT_HD inline __attribute__((always_inline))
 #endif
-// Whether a card runs this code, or the emulator in its place: there float64 may have 1/64 of float32's rate.
+// Whether this code runs on a card, or in the emulator of one. On cards float64 may run at 1/64 of float32's rate.
 #if defined(__CUDA_ARCH__) || defined(CUDA_ON_CPU)
 #define FT_ON_DEVICE 1
 #else
@@ -17,7 +17,7 @@
 
 namespace fasttricks {
 
-// The type in which values stored as T are computed: float, of double double.
+// The type in which values stored as T are computed: double for double, else float.
 template <class T>
 struct AccumulateType {
   using type = float;
@@ -29,7 +29,7 @@ struct AccumulateType<double> {
 template <class T>
 using acc_t = typename AccumulateType<T>::type;
 
-// A tensor's dtype, where it travels to kernels as a value.
+// A tensor's dtype as a value that kernels can receive.
 enum class ElementType : uint8_t { kHalf, kBFloat16, kFloat, kDouble };
 
 FT_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

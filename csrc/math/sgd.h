@@ -15,7 +15,7 @@
 
 namespace fasttricks {
 
-// What is the same for all elements of one tensor.
+// The factors shared by all elements of one tensor.
 struct SgdScalars {
   double inv_scale, clip, weight_decay, multiplier, momentum, one_minus_dampening, lr;
   bool has_scale, has_clip, maximize, has_multiplier, has_momentum, first, nesterov, lr_in_momentum;
@@ -31,11 +31,11 @@ FT_HD double lars_trust(double eta, double weight_norm, double grad_norm, double
   return both ? eta * weight_norm / (grad_norm + weight_decay * weight_norm + eps) : 1.0;
 }
 
-// a * b + c in one rounding; a vector type brings its own.
+// a * b + c with one rounding; vector types define their own overload.
 FT_HD float fused(float a, float b, float c) { return fmaf(a, b, c); }
 FT_HD double fused(double a, double b, double c) { return fma(a, b, c); }
 
-// V is float, double or a vector of them.
+// V is float, double, or a vector of either.
 template <class V>
 struct SgdCoefficients {
   V inv_scale, clip, weight_decay, multiplier, momentum, one_minus_dampening, minus_lr, minus_one;

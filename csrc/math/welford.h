@@ -1,6 +1,6 @@
 // Mean and sum of squared deviations (M2) of values that come in parts: Chan, Golub and LeVeque 1979, "Updating
-// formulae and a pairwise algorithm for computing sample variances". For host and device; of many parts at once, over
-// the lanes of a warp, it is combine_moments in csrc/cuda/bn_relu_tile.cuh.
+// formulae and a pairwise algorithm for computing sample variances". For host and device; combine_moments in
+// csrc/cuda/bn_relu_tile.cuh merges many parts at once over the lanes of a warp.
 //
 //   d = mean_b - mean_a      n = n_a + n_b      mean = mean_a + d * n_b / n      M2 = M2_a + M2_b + d^2 * n_a * n_b / n
 #pragma once

@@ -22,7 +22,7 @@ constexpr int64_t kAvgPoolBytes = 1024 << 10;  // pooled channels of dW, read a 
 FT_INLINE int64_t k_blocks(int64_t k) { return ceil_div(k, kKc); }
 FT_INLINE int64_t k_begin(int64_t k, int64_t block) { return k * block / k_blocks(k); }
 
-// Elements from one panel of B to the next, padded so that panels written side by side fall into different cache sets.
+// The stride between panels of B, padded so that panels written together fall into different cache sets.
 template <class A>
 FT_INLINE int64_t panel_stride(int64_t k) {
   return ceil_div(k, k_blocks(k)) * kNr<A> + kPad / int64_t(sizeof(A));
@@ -97,7 +97,7 @@ int64_t convolve_bytes(const AvgPoolConv1x1Sizes& s, AvgPoolConv1x1Pass pass) {
   return ConvolvePlan<acc_t<T>>(s, pass).bytes(s.nhwc);
 }
 
-// Where columns q to q + N of a row lie in the panels that follow each other at `stride`.
+// The address of columns q to q + N of a row in panels that lie `stride` apart.
 template <class A>
 FT_INLINE A* in_panels(A* row, int64_t stride, int64_t q) {
   return row + q / kNr<A> * stride + q % kNr<A>;
@@ -269,7 +269,7 @@ void sum_slices(const void* partial, int64_t slices, int64_t numel, void* dst, i
 
 // ---- the bias's gradient, and the edge that no window covers ----
 
-// Sum of `count` rows that lie `stride` apart, n lanes of each: by halves, so that rounding errors grow with
+// Sum of `count` rows that lie `stride` apart, n lanes of each: added pairwise, so that rounding errors grow with
 // log(count).
 template <class T>
 Vec<acc_t<T>> sum_rows(const T* src, int64_t stride, int64_t count, int64_t n) {

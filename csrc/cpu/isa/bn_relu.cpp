@@ -10,7 +10,7 @@
 namespace fasttricks::cpu::FT_ISA {
 namespace {
 
-// Values summed in the accumulation type before they join a double: a part of the first-level cache.
+// Values summed in the accumulation type before they are added to a double: a part of the first-level cache.
 constexpr int64_t kChunk = 4096;
 // NHWC: values of a block of rows, so that its second pass finds it in the second-level cache.
 constexpr int64_t kRowBlock = 32768;
@@ -20,7 +20,7 @@ FT_INLINE bool finite(A v) {
   return v - v == A(0);
 }
 
-// v as it is after a store to T and a load: the mask must be that of the stored y.
+// v rounded to T: the mask must be that of the stored y.
 template <class T, class V>
 FT_INLINE V rounded(V v) {
   if constexpr (sizeof(T) >= 4) {
@@ -46,7 +46,7 @@ struct Bn {
   using A = acc_t<T>;
   using V = Vec<A>;
 
-  // What one channel (NCHW) or one vector of channels (NHWC) needs; P is A or V.
+  // The parameters of one channel (NCHW) or of one vector of channels (NHWC); P is A or V.
   struct Channel {
     A mean, scale, bias;
   };
@@ -57,8 +57,8 @@ struct Bn {
     return {static_cast<const A*>(a.mean)[c], weight * rstd, a.bias ? static_cast<const A*>(a.bias)[c] : A(0)};
   }
 
-  // Whether (x - mean) * scale is exactly zero for all x of the channel: then x need not be read. The statistics are
-  // those of x itself, so that a NaN or infinity in x shows in them.
+  // Whether (x - mean) * scale is exactly zero for all x of the channel, so that x need not be read. The statistics are
+  // those of x, so a NaN or infinity in x shows in them.
   static bool vanishes(const BnArguments& a, const Channel& k, int64_t c) {
     return a.training && k.scale == A(0) && finite(k.mean) && finite(static_cast<const A*>(a.var)[c]);
   }
@@ -67,7 +67,7 @@ struct Bn {
 
   // ---- NCHW: one slab of n values of one channel ----
 
-  // Four sums of lanes, kept over the rows of a part: adding lanes up costs more than a short row.
+  // Four vectors of sums, kept over the rows of a part: reducing the lanes costs more than a short row.
   struct Lanes {
     V s0, s1, s2, s3;
     Lanes() : s0(A(0)), s1(A(0)), s2(A(0)), s3(A(0)) {}
@@ -147,7 +147,7 @@ struct Bn {
     }
   }
 
-  // dz from dy: by the saved mask, or by the very arithmetic of the forward pass.
+  // dz from dy, by the saved mask or by the same arithmetic as in the forward pass.
   template <bool Masked>
   static FT_INLINE V gradient(V dy, V x, V mean, V scale, V bias, BitReader& bits, int n) {
     if constexpr (Masked) return dy.keep(bits.pull(n));
@@ -194,7 +194,7 @@ struct Bn {
                                a.training ? static_cast<const A*>(a.dbias)[c] : A(0), a.training ? 1.0 / a.count : 0.0);
   }
 
-  // Whether dx is exactly zero over the channel: then neither x nor (without a residual) dy is read again.
+  // Whether dx is exactly zero over the channel, so that neither x nor (without a residual) dy is read again.
   static bool vanishes(const BnArguments& a, const BnBackward<A>& f, const Channel& k, int64_t c) {
     return vanishes(a, k, c) && finite(f.shift) && finite(f.slope);
   }
@@ -203,7 +203,7 @@ struct Bn {
   static void backward(const BnArguments& a, int64_t c, const Channel& k) {
     const BnBackward<A> f = factors(a, c);
     const V mean(k.mean), scale(k.scale), bias(k.bias), shift(f.shift), slope(f.slope), zero(A(0));
-    const bool nothing = vanishes(a, f, k, c), constant = !a.training;  // constant statistics: dx does not see x
+    const bool nothing = vanishes(a, f, k, c), constant = !a.training;  // constant statistics: dx does not depend on x
     for (int64_t r = 0; r < a.rows; ++r) {
       const int64_t at = (r * a.channels + c) * a.inner;
       const T* x = static_cast<const T*>(a.x) + at;

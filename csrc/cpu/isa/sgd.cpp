@@ -1,4 +1,4 @@
-// sgd_step and sgd_check on stretches of memory; compiled once per ISA.
+// sgd_step and sgd_check on contiguous memory; compiled once per ISA.
 #include "cpu/sgd.h"
 
 #include "cpu/vec.h"
@@ -11,8 +11,8 @@ FT_INLINE Vec<T> fused(Vec<T> a, Vec<T> b, Vec<T> c) {
   return Vec<T>::fma(a, b, c);
 }
 #else
-// One rounding also without the instruction: the product of two floats is exact in double. (The sum is then rounded
-// twice, which differs from a fused multiply-add in about one result of 2^29, by one ulp.)
+// A fused multiply-add without the instruction: the product of two floats is exact in double. (The sum is rounded
+// twice, which differs from the instruction in about one result in 2^29, by one ulp.)
 FT_INLINE Vec<float> fused(Vec<float> a, Vec<float> b, Vec<float> c) {
   for (int i = 0; i < Vec<float>::N; ++i) a.v[i] = float(double(a.v[i]) * double(b.v[i]) + double(c.v[i]));
   return a;
@@ -43,11 +43,11 @@ FT_INLINE Vec<T> load_as(const P* p) {
 template <class P>
 constexpr bool kHasMaster = sizeof(P) == 2;
 
-// Elements from a load to the one that is fetched meanwhile. Hardware prefetchers stop at the end of a page, of which
-// there is one every 1024 fp32 elements in each of up to four streams: without this a step takes about 8% longer.
+// How many elements ahead of the loads memory is prefetched. Hardware prefetchers stop at the end of a page, every 1024
+// fp32 elements in each of up to four streams: without this a step takes about 8% longer.
 constexpr int64_t kAhead = 1024;
 
-// Fetches the cache lines of `count` elements that lie kAhead elements on, perhaps beyond the end of the tensor.
+// Prefetches the cache lines of `count` elements that lie kAhead elements ahead, possibly past the end of the tensor.
 template <bool kWrite, int kCount, class P>
 FT_INLINE void fetch_ahead(const P* p) {
   const uintptr_t from = uintptr_t(p) + uintptr_t(kAhead) * sizeof(P);
@@ -55,7 +55,7 @@ FT_INLINE void fetch_ahead(const P* p) {
     __builtin_prefetch(reinterpret_cast<const void*>(from + line), kWrite);
 }
 
-// The master, or the parameter where it is no longer the rounded master: then it was changed from outside.
+// The master, or the parameter if it no longer equals the rounded master because it was changed from outside.
 template <class P>
 FT_INLINE Vec<float> as_seen(Vec<float> param, Vec<float> master) {
   return Vec<float>::where_equal(master.rounded(static_cast<const P*>(nullptr)), param, master, param);
@@ -91,7 +91,7 @@ void step(void* param_, const void* grad_, void* master_, void* buf_, int64_t n,
     for (int64_t j = i; j < i + kPair; j += V::N) one_vector(param + j, grad + j, master + j, buf ? buf + j : nullptr);
   }
   for (; i + V::N <= n; i += V::N) one_vector(param + i, grad + i, master + i, buf ? buf + i : nullptr);
-  if (i < n) {  // the tail as a whole vector in buffers of its own
+  if (i < n) {  // the tail as a whole vector in separate buffers
     const size_t left = size_t(n - i);
     P p[V::N] = {};
     G g[V::N] = {};
@@ -110,8 +110,8 @@ void step(void* param_, const void* grad_, void* master_, void* buf_, int64_t n,
   }
 }
 
-// Whether a sum of squares in fp32 is what it is in float64 but for rounding: no square overflowed, and those that
-// vanished (below 2^-126 each, at most 2^14 of them) do not count.
+// Whether a sum of squares in fp32 equals that in float64 up to rounding: no square overflowed, and the squares that
+// underflowed (each below 2^-126, at most 2^14 of them) are negligible.
 FT_INLINE bool holds(float sum) { return sum >= 0x1p-88f && sum <= 3.4028234e38f; }
 FT_INLINE bool holds(double) { return true; }
 
