@@ -1,8 +1,7 @@
 """avgpool_conv1x1 in Triton: checks, tiles and registration. avgpool_conv1x1_kernels.py has the formulas.
 
-No tensor descriptors (TMA): a window's rows and columns lie apart by strides of 2, and its values must be summed in
-registers before the product, so that a box copied to shared memory could not be an operand; and the weight, which
-could, stays in the L2 cache.
+Tensor descriptors (TMA) are not used: a window's values must be summed in registers before the product, so a box of x
+in shared memory cannot be an operand. The weight could be one, but it stays in the L2 cache anyway.
 """
 
 from __future__ import annotations
@@ -77,7 +76,7 @@ class Shape:
 
     @property
     def narrow(self) -> bool:
-        """Whether NCHW's rows or planes allow no accesses of 16 bytes: each value then has its address in registers."""
+        """Whether the rows or planes of NCHW rule out 16-byte accesses: every value then needs its address."""
         return not self.nhwc and (self.w % 8 != 0 or self.ho * self.wo % 8 != 0)
 
     @property
@@ -104,7 +103,7 @@ class Shape:
         return {**modes, **self._multiples(), "WIDE": numel >= launching.WIDE_FROM, "ACC": accumulated}
 
     def _multiples(self) -> dict[str, int]:
-        """What the sizes are known to be multiples of, up to the elements of 16 bytes."""
+        """The largest powers of two that divide the sizes, up to the number of elements in 16 bytes."""
         sizes = {"CV": self.c, "OV": self.o, "XV": self.w, "YV": self.ho * self.wo}
         return {name: launching.multiple_of(size, 16 // self.dtype.itemsize) for name, size in sizes.items()}
 
@@ -114,7 +113,7 @@ PLAIN_TILES = {4: Tile(64, 64, 16, 8), 8: Tile(64, 32, 16, 8) if version() >= (3
 
 
 def output_tiles(shape: Shape, columns: int, spread: bool) -> tuple[Tile, ...]:
-    """Tiles, pixels x channels x depth, of y, or (spread) of dx, with so many channels; the first is the default."""
+    """Tiles (pixels x channels x depth) of y or, if spread, of dx; the first is the default."""
     if shape.dtype.itemsize > 2:
         return (PLAIN_TILES[shape.dtype.itemsize],)
     if columns <= 128:
@@ -126,7 +125,7 @@ def output_tiles(shape: Shape, columns: int, spread: bool) -> tuple[Tile, ...]:
 
 
 def weight_tiles(shape: Shape) -> tuple[Tile, ...]:
-    """Tiles, output channels x input channels x pixels, of dW; the first is the default."""
+    """Tiles (output channels x input channels x pixels) of dW; the first is the default."""
     if shape.dtype.itemsize == 8:
         return (PLAIN_TILES[8],)
     if shape.dtype.itemsize == 4:

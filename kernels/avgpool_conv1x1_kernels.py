@@ -20,7 +20,7 @@ import triton.language as tl
 
 from . import version
 
-# Triton 3.4 multiplies no tiles of float64
+# tl.dot of Triton 3.4 does not support float64
 DOUBLE_DOT = tl.constexpr(version() >= (3, 5))
 
 _SIZES = ["images", "c_units", "o_units", "h", "w_units", "ho", "wo", "plane_units", "steps", "splits", "numel"]

@@ -18,12 +18,12 @@ from . import bn_relu_kernels as kernels
 from . import launch as launching
 from . import tune
 
-# values in one tile of the statistics: 32 a thread, four 128-bit loads in flight at 16 bit; where planes allow no wide
-# loads half of it, as every value then has its own address in registers
+# values per tile of the statistics: 32 per thread, four 128-bit loads in flight at 16 bit. Half of that if planes rule
+# out wide loads, since every value then needs an address in registers
 STATS_TILE = 4096
-# of the backward's sums: 8 a thread, one 128-bit load of x and one of dy; many warps, not long threads, hide latency
+# per tile of the backward's sums: 8 per thread, one 128-bit load of x and one of dy; many warps hide the latency
 BACKWARD_TILE = 2048
-# groups of 8 values in one program of an elementwise pass: one group, 8 values, a thread
+# groups of 8 values per program of an elementwise pass: one group per thread
 APPLY_GROUPS = 128
 APPLY_LOOPS = 4
 WARPS = 4
@@ -181,7 +181,7 @@ def bn_relu_forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, running_mean: Tensor | None = None,
     running_var: Tensor | None = None, num_batches_tracked: Tensor | None = None, momentum: float | None = 0.1,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """y and the statistics of the batch, which move the running ones."""
+    """y and the batch statistics; updates the running statistics."""
     moved = running_mean, running_var, num_batches_tracked, momentum
     check_forward("bn_relu_forward", x, None, weight, bias, eps, *moved)
     x, layout = _laid_out(x)
@@ -196,7 +196,7 @@ def bn_add_relu_forward(
     running_mean: Tensor | None = None, running_var: Tensor | None = None, num_batches_tracked: Tensor | None = None,
     momentum: float | None = 0.1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """y, the statistics of the batch, which move the running ones, and the bit mask of the ReLU."""
+    """y, the batch statistics and the bit mask of the ReLU; updates the running statistics."""
     moved = running_mean, running_var, num_batches_tracked, momentum
     check_forward("bn_add_relu_forward", x, residual, weight, bias, eps, *moved)
     x, layout = _laid_out(x)
@@ -210,7 +210,7 @@ def bn_add_relu_forward(
 def bn_relu_apply(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float
 ) -> Tensor:
-    """y with given statistics; x is always read, as it may hold Inf or NaN that they do not know of."""
+    """y from given statistics; x is always read, since it may hold Inf or NaN that the statistics do not show."""
     check_apply("bn_relu_apply", x, None, weight, bias, mean, var, eps)
     return _apply(*_laid_out(x), None, weight, bias, mean, var, eps, skip=False)[0]
 
@@ -218,7 +218,7 @@ def bn_relu_apply(
 def bn_add_relu_apply(
     x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """y and bit mask with given statistics."""
+    """y and the bit mask from given statistics."""
     check_apply("bn_add_relu_apply", x, residual, weight, bias, mean, var, eps)
     y, mask = _apply(*_laid_out(x), residual, weight, bias, mean, var, eps, skip=False)
     assert mask is not None
@@ -267,7 +267,7 @@ def _reduce(
         return partial
 
     choices = [Reduction(BACKWARD_TILE, 2 * WARPS)]
-    if shape.vec > 1:  # else every value has its own address in registers
+    if shape.vec > 1:  # else every value needs an address in registers
         choices.append(Reduction(BACKWARD_TILE // 2, WARPS))
     partial = run(tune.fastest("bn_backward_reduce", shape.family, x.device, choices, run))
     sums = {"dweights": partial[0], "dbiases": partial[1], "dweight": dweight, "dbias": dbias}
@@ -322,7 +322,7 @@ def bn_relu_backward_apply(
     dy: Tensor, x: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None, mean: Tensor,
     var: Tensor, eps: float, mean_dweight: Tensor, mean_dbias: Tensor, need_dresidual: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dx and dresidual from sums, divided by the values per channel, which may lie on other devices too."""
+    """dx and dresidual from sums divided by the number of values per channel, over all replicas."""
     sums = {"mean_dweight": mean_dweight, "mean_dbias": mean_dbias}
     check_backward("bn_relu_backward_apply", dy, x, mask, weight, bias, mean, var, eps, need_dresidual, **sums)
     inputs = _inputs(dy, x, mask, weight, bias, mean, var)
@@ -333,7 +333,7 @@ def bn_update_stats_(
     running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, count: Tensor,
     num_batches_tracked: Tensor | None = None, momentum: float | None = 0.1,
 ) -> None:  # fmt: skip
-    """Moves the running statistics by those of `count` values per channel, a number on the device."""
+    """Updates the running statistics by those of `count` values per channel; count is a number on the device."""
     check_update(running_mean, running_var, mean, var, count, num_batches_tracked, momentum)
     _update(running_mean, running_var, mean.contiguous(), var.contiguous(), count, num_batches_tracked, momentum)
 
@@ -342,7 +342,7 @@ def _update(
     running_mean: Tensor | None, running_var: Tensor | None, mean: Tensor, var: Tensor, count: int | Tensor,
     batches: Tensor | None, momentum: float | None,
 ) -> None:  # fmt: skip
-    """running = (1 - momentum) * running + momentum * batch, with the unbiased variance; nothing of an empty batch."""
+    """running = (1 - momentum) * running + momentum * batch (unbiased variance); an empty batch changes nothing."""
     on_device = isinstance(count, Tensor)
     channels = mean.numel() if running_mean is not None and (on_device or count > 0) else 0
     if channels == 0 and batches is None:

@@ -89,7 +89,7 @@ def _parameters(weight, bias, mean, var, channel, valid, EPS: tl.constexpr):
 
 @triton.jit
 def _affine(v, m, scale, b):
-    """(v - m) * scale + b with one rounding of product and sum: forward and backward must round alike."""
+    """(v - m) * scale + b with one rounding of product and sum: forward and backward must round identically."""
     d = v - m
     d, scale = tl.broadcast(d, scale)
     d, b = tl.broadcast(d, b)
@@ -161,9 +161,9 @@ def bn_apply_kernel(
     EPS: tl.constexpr, NHWC: tl.constexpr, VEC: tl.constexpr, FULL: tl.constexpr, SKIP: tl.constexpr,
     WIDE: tl.constexpr, GROUPS: tl.constexpr, LOOPS: tl.constexpr,
 ):  # fmt: skip
-    """y, and with a residual the bit mask; flat over memory, 8 elements (one mask byte) a group.
+    """y, and with a residual the bit mask; flat over memory, 8 elements (one mask byte) per group.
 
-    SKIP: where weight is 0 and the statistics are finite, so that all x are, x is not read: its term is exactly 0.
+    SKIP: if weight is 0 and the statistics (and so all x) are finite, x is not read: its term is exactly 0.
     """
     first = _first_tile(period, LOOPS)
     group, index, valid = _tile(first, numel, FULL, WIDE, GROUPS)
@@ -190,7 +190,7 @@ def bn_apply_kernel(
 
 @triton.jit
 def _any_of_group(flags):
-    """Whether any of a group's 8 flags is set, for all of them: one mask a group keeps its load 16 bytes wide."""
+    """Whether any of a group's 8 flags is set, for all 8: one mask per group keeps its load 16 bytes wide."""
     return tl.max(flags.to(tl.int32), axis=1)[:, None] != 0
 
 
@@ -220,7 +220,7 @@ def _channel(group, index, units, channels, NHWC: tl.constexpr, VEC: tl.constexp
 
 @triton.jit
 def _first_tile(period, LOOPS: tl.constexpr):
-    """Of the LOOPS tiles of a program, which lie `period` tiles apart and so have the same channels."""
+    """The tiles of a program: LOOPS of them, `period` tiles apart so that they have the same channels."""
     return tl.program_id(0) // period * (period * LOOPS) + tl.program_id(0) % period
 
 
@@ -235,7 +235,7 @@ def bn_backward_reduce_kernel(
     width: tl.constexpr = COLS if NHWC else 1
     channel = block * width + tl.arange(0, width)
     m, rstd, w, b = _parameters(weight, bias, mean, var, channel, channel < channels, EPS)
-    # one sum a place of the tile: threads meet once, after the last tile
+    # one sum per element of the tile: threads synchronise once, after the last tile
     sum_dz = tl.zeros((ROWS, COLS), m.dtype)
     sum_dz_xhat = tl.zeros((ROWS, COLS), m.dtype)
     for tile in range(split * per_split, tl.minimum(tiles, (split + 1) * per_split)):
@@ -277,9 +277,9 @@ def bn_backward_apply_kernel(
     EPS: tl.constexpr, NHWC: tl.constexpr, VEC: tl.constexpr, FULL: tl.constexpr, BATCH: tl.constexpr,
     WIDE: tl.constexpr, GROUPS: tl.constexpr, LOOPS: tl.constexpr,
 ):  # fmt: skip
-    """dx and, where asked for, dresidual. BATCH: the statistics depend on x.
+    """dx and, if requested, dresidual. BATCH: the statistics depend on x.
 
-    Where weight is 0 and sums and statistics are finite, dx is exactly 0 and neither x nor (for dx) dy is read.
+    If weight is 0 and the sums and statistics are finite, dx is exactly 0 and neither x nor (for dx) dy is read.
     """
     first = _first_tile(period, LOOPS)
     group, index, valid = _tile(first, numel, FULL, WIDE, GROUPS)
@@ -319,8 +319,8 @@ def bn_update_stats_kernel(
 ):  # fmt: skip
     """running = (1 - move) * running + move * batch, var times bessel; CUMULATIVE: move is 1 / the number of batches.
 
-    One program, so that the number of batches moves after all have read it. A number and its rest make up a double;
-    without `count`, a number on the device, bessel is given.
+    A single program, so that the number of batches changes only after every thread has read it. Doubles are passed as a
+    float and its rest. Without `count`, a number on the device, bessel is given.
     """
     number = mean.dtype.element_ty
     step = tl.cast(move, number) + tl.cast(move_rest, number)

@@ -43,7 +43,7 @@ def _processors(device: torch.device) -> int:
 
 
 def programs(device: torch.device) -> int:
-    """How many programs fill the device: four resident ones a multiprocessor."""
+    """How many programs fill the device: four resident programs per multiprocessor."""
     return 4 * _processors(device)
 
 

@@ -19,7 +19,7 @@ from ..ops.sgd_call import CheckCall, StepCall, Stepped, is_half
 from . import launch as launching
 from . import sgd_kernels as kernels
 
-# values of a block, and of one pass of its threads: 8 each, 16 bytes at 16 bit
+# values per block, and per pass of its threads: 8 per thread, 16 bytes at 16 bit
 BLOCK, TILE, WARPS = 8192, 2048, 8
 # partial sums, and step counts, that a program takes at a time
 SUMS, COUNTS = 256, 1024
@@ -75,7 +75,7 @@ def _packed(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 
 class Packed:
-    """Tensors to write to whose elements lie in different orders: copies, which are copied back."""
+    """Copies of tensors whose elements lie in different orders; results are copied back to the tensors."""
 
     def __init__(self) -> None:
         self._copies: list[tuple[Tensor, Tensor]] = []
@@ -117,7 +117,7 @@ class Plan:
 
 @functools.lru_cache(maxsize=64)
 def plan(items: tuple[tuple[tuple[bool, int, int, bool], bool, int], ...]) -> Plan:
-    """The launches of items (key, vec, numel); an empty one has no block."""
+    """The launches of items (key, vec, numel); an empty item has no block."""
     order = sorted(range(len(items)), key=lambda i: items[i][:2])
     firsts, launches = [0], []
     for (key, vec), run in itertools.groupby(order, key=lambda i: items[i][:2]):
@@ -155,9 +155,9 @@ def _kept_table(words: tuple[int, ...], device: torch.device, stream: int) -> Te
 
 
 def _table(words: tuple[int, ...], device: torch.device) -> Tensor:
-    """The words on the device; the same ones are written once a stream.
+    """The words on the device; equal words are written once per stream.
 
-    Within the capture of a CUDA graph they are written by the graph, which must not read what the cache may drop.
+    While a CUDA graph is captured, the graph itself writes them: the cache may drop its copy before a replay.
     """
     if device.type != "cuda":
         return _kept_table(words, device, 0)
@@ -283,7 +283,7 @@ def sgd_step(
     scalars: dict[str, Any] = {"grad_scale": grad_scale, "found_inf": found_inf}
     scalars |= {"grad_sq": grad_sq, "weight_sq": weight_sq, "norms": 0 if grad_sq is None else grad_sq.numel()}
     modes = {"CLIP": max_norm > 0, "LARS": any(trust_coefficient), "LR_IN_MOMENTUM": lr_in_momentum}
-    # tensors that share memory are stepped one by one, all with the counts that they came with
+    # tensors that share memory are stepped one after another, all with the step counts from before the call
     parts = [[t] for t in given] if _share_memory(params) or _repeated(steps) else [given]
     calls = []
     for part in parts:

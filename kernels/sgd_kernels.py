@@ -10,8 +10,8 @@
 
 A call's tensors are in a table of int64 words in device memory: tensors are addresses, floating numbers the bits of a
 float64. It holds max_norm and eps; rows of `length` words, one for each entry, which is a tensor, and one after them;
-and the groups of parameters. Block b of a call works on BLOCK values of the last entry whose FIRST is not above b; a
-launch takes the entries of one combination of dtypes.
+and the groups of parameters. Block b of a call works on BLOCK values of the last entry whose FIRST is not above b. A
+launch processes the entries of one combination of dtypes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ NESTEROV, MAXIMIZE, LR_IS_DOUBLE = tl.constexpr(1), tl.constexpr(2), tl.constexp
 PIECE = tl.constexpr(128)
 
 _SIZES = ["length", "begin", "end", "first_block", "grads", "norms"]
-# entries that a block looks at together when it looks for its own
+# entries that a block compares at a time when it searches for its own
 SEARCH = tl.constexpr(256)
 
 
@@ -58,7 +58,7 @@ def sgd_table_kernel(
     w120: tl.int64, w121: tl.int64, w122: tl.int64, w123: tl.int64, w124: tl.int64, w125: tl.int64, w126: tl.int64,
     w127: tl.int64,
 ):  # fmt: skip
-    """The next `count` words of the table, from arguments: no copy from the host, which a CUDA graph could not keep."""
+    """Writes the next `count` words of the table from arguments: a CUDA graph cannot keep a copy from the host."""
     words = (
         w0, w1, w2, w3, w4, w5, w6, w7, w8, w9, w10, w11, w12, w13, w14, w15, w16, w17, w18, w19, w20, w21, w22,
         w23, w24, w25, w26, w27, w28, w29, w30, w31, w32, w33, w34, w35, w36, w37, w38, w39, w40, w41, w42, w43,
@@ -106,7 +106,7 @@ def _find(words, length, begin, end, block, BLOCK: tl.constexpr):
 
 @triton.jit
 def _tile(begin, count, VEC: tl.constexpr, TILE: tl.constexpr):
-    """Offsets and validity of TILE values from `begin` on, 8 neighbours a thread. VEC: count is a multiple of 8."""
+    """Offsets and validity of TILE values from `begin` on, 8 neighbours per thread. VEC: count is a multiple of 8."""
     start = begin + tl.arange(0, TILE // 8)[:, None] * 8
     offset = start + tl.arange(0, 8)[None, :]
     if VEC:
@@ -117,7 +117,7 @@ def _tile(begin, count, VEC: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def _as_seen(param, master):
-    """The master, or the parameter where it is no longer the rounded master: then it was changed from outside."""
+    """The master, or the parameter if it no longer equals the rounded master because it was changed from outside."""
     same = master.to(param.dtype).to(master.dtype) == param.to(master.dtype)
     return tl.where(same, master, param.to(master.dtype))
 
@@ -132,7 +132,7 @@ def sgd_check_kernel(
     words, found_inf, partial, length, begin, end, first_block,
     TYPE: tl.constexpr, WEIGHT: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """found_inf = 1 where a gradient is not finite; partial: each block's sum of squares, where norms are wanted."""
+    """found_inf = 1 where a gradient is not finite; partial: each block's sum of squares, if norms are requested."""
     block = first_block + tl.program_id(0)
     entry, first, count = _find(words, length, begin, end, block, BLOCK)
     values = _tensor(words, length, PARAM if WEIGHT else GRAD, entry, first, TYPE, VEC)
@@ -161,7 +161,7 @@ def sgd_check_kernel(
 def sgd_norms_kernel(words, found_inf, partial, grad_sq, weight_sq, length, grads, BLOCK: tl.constexpr):
     """Each entry's sum of squares from its blocks' in a fixed order; the first `grads` entries are gradients.
 
-    A gradient's that is not finite (of float64 values) sets found_inf, too: a norm that is not cannot be clipped to.
+    If the sum of a gradient is not finite (float64 can overflow it), found_inf is set: there is nothing to clip to.
     """
     entry = tl.program_id(0)
     total = tl.zeros((BLOCK,), tl.float64)
@@ -193,7 +193,7 @@ def sgd_step_kernel(
     TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr, HAS_MOMENTUM: tl.constexpr, CLIP: tl.constexpr, LARS: tl.constexpr,
     LR_IN_MOMENTUM: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """One step of the entries [begin, end); nothing at all where found_inf is set."""
+    """One step of the entries [begin, end); nothing is changed if found_inf is set."""
     ACC: tl.constexpr = tl.float64 if TYPE.primitive_bitwidth == 64 else tl.float32
     HALF: tl.constexpr = TYPE.primitive_bitwidth == 16
     entry, first, count = _find(words, length, begin, end, first_block + tl.program_id(0), BLOCK)
@@ -267,14 +267,14 @@ def sgd_step_kernel(
 
 @triton.jit
 def _fused(a, b, c):
-    """a * b + c in one rounding, b one number: as torch's kernels do it."""
+    """a * b + c with one rounding, b a scalar, as in torch's kernels."""
     a, b = tl.broadcast(a, b)
     return tl.fma(a, b, c)
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def sgd_count_kernel(words, found_inf, length, end, BLOCK: tl.constexpr):
-    """Counts the step in the entries' STEPS; its own launch, since every block of the step reads them as they were."""
+    """Counts the step in the entries' STEPS; a separate launch, since each block of the step reads the old counts."""
     entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     if found_inf is not None:
         end = tl.where(tl.load(found_inf) == 0, end, 0)

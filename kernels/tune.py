@@ -1,8 +1,8 @@
-"""Which of a few tiles a kernel takes: the first, or with FASTTRICKS_AUTOTUNE=1 the fastest for a class of shapes.
+"""The choice among a few tiles of a kernel: the first, or the fastest for a class of shapes (FASTTRICKS_AUTOTUNE=1).
 
-The fastest are kept in $FASTTRICKS_CACHE (default ~/.cache/fasttricks), a file for each card and version of Triton.
+The choices are kept in $FASTTRICKS_CACHE (default ~/.cache/fasttricks), one file per card and version of Triton.
 Only kernels that give the same result when they run again are measured: those of sgd, which work in place, are not.
-Another tile adds in another order: results are the same bits from run to run only with the same choices.
+Tiles differ in the order of additions: results are bitwise reproducible only with the same choices.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def fastest(
         known = str(choices[times.index(min(times))])
         kept[key] = known
         _write(_path(device), kept)
-    # nothing of a file that another version wrote is trusted
+    # a file written by another version is not trusted
     return next((choice for choice in choices if str(choice) == known), choices[0])
 
 
