@@ -31,7 +31,8 @@ import torch
 
 EPS = 1e-5
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
-# of ResNet-50, batch (and for the interpreter channels) reduced: too large for the chip of the emulated card (4 multiprocessors), and not
+# shapes of ResNet-50 with fewer samples (and channels, for the interpreter): some exceed the shared memory of the
+# emulated card (4 multiprocessors), others do not
 BN_SHAPES = {
     "cuda": ((4, 64, 56, 56), (8, 256, 28, 28), (16, 256, 14, 14), (32, 512, 7, 7), (64, 32, 7, 7)),
     "triton": ((1, 64, 28, 28), (1, 64, 14, 14), (2, 64, 7, 7)),
