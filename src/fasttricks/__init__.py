@@ -1,4 +1,4 @@
-"""Fused kernels for training image classifiers; `fasttricks.info()` says what is built and what is loaded."""
+"""Fused kernels for training image classifiers; `fasttricks.info()` reports what was built and loaded."""
 
 from . import nn, optim
 from .backends import backend

@@ -1,4 +1,4 @@
-"""Which implementation of an op runs (auto, cuda, triton, cpu, reference), and why not another."""
+"""Selects the implementation of an op: auto, cuda, triton, cpu or reference."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ import torch
 CHOICES = ("auto", "cuda", "triton", "cpu", "reference")
 LIB = Path(__file__).resolve().parent / "lib"
 
-# why a library is not loaded; a missing key means that it is
+# library -> why it is not loaded; loaded libraries have no entry
 not_loaded: dict[str, str] = {}
-# the types of device that a backend takes, and where its ops are registered. Meta and fake tensors dispatch like real
-# ones: the fakes are registered for every library.
+# the device types of each backend, and the namespace in which its ops are registered. Meta and fake tensors dispatch
+# like real ones: the fakes are registered for every library.
 devices: dict[str, tuple[str, ...]] = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu", "meta")}
 namespaces: dict[str, str] = {"cuda": "fasttricks", "triton": "fasttricks_triton", "cpu": "fasttricks"}
 # what `auto` tries, by type of device, before the reference; emulated kernels, made for tests, are never among them
@@ -27,7 +27,7 @@ _preferred: dict[str, tuple[str, ...]] = {"cuda": ("cuda", "triton"), "cpu": ("c
 
 
 def build_facts() -> dict[str, object]:
-    """What the build wrote about itself (build.json): torch and compiler used, ISAs, architectures; {} if not built."""
+    """The contents of build.json, which the build wrote: torch, compiler, ISAs, architectures; {} if not built."""
     path = LIB / "build.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
@@ -56,7 +56,7 @@ def _load_cuda() -> None:
 
 
 def _load_triton() -> None:
-    """Registers the Triton ops where something can run them; Triton is imported only there."""
+    """Registers the Triton ops if this process can run them; otherwise Triton is not imported."""
     if os.environ.get("TRITON_INTERPRET") == "1":  # for tests: the interpreter runs the kernels on the CPU
         devices["triton"] = ("cuda", "cpu", "meta")
     elif not torch.cuda.is_available():
@@ -69,7 +69,7 @@ def _load_triton() -> None:
 
 
 def load_libraries() -> None:
-    """Loads the op libraries; what cannot be loaded is left out with one warning (`fasttricks.info()` says why)."""
+    """Loads the op libraries. One that cannot be loaded is skipped with a warning (`fasttricks.info()` says why)."""
     _load("cpu")
     _load_cuda()
     _load_triton()
@@ -87,9 +87,9 @@ _forced = _check(os.environ.get("FASTTRICKS_BACKEND") or "auto", "FASTTRICKS_BAC
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Within this context every op runs on the named backend: auto, cuda, triton, cpu or reference.
+    """Context manager in which every op runs on the named backend: auto, cuda, triton, cpu or reference.
 
-    Raises ValueError for another name, and an op raises RuntimeError where that backend cannot serve its tensors.
+    Raises ValueError for any other name. An op raises RuntimeError if that backend does not support its tensors.
 
     Examples:
         >>> x = torch.randn(2, 4, 8, 8)
@@ -146,7 +146,7 @@ def select(op: str, device: torch.device) -> str:
 
 
 def namespace_for(op: str, device: torch.device) -> str | None:
-    """The namespace of `torch.ops` whose raw ops serve `op` on `device`; None: the reference does."""
+    """The namespace of `torch.ops` with the raw ops of `op` for `device`; None: the reference runs."""
     chosen = select(op, device)
     return None if chosen == "reference" else namespaces[chosen]
 
@@ -158,7 +158,7 @@ def ops_for(op: str, device: torch.device) -> Any:
 
 
 def loaded_namespaces() -> list[str]:
-    """Where ops are defined; each op gives those of its name their fakes and autograd."""
+    """The namespaces in which ops are defined; each module of fasttricks.ops registers fakes and autograd in them."""
     return [namespaces[name] for name in ("cpu", "triton") if name not in not_loaded]
 
 

@@ -1,6 +1,6 @@
 """Argument checks of the ops: each error names the op, the argument, what was given and what is accepted.
 
-csrc/checks.h has the same checks, in the same words, for raw calls of the C++ ops.
+csrc/checks.h has the same checks with the same messages for raw calls of the C++ ops.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def check_tensor(op: str, name: str, t: Any, optional: bool = False) -> None:
-    """TypeError unless t is a tensor (or None, where that is accepted)."""
+    """TypeError unless t is a tensor (or None, if optional)."""
     if not isinstance(t, torch.Tensor) and not (optional and t is None):
         accepted = "a tensor or None" if optional else "a tensor"
         fail(op, name, f"is a {type(t).__name__}", accepted, TypeError)
@@ -41,7 +41,7 @@ def check_dtype(op: str, name: str, t: torch.Tensor, accepted: Sequence[torch.dt
 
 
 def check_shape(op: str, name: str, t: torch.Tensor, shape: Sequence[int], meaning: str) -> None:
-    """ValueError unless t has this shape; `meaning` says whose it is: "the channels of x"."""
+    """ValueError unless t has this shape; `meaning` explains the shape, such as "the channels of x"."""
     if tuple(t.shape) != tuple(shape):
         fail(op, name, f"has shape {tuple(t.shape)}", f"{tuple(shape)}, {meaning}")
 
@@ -53,7 +53,7 @@ def check_device(op: str, name: str, t: torch.Tensor, other: torch.Tensor, whose
 
 
 def check_number(op: str, name: str, value: Any, least: float = -math.inf) -> float:
-    """value as a float; TypeError unless it is a number, ValueError unless finite and at least `least`."""
+    """Returns value as a float; TypeError unless it is a number, ValueError unless finite and >= `least`."""
     if not isinstance(value, NUMBERS):
         fail(op, name, f"is a {type(value).__name__}", "a number", TypeError)
     # comparisons rather than math.isfinite, because torch.compile traces them

@@ -1,4 +1,4 @@
-"""What is built, what is loaded, and why not the rest: `fasttricks.info()` and `python -m fasttricks.info`."""
+"""What was built, what is loaded, and why anything is missing: `fasttricks.info()` and `python -m fasttricks.info`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _version() -> str:
 
 
 def info() -> dict[str, object]:
-    """What this installation is made of.
+    """Describes this installation.
 
     Returns a dict of: fasttricks, torch and python versions; `built` (the build's own facts: torch and compiler it was
     built with, CPU instruction sets, CUDA architectures); `cpu_isa` (the instruction set in use); `loaded` (libraries);

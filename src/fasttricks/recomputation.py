@@ -1,4 +1,4 @@
-"""recompute: activations that a backward pass rebuilds from what is saved anyway, instead of keeping them."""
+"""recompute: the backward pass rebuilds activations from tensors that are saved anyway, instead of keeping them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Saved:
 class Rebuilt:
     """An output that is computed again, once, when the first of its readers runs backward.
 
-    It then lives as long as a reader still needs it: the readers hold this object, and nothing else does.
+    It is freed when no reader needs it any more: only the readers hold this object.
     """
 
     __slots__ = ("_compute", "_inputs", "_result")
@@ -81,7 +81,7 @@ def _unpack(packed: Saved | Rebuilt) -> Tensor:
 
 @contextlib.contextmanager
 def recompute() -> Iterator[None]:
-    """Within this context, a forward pass keeps no output of `bn_relu` and `bn_add_relu` for the backward pass.
+    """Context manager in which a forward pass keeps no output of `bn_relu` and `bn_add_relu` for the backward pass.
 
     The convolution (or whatever else) that reads such an output would save it. Instead the backward pass computes the
     output again, from what the op itself has saved: one elementwise pass, the same bits, so that no gradient changes.

@@ -1,4 +1,4 @@
-"""Derivatives and batches that are taken by other means than autograd's graph."""
+"""Detection of torch.func transforms and forward-mode AD."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ from torch.autograd import forward_ad
 def active() -> bool:
     """Whether a transform of torch.func runs (grad, jvp, vmap, ...), or a level of forward-mode AD is entered.
 
-    Kernels have no rules for these, the torch ops of the references have.
+    Kernels have no rules for these; the torch ops of the references do.
     """
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

@@ -13,14 +13,14 @@ from .holder import Holder, delegated
 class AvgPoolConv1x1(Holder):
     """`nn.AvgPool2d(2, 2, ceil_mode=ceil_mode, count_include_pad=False)`, then `nn.Conv2d(C, Cout, 1)`, as one op.
 
-    See `fasttricks.avgpool_conv1x1` for the formula, the layouts and the dtypes. It holds an nn.Conv2d as its child
-    `conv`, which loops over the convolutions of a model find; the state_dict is that of the convolution.
+    See `fasttricks.avgpool_conv1x1` for the formula, the layouts and the dtypes. Its child
+    `conv` is an nn.Conv2d, so that loops over the convolutions of a model find it. The state_dict is that of the child.
 
     Args:
         in_channels, out_channels: C and Cout.
         stride: 2, or 1 for the convolution without a pool.
         bias: whether there is a bias (a BatchNorm usually follows, so there is none by default).
-        ceil_mode: what happens with odd H or W; True as in timm and GluonCV, False as AvgPool2d does by default.
+        ceil_mode: as in nn.AvgPool2d, for odd H or W: True in timm and GluonCV, False by default.
         device, dtype: of the parameters.
 
     Shapes: (N, C, H, W) -> (N, Cout, H', W').
@@ -64,10 +64,10 @@ class AvgPoolConv1x1(Holder):
 
     @classmethod
     def from_pool_conv(cls, pool: nn.Module, conv: nn.Module) -> AvgPoolConv1x1:
-        """The module around a convolution that exists, whose parameters it shares, and in place of the pool before it.
+        """Wraps an existing convolution, whose parameters are shared, and replaces the pool before it.
 
         Raises:
-            TypeError: pool is no nn.AvgPool2d, or conv no nn.Conv2d.
+            TypeError: pool is not an nn.AvgPool2d, or conv is not an nn.Conv2d.
             ValueError: the pool is not 2x2 with stride 2 and no padding, or the convolution is not 1x1 with stride 1
                 and one group.
         """
@@ -88,7 +88,7 @@ class AvgPoolConv1x1(Holder):
         return new
 
     def reset_parameters(self) -> None:
-        """As of nn.Conv2d."""
+        """As nn.Conv2d.reset_parameters."""
         self.held.reset_parameters()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""BatchNorm2d with the ReLU, or the residual addition and the ReLU, that follow it, as one module."""
+"""BatchNorm2d followed by ReLU, or by residual addition and ReLU, as one module."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ class _FusedBatchNorm2d(Holder):
 
     @classmethod
     def from_bn(cls: type[Self], bn: nn.Module) -> Self:
-        """The module around a BatchNorm that exists: it shares bn's parameters, buffers, options and mode.
+        """Wraps an existing BatchNorm: the module shares bn's parameters, buffers, options and mode.
 
-        For those who edit blocks by hand: `block.bn1 = BatchNormReLU2d.from_bn(block.bn1)`, and its ReLU goes.
+        To edit a block by hand: `block.bn1 = BatchNormReLU2d.from_bn(block.bn1)`, then remove the ReLU after it.
 
         Raises:
             TypeError: bn is neither an nn.BatchNorm2d nor an nn.SyncBatchNorm.
@@ -68,7 +68,7 @@ class _FusedBatchNorm2d(Holder):
 
     @property
     def process_group(self) -> distributed.ProcessGroup | None:
-        """The ranks that share their batch statistics in training; None: this process, or the default group."""
+        """The group whose ranks share batch statistics in training; None: this process, or the default group."""
         return getattr(self.norm, "process_group", None)
 
     def reset_running_stats(self) -> None:
@@ -87,15 +87,15 @@ class BatchNormReLU2d(_FusedBatchNorm2d):
     """`nn.Sequential(nn.BatchNorm2d(C), nn.ReLU())` as one module, with BatchNorm2d's state_dict keys and modes.
 
     It holds an nn.BatchNorm2d as its child `norm`. Tools that convert, freeze or replace BatchNorms act on that child;
-    the ReLU stays. With a child that is no BatchNorm any more, or has hooks, the module calls it and then a ReLU.
+    the ReLU stays. If the child has hooks or is no longer a BatchNorm, the module calls it and then applies a ReLU.
 
     Args:
         num_features, eps, momentum, affine, track_running_stats, device, dtype: as in torch.nn.BatchNorm2d.
-        process_group: takes the batch statistics over its ranks in training; the child is an nn.SyncBatchNorm then.
-            None: this process alone. `nn.SyncBatchNorm.convert_sync_batchnorm` works too.
+        process_group: in training, batch statistics are computed over the ranks of this group, and the child is an
+            nn.SyncBatchNorm. None: over this process alone. `nn.SyncBatchNorm.convert_sync_batchnorm` works too.
 
     Shapes: (N, C, H, W) -> (N, C, H, W). Errors: those of `fasttricks.bn_relu`, and a TypeError if a model of
-    torchvision or timm is given this class as its `norm_layer`: such models put a ReLU after it, or an addition.
+    torchvision or timm is given this class as its `norm_layer`: such models apply a ReLU or an addition after it.
 
     Examples:
         >>> bn = fasttricks.nn.BatchNormReLU2d(8)

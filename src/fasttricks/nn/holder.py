@@ -1,4 +1,4 @@
-"""The base of modules that hold one module of torch, whose parameters and buffers they show as their own."""
+"""Base of the modules that hold one torch module and expose its parameters and buffers as their own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SHARED = ("_parameters", "_buffers", "_non_persistent_buffers_set")
 
 
 def delegated(name: str, doc: str) -> Any:
-    """An attribute of the held module, read, written and deleted."""
+    """A property that reads, writes and deletes an attribute of the held module."""
 
     def read(self: Holder) -> Any:
         return getattr(self.held, name)
@@ -28,13 +28,13 @@ def delegated(name: str, doc: str) -> Any:
 
 
 class Holder(nn.Module):
-    """A module that computes what the module it holds does, and something more, in one op.
+    """A module that computes the held module and the operations after it in one op.
 
     The held module is an ordinary child, so that tools that look for an `nn.BatchNorm2d` or an `nn.Conv2d` find one,
-    and may convert, freeze or replace it: what is then held is called. The holder itself is neither, so that such tools
-    do not replace it and lose the rest of what it computes.
+    and may convert, freeze or replace it; a replacement is called as it is. The holder itself is neither class, so such
+    tools do not replace it, which would drop the operations after the held module.
 
-    Both share the very same dictionaries of parameters and buffers. Names are those of the held module: the parameters
+    Both share the same dictionaries of parameters and buffers. Names are those of the held module: the parameters
     of a model are "bn1.weight", not "bn1.norm.weight", and its state_dict has each of them once.
     """
 
@@ -188,4 +188,4 @@ class Holder(nn.Module):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.extra_repr()})" if type(self.held) in self._plain else super().__repr__()
 
-    _plain: tuple[type[nn.Module], ...] = ()  # the classes that are held as built, not worth a line of their own
+    _plain: tuple[type[nn.Module], ...] = ()  # the classes that a holder holds by default, which its repr does not show

@@ -1,7 +1,7 @@
 """One call of a BatchNorm module with the ReLU that follows it, or of a pool with its convolution.
 
 The modules of `fasttricks.nn` and the blocks of `fasttricks.fuse` both call these functions. A call is one op if that
-computes what the modules would compute one after another; otherwise they are called one after another.
+equals calling the modules one after another; if not, they are called one after another.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..ops.bn_relu import bn_add_relu, bn_relu
 
 
 def untouched(module: nn.Module) -> bool:
-    """Whether a call of module runs the forward of its class and nothing else: no hook, no forward of its own."""
+    """Whether a call of module runs only the forward of its class: no hooks, and no forward set on the instance."""
     return not (
         module._forward_hooks
         or module._forward_pre_hooks
@@ -30,7 +30,7 @@ def untouched(module: nn.Module) -> bool:
 
 
 def wants_plain_modules() -> bool:
-    """Whether operations are recorded for others (torch.export, ONNX, jit.trace, torch.fx), or all modules hooked."""
+    """Whether a tool records operations (torch.export, ONNX, jit.trace, torch.fx), or global module hooks are set."""
     return torch.compiler.is_exporting() or torch.jit.is_tracing() or is_fx_symbolic_tracing() or _has_any_global_hook()
 
 
@@ -39,7 +39,7 @@ _norms: dict[type, bool] = {nn.BatchNorm2d: True, nn.SyncBatchNorm: True}
 
 
 def is_norm_class(cls: type) -> bool:
-    """Whether cls is BatchNorm2d, SyncBatchNorm or timm's BatchNorm with an activation: subclasses may do anything."""
+    """Whether cls is BatchNorm2d, SyncBatchNorm or timm's BatchNorm with an activation, but not a subclass of them."""
     known = _norms.get(cls)
     if known is None:
         known = (
@@ -62,14 +62,14 @@ def is_plain_norm(module: Any) -> bool:
 
 
 def _single(value: Any) -> Any:
-    """The number of which a size is made, (2, 2) -> 2; None if they differ."""
+    """The common value of a size, (2, 2) -> 2; None if its values differ."""
     if isinstance(value, tuple):
         return value[0] if len(set(value)) == 1 else None
     return value
 
 
 def is_2x2_pool(pool: Any) -> bool:
-    """An average pool of 2x2 windows with stride 2, that counts the pixels of the image only."""
+    """Whether pool is a 2x2 average pool with stride 2 that divides by the number of pixels inside the image."""
     return (
         _single(pool.kernel_size) == 2
         and _single(pool.stride) == 2
@@ -79,7 +79,7 @@ def is_2x2_pool(pool: Any) -> bool:
 
 
 def is_1x1_conv(conv: Any) -> bool:
-    """A 1x1 convolution with stride 1 over all channels."""
+    """Whether conv is a 1x1 convolution with stride 1 and one group."""
     return (
         _single(conv.kernel_size) == 1
         and _single(conv.stride) == 1
@@ -93,7 +93,7 @@ def is_plain_conv1x1(module: Any) -> bool:
 
 
 def _process_group(norm: nn.Module) -> distributed.ProcessGroup | None:
-    """The ranks over which a SyncBatchNorm takes its statistics now; None: this process alone."""
+    """The process group over which a SyncBatchNorm computes its statistics now; None: this process alone."""
     if not norm.training or not isinstance(norm, nn.SyncBatchNorm) or not distributed.is_available():
         return None
     if not distributed.is_initialized():
@@ -110,10 +110,10 @@ def _op(norm: Any, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tens
         if norm.track_running_stats:
             tracked = norm.num_batches_tracked
         else:
-            mean = var = None  # buffers that are not tracked do not move
+            mean = var = None  # untracked buffers are not updated
     options: dict[str, Any] = {
         "training": training or mean is None,
-        # without a count there is no cumulative average, and torch moves nothing then
+        # without a count there is no cumulative average, and torch then updates nothing
         "momentum": 0.0 if norm.momentum is None and tracked is None else norm.momentum,
         "eps": norm.eps,
         "group": _process_group(norm),

@@ -22,15 +22,15 @@ def zero_init_last(model: nn.Module) -> int:
     """Sets the weight (gamma) of the last normalisation of every residual block to zero, so that blocks are shortcuts.
 
     He et al. 2018, section 3.1. Blocks that have a method zero_init_last (most of timm's) do it themselves; timm's
-    pre-activation blocks zero their last convolution. Others are known by BatchNormAddReLU2d, or by the classes of
-    torchvision and timm: BasicBlock (bn2), Bottleneck (bn3), ResBottleneckBlock, DlaBasic, DlaBottleneck. The model
-    may be fused.
+    pre-activation blocks zero their last convolution. Other blocks are recognised by a BatchNormAddReLU2d,
+    or by their class in torchvision and timm: BasicBlock (bn2), Bottleneck (bn3), ResBottleneckBlock, DlaBasic,
+    DlaBottleneck. The model may be fused.
 
     Returns:
-        How many weights were set.
+        The number of weights that were set.
 
     Raises:
-        ValueError: the model has no residual block that is known, or a block's last BatchNorm has no weight.
+        ValueError: the model has no residual block of a known class, or a block's last BatchNorm has no weight.
 
     Examples:
         >>> model = fasttricks.models.build("resnet18d", num_classes=10, width=8)

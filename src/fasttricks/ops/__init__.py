@@ -1,1 +1,1 @@
-"""One file an op: the public function, its fake, autograd and autocast, and the choice of backend."""
+"""One file per op: the public function, its fake, autograd and autocast, and the choice of backend."""

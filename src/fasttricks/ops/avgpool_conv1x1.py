@@ -32,15 +32,15 @@ def avgpool_conv1x1(
 
     This is `conv2d(avg_pool2d(x, 2, 2, ceil_mode=ceil_mode, count_include_pad=False), weight, bias)`, the shortcut of
     ResNet-D (He et al. 2019, Bag of Tricks for Image Classification with Convolutional Neural Networks, section 4.2).
-    Sums of fp16 and bf16 tensors are float32. The pooled value is float32 too and not rounded in between on the CPU; on
-    CUDA it enters the tensor cores in the 16 bits of x.
+    Sums of fp16 and bf16 tensors are computed in float32. On the CPU the pooled value stays float32; on CUDA it is
+    rounded to the dtype of x before it enters the tensor cores.
 
     Args:
-        x: (N, C, H, W), float16, bfloat16, float32 or float64. NCHW and NHWC (`channels_last`) run as they are, and
-            y and the gradient of x have the same layout; other strides are copied once.
+        x: (N, C, H, W), float16, bfloat16, float32 or float64. NCHW and NHWC (`channels_last`) are both native;
+            y and the gradient of x have the layout of x. Other strides are copied once.
         weight: (Cout, C, 1, 1), the dtype and device of x (under autocast x, weight and bias are cast to its dtype).
         bias: (Cout,) or None.
-        stride: 2, or 1 for the plain 1x1 convolution without a pool.
+        stride: 2, or 1 for the 1x1 convolution without a pool.
         ceil_mode: with odd H or W, True keeps the window that overhangs the edge (output ceil(H / 2)); False drops the
             last row or column (floor(H / 2)).
 
@@ -64,11 +64,11 @@ def avgpool_conv1x1(
         if torch._C._is_any_autocast_enabled():
             x, weight, bias = _autocast(x, weight, bias)
         namespace = namespace_for("avgpool_conv1x1", x.device)
-        # what the dispatcher would take for an int and a bool are not left to the kernels' checks
+        # the dispatcher would cast other types to int and bool before the kernels could refuse them
         if namespace is not None and type(stride) is int and type(ceil_mode) is bool:
             return _differentiable[namespace](x, weight, bias, stride, ceil_mode)
     except Exception:
-        check_forward("avgpool_conv1x1", x, weight, bias, stride, ceil_mode)  # in the words of this function
+        check_forward("avgpool_conv1x1", x, weight, bias, stride, ceil_mode)  # names the arguments of this function
         raise
     check_forward("avgpool_conv1x1", x, weight, bias, stride, ceil_mode)
     return reference(x, weight, bias, stride=stride, ceil_mode=ceil_mode)
@@ -77,7 +77,7 @@ def avgpool_conv1x1(
 def _traced(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: int, ceil_mode: bool
 ) -> torch.Tensor:
-    """As torch.compile, torch.export and torch.jit.trace take it: one op in their graph."""
+    """The call under torch.compile, torch.export and torch.jit.trace: one op in their graph."""
     x, weight, bias = _autocast(x, weight, bias)
     check_forward("avgpool_conv1x1", x, weight, bias, stride, ceil_mode)
     namespace = namespace_for("avgpool_conv1x1", x.device)
@@ -89,7 +89,7 @@ def _traced(
 
 
 def _autocast(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
-    """The rule of convolutions: floating tensors other than float64 go to the autocast dtype of their device."""
+    """The autocast rule of convolutions: casts floating tensors, except float64, to their device's autocast dtype."""
     first = tensors[0]
     if not isinstance(first, torch.Tensor) or not torch.amp.is_autocast_available(first.device.type):
         return tensors
@@ -131,7 +131,7 @@ def _fake_backward(
 
 
 def _forward_flops(x: Any, weight: Any, *rest: Any, out_shape: Any, **options: Any) -> int:
-    """Those of the convolution; torch counts none for a pool."""
+    """The flops of the convolution; torch counts none for pools."""
     return conv_flop_count(x, weight, out_shape)
 
 
@@ -145,11 +145,11 @@ def _backward_flops(
 # the raw forward op of a namespace, with its derivative: in eager mode called directly, without the dispatcher's
 # autograd, which costs 10 us
 _differentiable: dict[str, Callable[..., torch.Tensor]] = {}
-_libraries: list[torch.library.Library] = []  # what these register lives as long as they do
+_libraries: list[torch.library.Library] = []  # keeps the registrations alive
 
 
 def register(namespace: str) -> None:
-    """Gives the ops of a namespace with these schemas (fasttricks, fasttricks_triton) fakes, autograd, flop counts."""
+    """Registers fakes, autograd and flop counts for the ops of a namespace (fasttricks, fasttricks_triton)."""
     ops = getattr(torch.ops, namespace)
     raw_forward, raw_backward = ops.avgpool_conv1x1_forward.default, ops.avgpool_conv1x1_backward.default
 

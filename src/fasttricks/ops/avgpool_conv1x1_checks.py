@@ -1,4 +1,4 @@
-"""What avgpool_conv1x1 and its raw ops accept; the C++ ops refuse the same, in the same words."""
+"""Argument checks of avgpool_conv1x1 and its raw ops; the C++ ops raise the same messages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..reference.avgpool_conv1x1 import output_size
 
 
 def check_forward(op: str, x: Any, weight: Any, bias: Any, stride: Any, ceil_mode: Any) -> None:
-    """A TypeError or ValueError that names `op` and the argument that it does not accept."""
+    """Raises a TypeError or ValueError that names `op` and the argument."""
     check_tensor(op, "x", x)
     check_dtype(op, "x", x)
     for name, t in (("weight", weight), ("bias", bias)):
@@ -40,7 +40,7 @@ def check_forward(op: str, x: Any, weight: Any, bias: Any, stride: Any, ceil_mod
 
 
 def check_backward(op: str, dy: torch.Tensor, x: Any, weight: Any, stride: Any, ceil_mode: Any) -> None:
-    """As `check_forward`, for the gradient of y too."""
+    """As `check_forward`, and checks dy, the gradient of y."""
     check_forward(op, x, weight, None, stride, ceil_mode)
     check_dtype(op, "dy", dy, (x.dtype,))
     check_device(op, "dy", dy, x)

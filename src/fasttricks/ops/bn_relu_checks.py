@@ -1,4 +1,4 @@
-"""What bn_relu, bn_add_relu and their raw ops accept; the C++ ops refuse the same, in the same words."""
+"""Argument checks of bn_relu, bn_add_relu and their raw ops; the C++ ops raise the same messages."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _check_like_x(op: str, name: str, t: Any, x: torch.Tensor) -> None:
 
 
 def _check_per_channel(op: str, x: torch.Tensor, optional: bool = True, **named: Any) -> None:
-    """(C,), of any floating dtype that the dtype of the sums holds exactly."""
+    """Checks tensors of shape (C,) in any floating dtype that the dtype of the sums represents exactly."""
     accepted = FLOATS if x.dtype == torch.float64 else FLOATS[:3]
     for name, t in named.items():
         check_tensor(op, name, t, optional)
@@ -78,7 +78,7 @@ def check_forward(
     op: str, x: Any, residual: Any, weight: Any, bias: Any, eps: float, running_mean: Any = None,
     running_var: Any = None, batches: Any = None, momentum: float | None = 0.1, several: bool = True,
 ) -> None:  # fmt: skip
-    """Batch statistics; residual None: bn_relu. `several`: whether one value per channel is refused."""
+    """Checks a forward op with batch statistics; `several`: whether to refuse a single value per channel."""
     _check_affine(op, x, weight, bias, eps)
     if residual is not None:
         _check_like_x(op, "residual", residual, x)
@@ -89,7 +89,7 @@ def check_forward(
 
 
 def check_apply(op: str, x: Any, residual: Any, weight: Any, bias: Any, mean: Any, var: Any, eps: float) -> None:
-    """Given statistics."""
+    """Checks a forward op with given statistics."""
     _check_affine(op, x, weight, bias, eps)
     if residual is not None:
         _check_like_x(op, "residual", residual, x)
@@ -100,7 +100,7 @@ def check_backward(
     op: str, dy: Any, x: Any, mask: Any, weight: Any, bias: Any, mean: Any, var: Any, eps: float,
     need_dresidual: bool = False, **sums: Any,
 ) -> None:  # fmt: skip
-    """Any of the backward ops; sums: what bn_relu_backward_apply is given."""
+    """Checks any of the backward ops; sums: the further arguments of bn_relu_backward_apply."""
     _check_affine(op, x, weight, bias, eps)
     _check_like_x(op, "dy", dy, x)
     _check_per_channel(op, x, optional=False, mean=mean, var=var, **sums)
@@ -134,7 +134,7 @@ def check_public(
     op: str, x: Any, residual: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any, training: bool,
     momentum: float | None, eps: float, batches: Any, several: bool = True,
 ) -> None:  # fmt: skip
-    """What `fasttricks.bn_relu` and `fasttricks.bn_add_relu` accept."""
+    """Checks the arguments of `fasttricks.bn_relu` and `fasttricks.bn_add_relu`."""
     check_forward(op, x, None, weight, bias, eps, running_mean, running_var, batches, momentum, training and several)
     if residual is not None:
         check_tensor(op, "residual", residual)

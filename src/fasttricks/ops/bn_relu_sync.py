@@ -12,9 +12,9 @@ from ..reference import bn_relu as plain
 
 
 def merge(parts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Mean, biased variance and count of the whole, from rows of [mean (C), M2 (C), count] per rank, in float64.
+    """Mean, biased variance and count over all ranks, from one row [mean (C), M2 (C), count] per rank, in float64.
 
-    Chan, Golub and LeVeque 1979: M2 = sum of M2_i + n_i * (mean_i - mean)^2; a rank with no value weighs nothing.
+    Chan, Golub and LeVeque 1979: M2 = sum of M2_i + n_i * (mean_i - mean)^2; a rank without values has no weight.
     """
     channels = (parts.shape[1] - 1) // 2
     mean, m2, count = parts[:, :channels], parts[:, channels:-1], parts[:, -1:]
@@ -39,7 +39,7 @@ class _SynchronisedBatchNorm(torch.autograd.Function):
         parts = mine.new_empty(distributed.get_world_size(group), mine.numel())
         distributed.all_gather_into_tensor(parts.view(-1), mine, group=group)
         whole, spread, total = merge(parts)
-        # of one value over all ranks none of them has more, and only there the device is waited for
+        # if all ranks together have one value, each has at most one: only such a rank waits for the device
         if local <= 1 and int(total) == 1:
             raise ValueError(
                 f"{op}: x has shape {tuple(x.shape)} and one value per channel over all ranks: Expected more than 1 "
@@ -94,9 +94,9 @@ def synchronised(
     group: distributed.ProcessGroup,
     batches: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The op in training, its statistics over all ranks: one all_gather forward, one all_reduce backward.
+    """The op in training with statistics over all ranks: one all_gather forward, one all_reduce backward.
 
-    The number of values stays on the device: nothing waits for it but a rank that has at most one per channel itself.
+    The number of values stays on the device: only a rank with at most one value per channel waits for it.
     """
     return _SynchronisedBatchNorm.apply(
         op, x, residual, weight, bias, running_mean, running_var, momentum, eps, group, batches

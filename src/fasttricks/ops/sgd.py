@@ -25,16 +25,18 @@ from .sgd_call import CheckCall, StepCall, widest_dtype
 
 
 def run_check(call: CheckCall) -> None:
-    """sgd_check on the backend of its device, with no checks but the op's own."""
+    """Runs sgd_check on the backend of its device; only the op checks the arguments."""
     ops = ops_for("sgd_check", call.found_inf.device)
     (_reference.sgd_check if ops is None else ops.sgd_check.default)(*call.arguments())
 
 
 def run_step(call: StepCall) -> None:
-    """sgd_step on the backend of its device, with no checks but the op's own."""
+    """Runs sgd_step on the backend of its device; only the op checks the arguments."""
     ops = ops_for("sgd_step", call.params[0].device)
     (_reference.sgd_step if ops is None else ops.sgd_step.default)(*call.arguments())
-    if ops is not None and not torch.compiler.is_compiling():  # a graph that saved a parameter must notice the change
+    if (
+        ops is not None and not torch.compiler.is_compiling()
+    ):  # autograd must detect that a saved parameter was modified
         torch.autograd.graph.increment_version(call.params)
 
 
@@ -48,15 +50,16 @@ def sgd_check(
     masters: Sequence[Tensor] = (),
     weight_sq: Tensor | None = None,
 ) -> None:
-    """One pass over all gradients: sets found_inf to 1 where any value is infinite or NaN, and measures norms.
+    """One pass over all gradients: sets found_inf to 1 if any value is infinite or NaN, and measures norms.
 
     Args:
         grads: gradients of any shapes and strides, fp16, bf16, fp32 or fp64, on one device.
         found_inf: fp32, one element; set to 1 on a non-finite value, else unchanged.
         grad_sq: (len(grads),), fp64 (fp32 on devices without fp64); receives each gradient's sum of squares. found_inf
             is also set if a sum is not finite (fp64 gradients beyond 1e154).
-        params, masters, weight_sq: for LARS. weight_sq, (len(params),) and as grad_sq, receives the sum of squares of
-            each weight: of its fp32 master if it is fp16 or bf16 (masters: one for each of those, in order).
+        params, masters, weight_sq: for LARS. weight_sq, of shape (len(params),) and the dtype of grad_sq, receives the
+            sum of squares of each weight. For fp16 and bf16 weights it is that of the fp32 master (masters has one for
+            each of them, in order).
 
     Raises:
         TypeError, ValueError: an argument of another type, dtype, shape or device.
@@ -114,18 +117,18 @@ def sgd_step(
         params: fp16, bf16, fp32 or fp64 tensors of any shapes and strides, on one device; dtypes may be mixed.
         grads: their gradients, of the same shapes; dtypes and strides may differ.
         momentum_buffers: for each parameter whose group has momentum, in order: fp32 (fp64 for fp64) of its shape.
-        steps: for each momentum buffer its count of steps, fp32, one element; 0: this is the first (buf = g).
-        masters: for each fp16 and bf16 parameter, in order: its fp32 master. Where a parameter no longer equals its
-            rounded master (it was changed from outside) the parameter's value is taken.
+        steps: for each momentum buffer its count of steps, fp32, one element; 0: this is the first step (buf = g).
+        masters: for each fp16 and bf16 parameter, in order: its fp32 master. If a parameter no longer equals its
+            rounded master because it was changed from outside, the parameter's value is used.
         lr, momentum, dampening, weight_decay, nesterov, maximize, trust_coefficient: one value, or one for each group.
             lr: float, or a tensor of one element that is read on the device.
         group_sizes: how many of params make up each group, in order; default: all are one group.
-        grad_scale: fp32, one element: what the loss was multiplied by (gradients are divided by it).
-        found_inf: fp32, one element: unless it is 0 nothing changes: no parameter, master, momentum or count.
+        grad_scale: fp32, one element: the loss scale, by which gradients are divided.
+        found_inf: fp32, one element; unless it is 0, no parameter, master, momentum or count is changed.
         grad_sq, weight_sq: what sgd_check wrote, for max_norm and for LARS.
         max_norm: clip to this global L2 norm of the (unscaled) gradients: clip = min(1, max_norm / (norm + 1e-6)).
         trust_coefficient: 0, or LARS's eta: trust = eta * |p| / (|g| + wd * |p| + eps), 1 where a norm is 0.
-        lr_in_momentum: buf sums up lr * trust * g and p -= d, as in LARS's paper.
+        lr_in_momentum: buf accumulates lr * trust * g and p -= d, as in the LARS paper.
 
     Raises:
         TypeError, ValueError: an argument of another type, dtype, shape or device, or a value out of range.
@@ -178,7 +181,7 @@ def _fake_step(*arguments: Any) -> None:
 
 
 def register(namespace: str) -> None:
-    """Gives the ops of a namespace with these schemas (fasttricks, fasttricks_triton) their fakes."""
+    """Registers fakes for the ops of a namespace (fasttricks, fasttricks_triton)."""
     torch.library.register_fake(f"{namespace}::sgd_check", _fake_check)
     torch.library.register_fake(f"{namespace}::sgd_step", _fake_step)
 

@@ -18,7 +18,7 @@ def is_half(t: Tensor) -> bool:
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which a parameter of `dtype` is updated, and of its momentum: float64 for float64, else float32."""
+    """The dtype in which a parameter of `dtype` is updated, also that of its momentum: float64 or float32."""
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
@@ -33,7 +33,7 @@ def widest_dtype(device: torch.device) -> torch.dtype:
 
 
 def _check_dense(op: str, name: str, t: Any, first: Tensor, dtypes: Sequence[torch.dtype] = FLOATS) -> None:
-    """A strided tensor of one of these dtypes, on the device of the call's first tensor."""
+    """Checks for a strided tensor of one of these dtypes on the device of the call's first tensor."""
     check_tensor(op, name, t)
     if t.layout is not torch.strided:
         fail(op, name, f"has layout {t.layout}", "torch.strided (dense)", TypeError)
@@ -74,7 +74,7 @@ def _check_count(op: str, name: str, values: Sequence[Any], count: int, of: str 
 def _check_beside(
     op: str, name: str, tensors: Sequence[Tensor], params: Sequence[Tensor], written: bool = True
 ) -> None:
-    """One tensor for each of `params`, of its shape and in the dtype that it is updated in."""
+    """Checks for one tensor per parameter, with its shape and the dtype in which it is updated."""
     _check_count(op, name, tensors, len(params))
     for i, (t, param) in enumerate(zip(tensors, params, strict=True)):
         _check_dense(op, f"{name}[{i}]", t, param, (compute_dtype(param.dtype),))
@@ -117,7 +117,7 @@ class CheckCall:
 
 @dataclass(frozen=True)
 class Stepped:
-    """A parameter to step, and what belongs to it. master: of half parameters; the rest: of groups with momentum."""
+    """A parameter to step and its tensors: a master if it is half, buffer and steps if its group has momentum."""
 
     index: int
     group: int
@@ -208,7 +208,7 @@ class StepCall:
         return [group for group, size in enumerate(self.group_sizes) for _ in range(size)]
 
     def tensors(self) -> Iterator[Stepped]:
-        """The parameters in order, each with what belongs to it."""
+        """The parameters in order, each with its tensors."""
         masters, buffers, steps = iter(self.masters), iter(self.momentum_buffers), iter(self.steps)
         for i, (group, param, grad) in enumerate(zip(self._groups(), self.params, self.grads, strict=True)):
             moves = self.momentum[group] != 0

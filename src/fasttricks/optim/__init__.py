@@ -1,4 +1,4 @@
-"""Optimizers on the kernel of sgd_step, loss scaling, parameter groups and schedules."""
+"""Optimizers built on sgd_step, loss scaling, parameter groups and schedules."""
 
 from .groups import linear_scaled_lr, param_groups
 from .lars import FusedLARS

@@ -1,4 +1,4 @@
-"""What FusedSGD and FusedLARS share: a torch.optim.Optimizer whose step is one call of sgd_step per device."""
+"""Base of FusedSGD and FusedLARS: a torch.optim.Optimizer whose step is one call of sgd_step per device."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .state import (
 class FusedOptimizer(torch.optim.Optimizer):
     """Base of the fused optimizers: masters, clipping, loss scaling, checkpoints."""
 
-    # LARS: the momentum sums up lr * trust * g
+    # LARS: the momentum accumulates lr * trust * g
     _lr_in_momentum = False
     _eps = 0.0
 
@@ -140,8 +140,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     def master_params(self) -> Iterator[Tensor]:
         """The fp32 master of each fp16 or bf16 parameter, and every other parameter itself; for clipping by other code.
 
-        A master carries its parameter's gradient in fp32 in its `.grad`, and the next step() takes that gradient, as it
-        then is. After LossScaler.unscale_(optimizer) it is unscaled.
+        A master holds its parameter's gradient in fp32 in `.grad`, and the next step() uses that gradient, with any
+        change made to it. After LossScaler.unscale_(optimizer) it is unscaled.
         """
         for group in self.param_groups:
             for p in group["params"]:
@@ -156,8 +156,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     def master_state(self, model: torch.nn.Module) -> dict[str, Tensor]:
         """model.state_dict() with a copy of the fp32 master in place of each fp16 or bf16 parameter.
 
-        For what half precision cannot hold: an exponential moving average (0.9999 of it is a change below bf16's
-        resolution), or a checkpoint in full precision. Load it into a float32 copy of the model.
+        For uses that need full precision, such as checkpoints or an exponential moving average (with a decay of 0.9999
+        its changes are below bf16's resolution). Load it into a float32 copy of the model.
         """
         result = model.state_dict()
         mine = {id(p) for group in self.param_groups for p in group["params"]}
@@ -170,8 +170,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     def sync_masters(self) -> None:
         """Sets every fp32 master to its parameter's present value.
 
-        Not needed for correctness: a step notices parameters that were changed from outside (model.load_state_dict, an
-        EMA swap, p.data edits) value by value. It also drops what the masters hold beyond the parameters' precision.
+        Not needed for correctness: a step detects, value by value, parameters that were changed from outside
+        (model.load_state_dict, an EMA swap, p.data edits). It discards the extra precision of the masters.
         """
         for group in self.param_groups:
             for p in group["params"]:
@@ -189,16 +189,16 @@ class FusedOptimizer(torch.optim.Optimizer):
     def scaled(
         self, grad_scale: Tensor | None, overflow: Tensor, process_groups: Sequence[Any] = (), *, check: bool = True
     ) -> Iterator[None]:
-        """For loss scalers: a step() in this context takes scaled gradients, and changes nothing if one overflowed.
+        """For loss scalers: a step() in this context takes scaled gradients and changes nothing if one has overflowed.
 
             with optimizer.scaled(scale, overflow): optimizer.step()
 
         Nothing waits for the device. LossScaler is written with this and unscale_().
 
         Args:
-            grad_scale: fp32, one element: what the loss was multiplied by; None: the gradients are unscaled already.
+            grad_scale: fp32, one element: the loss scale; None: the gradients are already unscaled.
             overflow: fp32, one element: set to 1 by the step if a gradient is not finite, else unchanged.
-            process_groups: ranks that must agree on it. Those of DTensors and `shard_group` are known.
+            process_groups: groups whose ranks must agree on overflow. Those of DTensors and `shard_group` are known.
             check: False: overflow is read, not set, and a step changes nothing unless it is 0 (after unscale_()).
         """
         flags = {"overflow": overflow} if check else {"found_inf": overflow}
@@ -212,8 +212,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     def unscale_(self, grad_scale: Tensor, overflow: Tensor, process_groups: Sequence[Any] = ()) -> None:
         """For loss scalers: divides the gradients by grad_scale before a step, so that other code can clip them.
 
-        Those of fp16 and bf16 parameters are not touched (fp16 could not hold them): their masters get fp32 copies,
-        unscaled, and step() takes those. Arguments as in scaled().
+        Gradients of fp16 and bf16 parameters are left as they are (fp16 might underflow): their masters get unscaled
+        fp32 copies, which step() uses. Arguments as in scaled().
 
         Raises:
             RuntimeError: a gradient is sparse.
@@ -237,7 +237,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step, on all parameters that have a gradient; nothing in it waits for the device.
+        """Performs one step on all parameters that have a gradient, without waiting for the device.
 
         With `found_inf` set (by torch.amp.GradScaler) and not 0 on the device, nothing changes.
 
@@ -355,16 +355,16 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what state_dict() gave, or a checkpoint of torch.optim.SGD; masters and momentum stay as saved.
+        """Loads a state_dict of this class or of torch.optim.SGD; masters and momentum keep their precision.
 
-        The parameters are the authority: where a loaded master does not round to its parameter, the next step takes the
+        Parameters take precedence: if a loaded master does not round to its parameter, the next step uses the
         parameter's value. A parameter without a master in the checkpoint gets one from its value. A checkpoint with
         other groups of the same parameters loads by their names (torch's `param_names`): the state alone, while the
         groups' options stay those of this optimizer.
 
         Raises:
             ValueError: the checkpoint is that of another optimizer, or has other parameters or shapes. The optimizer
-                stays as it was.
+                is left unchanged.
         """
         handle = self.register_load_state_dict_pre_hook(lambda _, given: self._accept(given))
         try:

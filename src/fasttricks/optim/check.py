@@ -1,4 +1,4 @@
-"""The check pass of a step: whether all gradients are finite, and their norms, agreed among devices and ranks."""
+"""The check pass of a step: whether all gradients are finite, and their norms, combined over devices and ranks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Batch:
 
 @dataclass
 class Scaling:
-    """What a loss scaler asks of one step. All tensors are fp32 of one element."""
+    """A loss scaler's arguments for one step. All tensors are fp32 with one element."""
 
     # gradients are divided by it
     grad_scale: Tensor | None = None
@@ -63,7 +63,7 @@ def check_grads(grads: list[Tensor], found_inf: Tensor, groups: Sequence[Any] = 
         found = zero(device)
         run_check(CheckCall(tensors, [], [], found, None, None))
         raise_flag(found_inf, found)
-    agree_on_found_inf(found_inf, grads, list(groups))  # also without gradients here: other ranks wait for this one
+    agree_on_found_inf(found_inf, grads, list(groups))  # even without gradients here: other ranks wait for this one
 
 
 def unscale_grads_(grads: list[Tensor], grad_scale: Tensor) -> None:
@@ -78,7 +78,7 @@ def unscale_grads_(grads: list[Tensor], grad_scale: Tensor) -> None:
 
 
 class Norms:
-    """The squared norms of a step's gradients, and the scale that is still in them."""
+    """The squared norms of a step's gradients, and the loss scale that they still contain."""
 
     def __init__(self, squares: list[Tensor], grad_scale: Tensor | None) -> None:
         self._squares = squares
@@ -94,10 +94,10 @@ class Norms:
 def check_pass(
     batches: list[Batch], scaling: Scaling, *, measures: bool, shard_group: Any | None, home: torch.device
 ) -> Norms | None:
-    """Fills in found_inf, grad_sq and weight_sq of each batch's call where a scaler, clipping or LARS asks for them.
+    """Fills in found_inf, grad_sq and weight_sq of each batch's call if a scaler, clipping or LARS needs them.
 
     Args:
-        measures: whether the norms of gradients are wanted; LARS's norms of weights go by trust_coefficient.
+        measures: whether norms of gradients are needed; those of weights are if trust_coefficient is set (LARS).
         shard_group: ranks that hold other parameters of the same model.
         home: where the collectives of a rank without gradients run.
     """
@@ -108,7 +108,7 @@ def check_pass(
     groups = list(scaling.process_groups)
     if shard_group is not None and not any(g is shard_group for g in groups):
         groups.append(shard_group)
-    if not batches and not groups:  # a rank of a group takes part also if it has no gradients
+    if not batches and not groups:  # a rank takes part even if it has no gradients
         return None
     norms = _join_norms(batches, scaling.grad_scale, shard_group, home) if measures else None
     if not flags:
@@ -146,7 +146,7 @@ def _check(batch: Batch, measures: bool) -> Tensor:
 def _join_norms(
     batches: list[Batch], grad_scale: Tensor | None, shard_group: Any | None, home: torch.device
 ) -> Norms | None:
-    """Each batch must know the norm of all devices and ranks: the others' sum joins its own squares."""
+    """Adds to each batch's squares the sum of all other devices and ranks: each batch needs the global norm."""
     squares = [batch.call.grad_sq for batch in batches if batch.call.grad_sq is not None]
     sums = [s.sum() for s in squares] if len(squares) > 1 or shard_group is not None else []
     if shard_group is not None:

@@ -1,4 +1,4 @@
-"""What the optimizers need to know of sharded parameters: local parts, and sums and flags agreed among ranks."""
+"""Sharded parameters in the optimizers: local parts, and sums and flags combined over ranks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def is_sharded_type(t: Tensor) -> bool:
 
 
 def local(t: Tensor) -> Tensor:
-    """The part of t that lies on this rank: t itself, or a DTensor's local tensor."""
+    """The part of t on this rank: t itself, or a DTensor's local tensor."""
     return t.to_local() if is_sharded_type(t) else t  # type: ignore[attr-defined]
 
 
@@ -27,7 +27,7 @@ def full(t: Tensor) -> Tensor:
 
 
 def local_grad(grad: Tensor, param: Tensor) -> Tensor:
-    """The part of grad that belongs to local(param): a DTensor that is split otherwise, or not yet summed, is first."""
+    """The part of grad for local(param); redistributed first if its placements differ from the parameter's."""
     if is_sharded_type(grad) and grad.placements != param.placements:  # type: ignore[attr-defined]
         grad = grad.redistribute(param.device_mesh, param.placements)  # type: ignore[attr-defined]
     return local(grad)
@@ -42,7 +42,7 @@ def _meshes(params: list[Tensor]) -> list[Any]:
 
 
 def _split(p: Any, mesh: Any, dim: int) -> bool:
-    """Whether p is a DTensor of which the ranks along this dimension of the mesh hold different parts."""
+    """Whether p is a DTensor that is sharded along this dimension of the mesh."""
     return is_sharded_type(p) and p.device_mesh == mesh and not p.placements[dim].is_replicate()
 
 
@@ -70,7 +70,7 @@ def sum_over_shards(squares: Tensor, params: list[Tensor]) -> None:
 
 
 def sum_of_other_ranks(square: Tensor, group: Any) -> Tensor:
-    """The sum of what the other ranks of `group` pass; no host sync."""
+    """The sum of the tensors that the other ranks of `group` pass; no host sync."""
     import torch.distributed as dist
 
     total = square.clone()

@@ -24,15 +24,15 @@ def param_groups(
 
     With no_bias_decay, only the weights of convolutions, linear layers and the like are decayed; biases, the weight and
     bias of normalisation layers, and every other parameter of at most one dimension are not (He et al. 2019, "Bag of
-    Tricks for Image Classification with Convolutional Neural Networks", section 3.1). What a parameter belongs to
-    decides, not its name: the BatchNorm of a shortcut that is called "downsample.1" is not decayed. Every parameter is
-    in exactly one group, also a shared one; a group that would be empty is left out.
+    Tricks for Image Classification with Convolutional Neural Networks", section 3.1). The class of its module
+    decides, not its name: a shortcut's BatchNorm named "downsample.1" is not decayed. Every parameter, including shared
+    ones, is in exactly one group; empty groups are omitted.
 
     Args:
-        named: also gives the groups torch's `param_names`, so that checkpoints with other groups load by name.
+        named: adds torch's `param_names` to the groups, so that checkpoints with other groups load by name.
 
     Raises:
-        TypeError: weight_decay is no number.
+        TypeError: weight_decay is not a number.
         ValueError: weight_decay is negative or not finite, or the model has no parameters.
 
     Examples:
@@ -72,7 +72,7 @@ def linear_scaled_lr(base_lr: float, batch: int, base_batch: int = 256) -> float
     `batch` is the number of images in one step, over all processes.
 
     Raises:
-        TypeError: base_lr is no number.
+        TypeError: base_lr is not a number.
         ValueError: base_lr is negative or not finite, or a batch is below 1.
 
     Examples:

@@ -19,9 +19,9 @@ class FusedLARS(FusedOptimizer):
         v = momentum * v + lr * trust * (g + weight_decay * w);  w -= v
 
     Parameters of at most one dimension (biases, weights and biases of BatchNorm) are not adapted (trust = 1), as in the
-    ResNet-50 runs at batch 8K to 32K; a group with adapt_1d=True adapts them, too. What else holds of FusedSGD
-    (masters, scaling, checkpoints, clipping) holds here. Every step measures the gradients: one that is not finite
-    skips the step, also without a loss scaler.
+    ResNet-50 runs at batch 8K to 32K, unless their group has adapt_1d=True. Everything else (masters,
+    scaling, checkpoints, clipping) is as in FusedSGD. Every step measures the gradients and is skipped if one is not
+    finite, even without a loss scaler.
 
     Args:
         params: parameters, named parameters, or groups of them.

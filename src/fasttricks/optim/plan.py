@@ -1,4 +1,4 @@
-"""Which tensors a step takes: collected once, and kept until something that this depends on changes."""
+"""The tensors of a step, collected once and kept until something that they depend on changes."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ class _Lists:
 class Plan:
     """The batches of a step, and what they were made from.
 
-    A plan holds while the optimizer has the same parameters with the same dtypes and devices, the same of them have
-    gradients, and options and state tensors are the same. Gradients and values may change: every step reads them.
+    A plan is valid while the parameters, their dtypes and devices, the set of parameters with gradients, the options
+    and the state tensors stay the same. Gradients and values may change: every step reads them.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class Plan:
         options: list[Options],
         state: dict[Tensor, dict[str, Any]],
     ) -> bool:
-        """Whether the batches are still right for these; some hundred tensors a step, so in as few calls as can be."""
+        """Whether the batches are still valid; checks hundreds of tensors per step in as few calls as possible."""
         return (
             self._reusable
             and _same(params, self._params)

@@ -19,7 +19,7 @@ class LossScaler:
         scaler.scale(loss).backward();  scaler.step(optimizer);  scaler.update()
 
     With FusedSGD and FusedLARS nothing waits for the device: the check pass sets found_inf, the step reads it, update()
-    moves the scale, all on the device. fp16 gradients are welcome, also in unscale_(), which puts the unscaled fp32
+    changes the scale, all on the device. fp16 gradients are accepted, also by unscale_(), which puts the unscaled fp32
     gradients of fp16 and bf16 parameters on their masters (optimizer.master_params()).
 
     Args:
@@ -30,7 +30,7 @@ class LossScaler:
         dynamic: False: the scale stays init_scale; steps with overflow are still skipped.
         enabled: False: scale() returns its argument and step() calls optimizer.step().
         process_group: ranks that must agree on found_inf. Not needed with DDP (all ranks hold the same gradients),
-            FSDP2 or ZeroRedundancyOptimizer (found by itself).
+            FSDP2 or ZeroRedundancyOptimizer (both detected).
 
     Raises:
         ValueError: a scale or a factor is out of range.
@@ -78,12 +78,12 @@ class LossScaler:
     def _tensors(self, device: torch.device, scale: float, growth_tracker: int) -> None:
         #: fp32, one element: the scale
         self.loss_scale = torch.full((), scale, dtype=torch.float32, device=device)
-        #: fp32, one element: not 0 if the last iteration's gradients were not finite; holds until the next iteration
+        #: fp32, one element: nonzero if the last iteration's gradients were not finite; kept until the next iteration
         self.found_inf = torch.zeros((), dtype=torch.float32, device=device)
         self._growth_tracker = torch.full((), growth_tracker, dtype=torch.int32, device=device)
 
     def _place(self, device: torch.device) -> None:
-        """Moves to the device of the first loss; later losses elsewhere get a copy of the scale."""
+        """Moves to the device of the first loss; later losses on other devices get a copy of the scale."""
         if not self._placed:
             self.loss_scale, self.found_inf, self._growth_tracker = (
                 t.to(device) for t in (self.loss_scale, self.found_inf, self._growth_tracker)
@@ -130,8 +130,8 @@ class LossScaler:
     def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
         """Divides the optimizer's gradients by the scale, in place, and checks them; for clipping before step().
 
-        The gradients of fp16 and bf16 parameters of a fused optimizer are not touched (fp16 could not hold them): their
-        masters get fp32 copies, unscaled; clip optimizer.master_params(), and step() takes those.
+        Gradients of a fused optimizer's fp16 and bf16 parameters are left as they are (fp16 might underflow): their
+        masters get unscaled fp32 copies, which step() uses. Clip optimizer.master_params().
 
         Raises:
             RuntimeError: called twice since update(), or after step().
@@ -234,7 +234,7 @@ class LossScaler:
         """Loads a state_dict() of this class or of torch.amp.GradScaler.
 
         Raises:
-            ValueError: it lacks an entry (that of a scaler that was not enabled is empty).
+            ValueError: an entry is missing (a disabled scaler's state_dict is empty).
         """
         if not self._enabled:
             return

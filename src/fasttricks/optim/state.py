@@ -52,12 +52,12 @@ def momentum_of(p: Tensor, state: dict[str, Any]) -> Tensor:
 
 
 def master_value(p: Tensor, state: dict[str, Any]) -> Tensor:
-    """A copy of p as the next step will see it: its master, or its own value where that was changed from outside."""
+    """A copy of p as the next step will see it: its master, or its own value if that was changed from outside."""
     return masters_as_seen(p.detach(), master_of(p, state))
 
 
 class MasterGrads:
-    """The fp32 gradients that masters carry for clipping by other code, each as long as its parameter's is the same."""
+    """The fp32 gradients of masters, for clipping by other code; valid until the parameter's gradient changes."""
 
     def __init__(self) -> None:
         # parameter -> (master, the gradient that the master's was made from, that gradient's version)
@@ -103,7 +103,7 @@ class MasterGrads:
 
 
 class AsSaved:
-    """Keeps a state tensor from the cast to the parameter's dtype in torch's load_state_dict."""
+    """Protects a state tensor from torch's load_state_dict, which casts to the parameter's dtype."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
@@ -121,7 +121,7 @@ def wrapped(state_dict: dict[str, Any]) -> dict[str, Any]:
 
 
 def settle(p: Tensor, state: dict[str, Any]) -> None:
-    """Turns loaded state into state of our own: fp32, on p's device, with p's strides, and with a step count."""
+    """Converts loaded state: fp32, on p's device, with p's strides, and with a step count."""
     loaded = False
     for name in STATE:
         value = state.get(name)
@@ -139,7 +139,7 @@ def settle(p: Tensor, state: dict[str, Any]) -> None:
     elif "step" not in state:
         state["step"] = torch.ones((), dtype=torch.float32, device=p.device)
     if loaded and not is_half(p):
-        state.pop("master", None)  # p, from the same checkpoint, is the authority
+        state.pop("master", None)  # p, from the same checkpoint, takes precedence
 
 
 def without_unwritten_momentum(state: dict[Any, Any]) -> dict[Any, Any]:
@@ -162,7 +162,7 @@ def without_unwritten_momentum(state: dict[Any, Any]) -> dict[Any, Any]:
 
 
 def regrouped(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """The state of a state_dict whose groups are others, for `groups`, by the parameters' names; options: of `groups`.
+    """Maps a state_dict with other groups onto `groups` by parameter name; the options are those of `groups`.
 
     Raises:
         ValueError: the parameters are not named on both sides, or not the same.
@@ -215,7 +215,7 @@ def check_loaded(state_dict: dict[str, Any], groups: list[dict[str, Any]], optio
                     f"{tuple(p.shape)}, the parameter's. Is it the checkpoint of another model?"
                 )
     for i, (saved, own) in enumerate(zip(state_dict["param_groups"], groups, strict=True)):
-        # maximize came with torch 1.11; checkpoints are older
+        # checkpoints from before torch 1.11 have no maximize
         if missing := [name for name in options if name not in saved and name != "maximize"]:
             raise ValueError(
                 f"state_dict: group {i} lacks {', '.join(missing)}; accepted: groups with {', '.join(options)}. "

@@ -1,4 +1,4 @@
-"""fuse(model): the pairs of a model that is already built run as one op each; its modules stay what they are."""
+"""fuse(model): runs the pairs of an existing model as one op each; its modules stay the same objects."""
 
 from .fuse import fuse, fusions, unfuse, unfused
 from .report import Fusion, Fusions

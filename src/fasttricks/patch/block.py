@@ -1,4 +1,4 @@
-"""A block's class with a forward in which its pairs are one op each, and the original forward behind a guard."""
+"""The class of a fused block: each pair is one op, and a guard falls back to the original forward."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Allowed = Callable[[str, nn.Module, str], bool]
 
 @dataclass
 class Plan:
-    """What tracing a block gave: its pairs, why others are none, and the graphs in which they are one op."""
+    """The result of tracing a block: its pairs, why others were rejected, and the rewritten graphs."""
 
     pairs: dict[str, str] = field(default_factory=dict)  # name within the block -> kind
     left: dict[str, match.Left] = field(default_factory=dict)
@@ -84,7 +84,7 @@ def _others(kinds: Kinds, asked: Collection[int], known: list[Kinds]) -> list[Ki
 
 
 def _same_graph(kinds: Kinds, asked: Collection[int]) -> list[Kinds]:
-    """A forward that did not ask whether an argument is a tensor computes the same of a list."""
+    """A forward that did not check whether an argument is a tensor also accepts a list."""
     choices = [(TENSOR, CONTAINER) if kind == TENSOR and i not in asked else (kind,) for i, kind in enumerate(kinds)]
     return list(itertools.product(*choices))
 
@@ -190,7 +190,7 @@ def _subclass(base: type[nn.Module], forward: Callable[..., Any], pairs: dict[st
 def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """A copy that is fused too."""
     own = getattr(original_class(self), "__deepcopy__", None)
-    if own is not None:  # its class copies itself in a way of its own
+    if own is not None:  # its class defines its own copy
         return own(self, memo)
     new = type(self).__new__(type(self))
     memo[id(self)] = new
@@ -199,7 +199,7 @@ def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 
 def _reduce_as_original(self: nn.Module, protocol: int) -> tuple[Any, ...]:
-    """Pickles hold the original class, which loads where fasttricks is not installed."""
+    """Pickles contain the original class, which loads without fasttricks."""
     return copyreg._reconstructor, (original_class(self), object, None), _state_of(self)  # type: ignore[attr-defined]
 
 

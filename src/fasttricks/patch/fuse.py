@@ -32,23 +32,23 @@ def fuse(
     """Runs each BatchNorm with its ReLU, or addition and ReLU, and each 2x2 pool with its 1x1 convolution as one op.
 
     For training: no weight is changed or folded, every module stays the object that it is (`nn.BatchNorm2d` stays
-    `nn.BatchNorm2d`), and so do the state_dict, the parameters and the hooks. What changes is the forward of the blocks
-    that hold such pairs: its class becomes a subclass with a forward in which each pair is one op. A call that would
-    differ from the original forward (a hook on a module of a pair, a child that was replaced, an attribute that
-    was changed, an export) runs the original forward.
+    `nn.BatchNorm2d`), and so do the state_dict, the parameters and the hooks. Only the forward of blocks
+    with such pairs changes: the class of the block becomes a subclass whose forward runs each pair as one op. If the
+    result could differ (a hook on a module of a pair, a replaced child, a changed attribute, an export), the call runs
+    the original forward.
 
     Args:
         model: changed in place. Models wrapped by DistributedDataParallel or torch.compile are changed inside.
         bn_relu, bn_add_relu, avgpool_conv1x1: which kinds of pairs.
         filter_fn: called with the BatchNorm (or the 1x1 convolution) and its name; False leaves that pair as it is.
-        strict: raise if a pair is left as it is for another reason than these arguments.
+        strict: raise if a pair is left as it is for a reason other than these arguments.
         recompute: run every forward pass of the model within `fasttricks.recompute()`, which saves memory.
 
     Returns:
         The same model. `fasttricks.fusions(model)` says what was done, and why anything was left.
 
     Raises:
-        TypeError: model is no nn.Module.
+        TypeError: model is not an nn.Module.
         ValueError: model is scripted; or strict, and a pair is left. Nothing is changed then.
 
     Examples:
@@ -89,7 +89,7 @@ def unfuse(model: Model) -> Model:
 
 @contextlib.contextmanager
 def unfused(model: Model) -> Iterator[Model]:
-    """Within this context model is as before `fuse`, for tools that read its modules or their source.
+    """Context manager in which model is as before `fuse`, for tools that inspect its modules or their source.
 
     Examples:
         >>> model = fasttricks.fuse(nn.Sequential(nn.BatchNorm2d(8), nn.ReLU())).eval()
@@ -199,7 +199,7 @@ def _plan(module: nn.Module, allowed: Allowed) -> Planned:
 
 
 def _may_hold_pairs(module: nn.Module) -> bool:
-    """Containers and modules of others; torch's own modules compute no pair."""
+    """Whether the module can hold a pair: a container or user module; torch's own modules compute none."""
     cls = original_class(module)
     if isinstance(module, torch.jit.ScriptModule) or run.is_norm_class(cls):
         return False

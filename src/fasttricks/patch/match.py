@@ -39,7 +39,7 @@ _VIEWS = (
 
 @dataclass
 class Pair:
-    """What becomes one op: from `first`, the BatchNorm or pool, to `last`, the ReLU or convolution."""
+    """Nodes that become one op, from `first` (the BatchNorm or pool) to `last` (the ReLU or convolution)."""
 
     kind: str
     name: str  # of the BatchNorm, or of the convolution
@@ -52,7 +52,7 @@ class Pair:
 
 
 class Left(NamedTuple):
-    """Why something stays as it is; kind: of the pair that it would be, None if it would be none."""
+    """Why a module is not fused; kind: that of the pair that it would form, or None."""
 
     kind: str | None
     why: str
@@ -94,12 +94,12 @@ class Matcher:
         return node.op == "call_method" and node.target in ("add", "add_", "__add__", "__radd__", "__iadd__")
 
     def is_pass(self, node: fx.Node) -> bool:
-        """Does node return its only argument, in this mode?"""
+        """Whether node returns its only argument in this mode."""
         module = self.module(node)
         return module is not None and len(node.args) == 1 and not node.kwargs and is_pass(module, self.training)
 
     def in_place(self, node: fx.Node) -> bool:
-        """May node change an argument of its in place?"""
+        """Whether node may change one of its arguments in place."""
         module = self.module(node)
         if module is not None:
             return any(getattr(m, "inplace", False) for m in module.modules())
@@ -129,7 +129,7 @@ class Matcher:
         return (node.op == "call_method" and node.target in _VIEWS) or node.target in (operator.getitem, torch.flatten)
 
     def changed_between(self, value: fx.Node, start: fx.Node, end: fx.Node) -> bool:
-        """May value be changed in place after start and before end?"""
+        """Whether value may be changed in place after start and before end."""
         shared = self.aliases(value)
         return any(
             self.order[start] < self.order[node] < self.order[end]
@@ -200,7 +200,7 @@ class Matcher:
         return self._addition(Pair(BN_ADD_RELU, name, node, reader, between, add, value), add, value, taken)
 
     def _addition(self, pair: Pair, add: fx.Node, value: fx.Node, taken: set[fx.Node]) -> Pair | Left:
-        """The pair, if it changes nothing that the BatchNorm runs as late as the addition."""
+        """The pair, if the BatchNorm can run as late as the addition without changing a result."""
         first, second = add.args
         other = second if first is value else first
         if pair.last in taken:
@@ -222,7 +222,7 @@ class Matcher:
         return pair
 
     def pools(self, node: fx.Node) -> bool:
-        """Is node a 2x2 average pool with stride 2, as a module or a function, of one tensor?"""
+        """Whether node is a 2x2 average pool with stride 2, a module or a function, of one tensor."""
         module = self.module(node)
         if module is not None:
             return type(module) is nn.AvgPool2d and run.is_2x2_pool(module) and len(node.args) == 1 and not node.kwargs
@@ -247,7 +247,7 @@ class Matcher:
 
 
 def is_pass(module: Any, training: bool) -> bool:
-    """Does module return its input as it is, in the mode `training` of its block?"""
+    """Whether module returns its input unchanged in the mode `training` of its block."""
     cls = type(module)
     if cls is nn.Identity:
         return True
@@ -299,7 +299,7 @@ def to_inline(graph: fx.Graph, root: nn.Module, training: bool, refused: set[str
 
 
 def may_start_with_conv(module: nn.Module) -> bool:
-    """Could the first operation of a container be a 1x1 convolution?"""
+    """Whether the first operation of a container could be a 1x1 convolution."""
     if isinstance(module, torch.jit.ScriptModule) or not run.untouched(module):
         return False
     cls = original_class(module)
@@ -310,7 +310,7 @@ def may_start_with_conv(module: nn.Module) -> bool:
 
 
 def may_end_in_norm(module: nn.Module) -> bool:
-    """Could the last operation of a container be that of a plain BatchNorm?"""
+    """Whether the last operation of a container could be a plain BatchNorm."""
     if run.is_norm_class(type(module)):
         return run.is_plain_norm(module)
     if isinstance(module, torch.jit.ScriptModule) or not run.untouched(module):

@@ -1,4 +1,4 @@
-"""The graph of one block's forward by torch.fx: its children are leaves, except those that it is told to inline."""
+"""The graph of one block's forward by torch.fx: its children are leaves, except those to inline."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 
 
 def kind_of(value: Any, default: Any = inspect.Parameter.empty) -> str | None:
-    """How value is given as an argument; None: as no graph expects it."""
+    """The kind of value as an argument; None if no graph accepts it."""
     if issubclass(type(value), torch.Tensor):
         return TENSOR
     if value is default or (
@@ -167,7 +167,7 @@ def trace(
     try:
         with _left_as_it_was(module, training, inline):
             return tracer.trace(module), tracer.asked
-    except Exception as error:  # a forward of others, run on proxies, may raise anything
+    except Exception as error:  # arbitrary code, run on proxies, may raise anything
         if not isinstance(error, Untraceable):
             error = Untraceable(f"torch.fx cannot trace its forward: {type(error).__name__}: {str(error)[:120]}")
         error.asked = tracer.asked

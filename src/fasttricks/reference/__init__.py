@@ -1,1 +1,1 @@
-"""The ops in plain torch: oracle of the tests, and what runs where no kernel can."""
+"""The ops in plain torch: the oracle of the tests, and the fallback if there is no kernel."""

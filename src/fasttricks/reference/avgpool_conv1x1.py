@@ -1,4 +1,4 @@
-"""avgpool_conv1x1 in plain torch: what the tests compare with, and what runs where no kernel can."""
+"""avgpool_conv1x1 in plain torch: the oracle of the tests, and the fallback if there is no kernel."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def avgpool_conv1x1(
     stride: int = 2,
     ceil_mode: bool = False,
 ) -> torch.Tensor:
-    """`conv2d(avg_pool2d(x, 2, 2, count_include_pad=False), weight, bias)`; without the pool where stride is 1."""
+    """`conv2d(avg_pool2d(x, 2, 2, count_include_pad=False), weight, bias)`; without the pool if stride is 1."""
     pooled = x if stride == 1 else F.avg_pool2d(x, 2, 2, 0, ceil_mode, count_include_pad=False)
     return F.conv2d(pooled, weight, bias)
 

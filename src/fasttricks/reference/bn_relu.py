@@ -100,7 +100,7 @@ def bn_add_relu(
     eps: float = 1e-5,
     num_batches_tracked: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """As `fasttricks.bn_add_relu`; a residual of None is left out."""
+    """As `fasttricks.bn_add_relu`; residual None: no addition."""
     if not training:
         assert running_mean is not None
         assert running_var is not None

@@ -11,7 +11,7 @@ from ..ops.sgd_call import CheckCall, StepCall, is_half, widest_dtype
 
 
 def masters_as_seen(param: Tensor, master: Tensor) -> Tensor:
-    """The fp32 master, with param's value where param no longer equals it rounded (it was changed from outside)."""
+    """The fp32 master, or param's value where it no longer equals the rounded master (it was changed from outside)."""
     return torch.where(master.to(param.dtype) == param, master, param.to(master.dtype))
 
 
@@ -115,6 +115,6 @@ def sgd_step(
         if t.master is not None:
             write(t.master, new_p)
         write(param, new_p.to(param.dtype))
-    # a parameter given twice is stepped twice, both with the count that it came with
+    # a parameter given twice is stepped twice, both times with the step count from before the call
     for count in steps:
         count.add_(1.0 if skip is None else (~skip).to(count.dtype))
