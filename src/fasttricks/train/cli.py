@@ -1,4 +1,4 @@
-"""The command line: ``fasttricks train`` and ``fasttricks report``."""
+"""The command line: ``fasttricks train``, ``fasttricks ablate`` and ``fasttricks report``."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ def parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser(
         "train",
+        allow_abbrev=False,
         help="train an image classifier",
         description="Train an image classifier with a recipe of He et al. 2018. Under torchrun: one process a device.",
     )
@@ -83,15 +84,46 @@ def parser() -> argparse.ArgumentParser:
     guard.add_argument("--max-skipped-steps", type=int, help="overflowing steps in a row (default: 30)")
     guard.add_argument("--min-loss-scale", type=float, help="smallest loss scale (default: 2^-10)")
 
+    ablate = commands.add_parser(
+        "ablate",
+        allow_abbrev=False,  # --seed is no --seeds
+        help="train the lines of one of the paper's tables",
+        description="Train every line of one of the paper's tables, with several seeds. Further options are those of "
+        "fasttricks train, for every run. Runs that are finished are kept; one that was cut goes on.",
+    )
+    ablate.add_argument(
+        "table",
+        choices=["efficient", "tweaks", "refinements", "models"],
+        help="section 3's heuristics, ResNet-A to D, section 5's refinements, or three networks",
+    )
+    ablate.add_argument("--out", type=Path, help="folder of the ablation (default: runs/ablate-TABLE)")
+    ablate.add_argument("--seeds", type=_at_least_one, default=3, metavar="N", help="seeds 0 to N-1 (default: 3)")
+    ablate.add_argument("--model", default="resnet50d", help="of every line (default: resnet50d); not for 'models'")
+    ablate.add_argument("--teacher", help="for distillation (default: a ResNet-152-D is trained first)")
+    ablate.add_argument("--jobs", type=_at_least_one, default=1, metavar="N", help="runs at a time, one a device")
+    ablate.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
+
     report = commands.add_parser("report", help="compare runs: a table and a PNG of the curves")
-    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="--out folders of training runs")
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="--out folders of runs or of ablations")
     report.add_argument("--png", type=Path, default=Path("curves.png"), help="file of the curves (default: curves.png)")
     return main_parser
 
 
+def _at_least_one(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text}: accepted: at least 1")
+    return number
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status: 0, 1 with one sentence on stderr, or 130 where it was interrupted."""
-    args = parser().parse_args(argv)
+    commands = parser()
+    args, rest = commands.parse_known_args(argv)
+    if args.command == "ablate":
+        _check_options(rest)
+    elif rest:
+        commands.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         from . import command
     except ImportError as error:
@@ -99,4 +131,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     if args.command == "report":
         return command.report(args.runs, args.png)
+    if args.command == "ablate":
+        return command.ablate(args, rest)
     return command.train(args)
+
+
+# What an ablation sets for each run.
+_SET_BY_ABLATION = ("--recipe", "--out", "--overwrite", "--resume", "--seed")
+
+
+def _check_options(options: Sequence[str]) -> None:
+    """Exits as argparse does if ``options`` are none of ``fasttricks train``, or those that an ablation sets."""
+    commands = parser()
+    commands.parse_args(["train", *options])
+    for option in options:
+        if option.partition("=")[0] in _SET_BY_ABLATION:
+            commands.error(f"{option}: fasttricks ablate sets it for each run")

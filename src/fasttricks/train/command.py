@@ -17,7 +17,7 @@ from rich.console import Console
 
 from ..models import build
 from ..nn import zero_init_last
-from . import distributed
+from . import ablation, distributed
 from .checkpoint import CheckpointError
 from .data import DataError, DataWarning, open_data, worker_deaths_explained
 from .distributed import World
@@ -29,21 +29,62 @@ from .report import report as compare
 
 def report(runs: Sequence[Path], png: Path) -> int:
     """``fasttricks report``: returns the exit status."""
+    console = Console()
     try:
-        compare(runs, png, Console())
+        for folder in runs:
+            if (folder / "ablation.json").exists():
+                ablation.report(folder, console)
+        if alone := [folder for folder in runs if not (folder / "ablation.json").exists()]:
+            compare(alone, png, console)
     except ReportError as error:
         print(f"fasttricks report: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def train(args: argparse.Namespace) -> int:
-    """``fasttricks train``: returns the exit status."""
-    # What the user set of the recipe; the rest is decided by the recipe and the preset.
+def ablate(args: argparse.Namespace, options: Sequence[str]) -> int:
+    """``fasttricks ablate``: returns the exit status. ``options`` are those of every run."""
+    out = args.out or Path("runs") / f"ablate-{args.table}"
+    description: dict[str, Any] = {
+        "table": args.table,
+        "seeds": args.seeds,
+        "model": args.model,
+        "teacher": args.teacher,
+        "options": list(options),
+    }
+    jobs = ablation.plan(out, **description)
+    console = Console()
+    try:
+        if args.dry_run:
+            ablation.check_same(out, description)
+            ablation.show_plan(jobs, args.jobs, console)
+            return 0
+        failed = ablation.run(out, jobs, description, args.jobs, console)
+        if failed:
+            print(f"fasttricks ablate: {failed} of {len(jobs)} runs failed; the same command goes on", file=sys.stderr)
+            return 1
+        ablation.report(out, console)
+    except (ablation.AblationError, ReportError) as error:
+        print(f"fasttricks ablate: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("fasttricks ablate: interrupted; the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def given_fields(args: argparse.Namespace) -> dict[str, Any]:
+    """What the command line sets of the recipe; the rest is decided by the recipe and the preset."""
     given = {name: value for name, value in vars(args).items() if name in Recipe.model_fields and value is not None}
     del given["recipe"]
     if args.bias_decay is not None:
         given["no_bias_decay"] = not args.bias_decay
+    return given
+
+
+def train(args: argparse.Namespace) -> int:
+    """``fasttricks train``: returns the exit status."""
+    given = given_fields(args)
     if args.device == "cuda" and not torch.cuda.is_available():
         print("fasttricks train: --device cuda: torch sees no CUDA device", file=sys.stderr)
         return 1

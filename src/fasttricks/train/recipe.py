@@ -130,9 +130,8 @@ SMALLEST_BATCH = 8
 def asked_fields(recipe: str, preset: str, given: dict[str, Any]) -> dict[str, Any]:
     """Fields of :class:`Recipe`: the recipe's, then the preset's, then those of ``given``."""
     fields = {**RECIPES[recipe], **PRESETS[preset][recipe], **given}
-    if fields.get("model", "").rpartition("/")[2] in MODEL_SIZES:
-        fields.setdefault("image_size", MODEL_SIZES[fields["model"].rpartition("/")[2]])
-    return fields
+    size = MODEL_SIZES.get(fields.get("model", "").rpartition("/")[2])
+    return fields if size is None else {**fields, "image_size": given.get("image_size", size)}
 
 
 def resolve(

@@ -1,0 +1,339 @@
+"""The paper's tables as sets of training runs: ``fasttricks ablate TABLE``.
+
+A folder of an ablation holds ablation.json (what it runs) and a folder ARM/seed-N for each run.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from queue import SimpleQueue
+from statistics import mean, stdev
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from .report import ReportError, Run, read_run
+
+TABLES = ("efficient", "tweaks", "refinements", "models")
+TEACHER = "teacher"  # the arm that trains it
+
+
+class AblationError(RuntimeError):
+    """An ablation that cannot run; the message says why."""
+
+
+def arms(table: str, model: str, teacher: str) -> dict[str, list[str]]:
+    """The options of ``fasttricks train`` for each line of a table, top to bottom.
+
+    Args:
+        table: "efficient" stacks the heuristics of section 3, "refinements" those of section 5, "tweaks" compares
+            ResNet-A to D (section 4), "models" trains three networks with the recipes efficient and refined.
+        model: name of the model; "tweaks" takes its variants.
+        teacher: for the distillation of "refinements" and "models".
+    """
+    efficient = ["--recipe", "efficient", "--model", model]
+    if table == "efficient":
+        fp32 = ["--precision", "fp32"]
+        return {
+            "baseline": ["--recipe", "baseline", "--model", model],
+            "+ linear scaling": [*efficient, *fp32, "--warmup-epochs", "0", "--no-zero-gamma", "--bias-decay"],
+            "+ warmup": [*efficient, *fp32, "--no-zero-gamma", "--bias-decay"],
+            "+ zero gamma": [*efficient, *fp32, "--bias-decay"],
+            "+ no bias decay": [*efficient, *fp32],
+            "+ fp16": [*efficient, "--precision", "fp16"],
+        }
+    if table == "tweaks":
+        stem = re.sub(r"[abcd]$", "", model)
+        return {f"{stem}{letter}": ["--recipe", "efficient", "--model", f"{stem}{letter}"] for letter in "abcd"}
+    if table == "refinements":
+        cosine = [*efficient, "--schedule", "cosine"]
+        smooth = [*cosine, "--label-smoothing", "0.1"]
+        taught = [*smooth, "--teacher", teacher]
+        return {
+            "efficient": efficient,
+            "+ cosine": cosine,
+            "+ label smoothing": smooth,
+            "+ distillation": taught,
+            "+ mixup": [*taught, "--mixup", "0.2"],
+        }
+    networks = ("resnet50d", "inception_v3", "mobilenet_v1")
+    recipes = {"efficient": [], "refined": ["--teacher", teacher]}
+    return {
+        f"{network}, {recipe}": ["--recipe", recipe, "--model", network, *more]
+        for network in networks
+        for recipe, more in recipes.items()
+    }
+
+
+class Job(NamedTuple):
+    """One training run."""
+
+    arm: str
+    seed: int
+    out: Path
+    options: list[str]
+
+    def epochs(self) -> tuple[int, int]:
+        """(epochs done, epochs of the run); (0, 0) before it started."""
+        try:
+            run = read_run(self.out)
+        except ReportError:
+            return 0, 0
+        return len(run.rows), run.recipe["epochs"]
+
+    @property
+    def finished(self) -> bool:
+        done, total = self.epochs()
+        return 0 < total <= done
+
+    def command(self) -> list[str]:
+        go_on = "--resume" if (self.out / "last.pt").exists() else "--overwrite"
+        return [sys.executable, "-m", "fasttricks.train", *self.options, "--out", str(self.out), go_on]
+
+
+def plan(out: Path, table: str, seeds: int, model: str, teacher: str | None, options: Sequence[str]) -> list[Job]:
+    """The runs of an ablation, the teacher's first if none is given and the table needs one.
+
+    Args:
+        out: folder of the ablation.
+        options: of ``fasttricks train``, for every run.
+    """
+    trained = out / TEACHER / "seed-0" / "best.pt"
+    lines = arms(table, model, teacher or str(trained))
+    jobs = []
+    if teacher is None and any(str(trained) in line for line in lines.values()):
+        learn = ["--recipe", "efficient", "--model", "resnet152d", "--schedule", "cosine", "--label-smoothing", "0.1"]
+        jobs.append(Job(TEACHER, 0, out / TEACHER / "seed-0", [*options, *learn, "--seed", "0"]))
+    for arm, line in lines.items():
+        folder = out / re.sub(r"\W+", "-", arm).strip("-")
+        jobs += [
+            Job(arm, seed, folder / f"seed-{seed}", [*options, *line, "--seed", str(seed)]) for seed in range(seeds)
+        ]
+    return jobs
+
+
+def run(out: Path, jobs: Sequence[Job], description: dict[str, Any], at_once: int, console: Console) -> int:
+    """Run what is not finished yet; a run that was cut goes on from its checkpoint.
+
+    Args:
+        description: table, model, teacher and options, as in ablation.json.
+        at_once: runs at a time. On CUDA each has a device to itself, on the CPU its share of the cores.
+
+    Returns:
+        How many runs failed.
+
+    Raises:
+        AblationError: ``out`` holds an ablation of other options.
+    """
+    check_same(out, description)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "ablation.json").write_text(json.dumps(description, indent=1) + "\n")
+    failed, done = 0, sum(job.finished for job in jobs)
+    places: SimpleQueue[int] = SimpleQueue()
+    for place in range(at_once):
+        places.put(place)
+
+    def work(job: Job) -> str:
+        place = places.get()
+        try:
+            return _train(job, place, at_once)
+        finally:
+            places.put(place)
+
+    with ThreadPoolExecutor(at_once) as pool:
+        # The teacher's run ends before any other starts.
+        for part in ([j for j in jobs if j.arm == TEACHER], [j for j in jobs if j.arm != TEACHER]):
+            waiting = {pool.submit(work, job): job for job in part if not job.finished}
+            try:
+                for future in as_completed(waiting):
+                    job, fault = waiting[future], future.result()
+                    done += not fault
+                    failed += bool(fault)
+                    last = fault or f"top-1 {read_run(job.out).rows[-1]['val_top1']:.2f}"
+                    console.print(
+                        f"{done}/{len(jobs)}  {job.arm}, seed {job.seed}: {last}",
+                        highlight=False,
+                        soft_wrap=True,
+                        markup=False,
+                    )
+            except KeyboardInterrupt:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+            if failed:
+                break
+    return failed
+
+
+def check_same(out: Path, description: dict[str, Any]) -> None:
+    """Raises:
+    AblationError: the folder holds an ablation of other options. More seeds are the same ablation.
+    """
+    try:
+        before = json.loads((out / "ablation.json").read_text())
+    except FileNotFoundError:
+        return
+    except ValueError as error:
+        raise AblationError(f"{out / 'ablation.json'} is damaged: {error}") from error
+    changed = [
+        f"{name} {before.get(name)!r} -> {value!r}"
+        for name, value in description.items()
+        if name != "seeds" and before.get(name) != value
+    ]
+    if changed:
+        raise AblationError(
+            f"--out {out} holds an ablation of other options ({'; '.join(changed)}): give another --out"
+        )
+
+
+def _train(job: Job, place: int, at_once: int) -> str:
+    """Run the job; returns what went wrong, or nothing."""
+    env = dict(os.environ)
+    if torch.cuda.is_available():
+        env["CUDA_VISIBLE_DEVICES"] = _device(place)
+    else:
+        env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // at_once)))
+    job.out.mkdir(parents=True, exist_ok=True)
+    with (job.out / "output.txt").open("a") as file:
+        code = subprocess.run(job.command(), stdout=file, stderr=subprocess.STDOUT, env=env).returncode
+    if code == 0:
+        return ""
+    lines = (job.out / "output.txt").read_text().strip().splitlines()
+    return f"failed ({code}): {lines[-1] if lines else 'no output'}"
+
+
+def _device(place: int) -> str:
+    """The device of a place among those that this process sees."""
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = seen.split(",") if seen else [str(i) for i in range(torch.cuda.device_count())]
+    return devices[place % len(devices)]
+
+
+def show_plan(jobs: Sequence[Job], at_once: int, console: Console) -> None:
+    """What would run, and how long it would take by the runs that have finished."""
+    view = Table("run", "state", "command")
+    seconds: dict[str, list[float]] = {}
+    for job in jobs:
+        done, total = job.epochs()
+        if job.finished:
+            seconds.setdefault(job.arm, []).append(sum(r["train_seconds"] for r in read_run(job.out).rows))
+        state = "finished" if job.finished else f"goes on after epoch {done} of {total}" if done else "to do"
+        command = " ".join(["fasttricks train", *job.options, "--out", str(job.out)])
+        view.add_row(f"{job.arm}, seed {job.seed}", state, command)
+    console.print(view)
+    left = [job for job in jobs if not job.finished]
+    known = [s for of_arm in seconds.values() for s in of_arm]
+    if left and known:
+        total_seconds = sum(mean(seconds.get(job.arm, known)) for job in left) / at_once
+        console.print(
+            f"{len(left)} runs to do: about {total_seconds / 60:.0f} min, as the {len(known)} finished took",
+            highlight=False,
+        )
+    elif left:
+        console.print(f"{len(left)} runs to do; --dry-run estimates the time once one has finished", highlight=False)
+
+
+class Arm(NamedTuple):
+    """The runs of one line of the table."""
+
+    name: str
+    runs: list[Run]
+
+    def last(self) -> list[float]:
+        """Top-1 of the last epoch, by seed."""
+        return [run.rows[-1]["val_top1"] for run in self.runs]
+
+
+def read(out: Path) -> tuple[dict[str, Any], list[Arm]]:
+    """The description of an ablation, and its lines as far as their runs have finished.
+
+    Raises:
+        ReportError: no ablation, or none of its runs has finished.
+    """
+    try:
+        description = json.loads((out / "ablation.json").read_text())
+        jobs = plan(out, **{k: description[k] for k in ("table", "seeds", "model", "teacher", "options")})
+    except (OSError, ValueError, KeyError) as error:
+        raise ReportError(f"{out / 'ablation.json'}: {error}") from error
+    lines: dict[str, list[Run]] = {}
+    for job in jobs:
+        lines.setdefault(job.arm, [])
+        if job.finished:
+            lines[job.arm].append(read_run(job.out))
+    found = [Arm(name, runs) for name, runs in lines.items() if runs]
+    if not found:
+        raise ReportError(f"{out}: no run of this ablation has finished")
+    return description, found
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and sample standard deviation; a single value has none."""
+    return f"{mean(values):.2f} ± {stdev(values):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
+
+
+def report(out: Path, console: Console) -> None:
+    """Print the table of an ablation and write it into ``out`` as table.csv, with curves.png."""
+    description, lines = read(out)
+    view = Table(title=f"{description['table']}: validation, in percent, over the seeds")
+    for title in ("", "top-1, last epoch", "change", "top-1, best epoch", "top-5", "img/s", "seeds"):
+        view.add_column(title, justify="left" if not title else "right")
+    records = []
+    compared = [arm for arm in lines if arm.name != TEACHER]
+    for arm in lines:
+        last = arm.last()
+        change = mean(last) - mean(compared[0].last()) if compared and arm is not compared[0] else math.nan
+        view.add_row(
+            arm.name,
+            spread(last),
+            "" if math.isnan(change) or arm.name == TEACHER else f"{change:+.2f}",
+            spread([run.best["val_top1"] for run in arm.runs]),
+            spread([run.rows[-1]["val_top5"] for run in arm.runs]),
+            f"{mean(run.img_per_s for run in arm.runs):.0f}",
+            str(len(arm.runs)),
+        )
+        records += [
+            {"arm": arm.name, "seed": run.recipe["seed"], "epochs": len(run.rows), **_figures(run)} for run in arm.runs
+        ]
+    console.print(view)
+    with (out / "table.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(records[0]))
+        writer.writeheader()
+        writer.writerows(records)
+    _draw(lines, out / "curves.png")
+    console.print(f"{out / 'table.csv'}, {out / 'curves.png'}", highlight=False, soft_wrap=True)
+
+
+def _figures(run: Run) -> dict[str, float]:
+    last = run.rows[-1]
+    return {"top1": last["val_top1"], "top5": last["val_top5"], "best_top1": run.best["val_top1"]}
+
+
+def _draw(lines: Sequence[Arm], png: Path) -> None:
+    """Mean top-1 by epoch, with the range over the seeds."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for i, arm in enumerate(lines):
+        by_epoch = list(zip(*([row["val_top1"] for row in run.rows] for run in arm.runs), strict=False))
+        epochs = range(1, len(by_epoch) + 1)
+        axes.plot(epochs, [mean(values) for values in by_epoch], color=f"C{i}", label=arm.name)
+        axes.fill_between(epochs, [min(v) for v in by_epoch], [max(v) for v in by_epoch], color=f"C{i}", alpha=0.15)
+    axes.set(xlabel="epoch", ylabel="validation top-1, %")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    draft = png.with_name(f".{png.name}.new")
+    figure.savefig(draft, format="png", dpi=120)
+    draft.replace(png)
