@@ -1,4 +1,4 @@
-"""Compiles csrc/ against the torch that is installed: what setup.py calls, and nothing of setuptools."""
+"""Compiles csrc/ against the torch that is installed: called by setup.py, without setuptools."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Cuda:
 
 @dataclass(frozen=True)
 class Step:
-    """One command, what it makes, and what it reads (headers: see the depfile that the compiler writes)."""
+    """One command, its output and its inputs (headers: see the depfile that the compiler writes)."""
 
     title: str
     command: tuple[str, ...]
@@ -80,7 +80,7 @@ def stop(sentence: str) -> None:
 
 
 def find_torch() -> Torch:
-    """The installed torch, found without importing it: that takes seconds, and may fail where building need not."""
+    """The installed torch, found without an import, which takes seconds and may fail on a machine that can build."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         stop(
@@ -97,13 +97,13 @@ def find_torch() -> Torch:
 
 
 def find_compiler() -> str:
-    wish = os.environ.get("CXX")
-    for name in [wish] if wish else ["g++", "c++", "clang++"]:
+    chosen = os.environ.get("CXX")
+    for name in [chosen] if chosen else ["g++", "c++", "clang++"]:
         path = shutil.which(shlex.split(name)[0])
         if path:
-            return name if wish else path
+            return name if chosen else path
     stop(
-        f"no C++ compiler found ({'CXX=' + wish if wish else 'tried g++, c++, clang++'}); install one "
+        f"no C++ compiler found ({'CXX=' + chosen if chosen else 'tried g++, c++, clang++'}); install one "
         "(Debian: `apt install g++`), or install a prebuilt wheel."
     )
     raise AssertionError
@@ -122,7 +122,7 @@ def cpu_steps(torch: Torch, objects: Path, library: Path, debug: bool) -> list[S
         "-g" if debug else "-g0",
         "-fPIC",
         "-fvisibility=hidden",
-        "-ffp-contract=off",  # a fused multiply-add only where it is written, so that forward and backward round alike
+        "-ffp-contract=off",  # fused multiply-adds only where written: forward and backward must round identically
         "-fno-math-errno",
         "-Wall",
         "-DTORCH_TARGET_VERSION=0x020a000000000000",
@@ -138,13 +138,13 @@ def cpu_steps(torch: Torch, objects: Path, library: Path, debug: bool) -> list[S
             command = [*common, f"-DFT_ISA={isa}", *ISA_FLAGS[isa]]
             output = objects / f"cpu_{source.stem}.{isa}.o"
             steps.append(compile_step(command, source, output, f"compiling {source.name} for {isa}"))
-    # every shim that the stable ABI calls lives in libtorch_cpu, in CPU and CUDA builds of torch alike
+    # every shim that the stable ABI calls lives in libtorch_cpu, in both CPU and CUDA builds of torch
     made = [step.output for step in steps]
     return [*steps, link_step(cxx, made, library, [f"-L{torch.lib}", "-ltorch_cpu"])]
 
 
 def _toolkit_folders() -> list[Path]:
-    """Where a toolkit may be, best first: what the environment names, the nvcc on the PATH, the usual place."""
+    """Candidate locations of a toolkit, in order: the environment's, that of the nvcc on the PATH, the default one."""
     named = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     on_path = [Path(nvcc).resolve().parent.parent] if (nvcc := shutil.which("nvcc")) else []
     return [*named, *on_path, Path("/usr/local/cuda")]
@@ -157,35 +157,35 @@ def _nvcc_version(nvcc: Path) -> tuple[int, int]:
 
 
 def _cuda_archs(nvcc: Path) -> tuple[str, ...]:
-    """TORCH_CUDA_ARCH_LIST, or all that this nvcc knows of CUDA_ARCHS, the last one with PTX for the cards to come."""
+    """TORCH_CUDA_ARCH_LIST, or those of CUDA_ARCHS that this nvcc supports, the last one with PTX for newer cards."""
     listing = subprocess.run([str(nvcc), "--list-gpu-code"], capture_output=True, text=True).stdout
     known = set(re.findall(r"sm_(\w+)", listing))
-    wish = re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip(";, "))
-    if wish == [""]:
+    chosen = re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip(";, "))
+    if chosen == [""]:
         fit = [arch for arch in CUDA_ARCHS if arch.replace(".", "") in known]
         return *fit[:-1], f"{fit[-1]}+PTX"
-    for arch in wish:
+    for arch in chosen:
         number = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", arch)
         if not number or number[1] + number[2].rstrip("af") not in known:
             stop(
                 f"TORCH_CUDA_ARCH_LIST holds {arch!r}; accepted: numbers such as 9.0 or 12.0+PTX that {nvcc} knows "
                 f"({', '.join(sorted(known, key=lambda k: int(k.rstrip('af'))))})."
             )
-    return tuple(wish)
+    return tuple(chosen)
 
 
 def find_cuda(torch: Torch) -> Cuda | str:
     """The toolkit to build with, or why there is none. FASTTRICKS_CUDA=0: do not look; 1: end the build without one."""
-    wish = os.environ.get("FASTTRICKS_CUDA", "")
-    if wish not in ("", "0", "1"):
-        stop(f"FASTTRICKS_CUDA is {wish!r}; accepted: 0 (build no CUDA library), 1 (end where it cannot be built).")
-    if wish == "0":
+    chosen = os.environ.get("FASTTRICKS_CUDA", "")
+    if chosen not in ("", "0", "1"):
+        stop(f"FASTTRICKS_CUDA is {chosen!r}; accepted: 0 (build no CUDA library), 1 (end where it cannot be built).")
+    if chosen == "0":
         return "FASTTRICKS_CUDA=0 at build time"
     reason = ""
     if torch.cuda is None:
         reason = f"torch {torch.version}, which built this, has no CUDA"
     else:
-        # a wrapper called nvcc may lie anywhere: what makes a toolkit is its header
+        # a wrapper called nvcc may be anywhere: a toolkit is identified by its header
         homes = [home for home in _toolkit_folders() if (home / "include/cuda_runtime.h").is_file()]
         homes = [home for home in homes if (home / "bin/nvcc").is_file()]
         if not homes:
@@ -196,15 +196,15 @@ def find_cuda(torch: Torch) -> Cuda | str:
             if version >= OLDEST_CUDA:
                 return Cuda(homes[0], nvcc, version, _cuda_archs(nvcc))
             reason = f"{nvcc} is of CUDA {version[0]}.{version[1]}; {OLDEST_CUDA[0]}.{OLDEST_CUDA[1]} is needed"
-    if wish == "1":
+    if chosen == "1":
         stop(f"FASTTRICKS_CUDA=1, but the CUDA library cannot be built: {reason}.")
     return reason
 
 
 def cuda_steps(torch: Torch, cuda: Cuda, objects: Path, library: Path, debug: bool) -> list[Step]:
     nvcc = [str(cuda.nvcc)]
-    if wish := os.environ.get("CXX"):
-        nvcc += ["-ccbin", shlex.split(wish)[0]]
+    if chosen := os.environ.get("CXX"):
+        nvcc += ["-ccbin", shlex.split(chosen)[0]]
     targets: list[str] = []
     for arch in cuda.archs:
         number = arch.removesuffix("+PTX").replace(".", "")
@@ -217,7 +217,7 @@ def cuda_steps(torch: Torch, cuda: Cuda, objects: Path, library: Path, debug: bo
         "-std=c++20",
         f"--threads={min(jobs(), len(cuda.archs))}",  # architectures side by side
         *(["-O0", "-g"] if debug else ["-O3"]),
-        "--fmad=false",  # a fused multiply-add only where it is written, so that forward and backward round alike
+        "--fmad=false",  # a fused multiply-add only where it is written, for identical rounding forward and backward
         "--expt-relaxed-constexpr",
         "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off",
         "-DTORCH_TARGET_VERSION=0x020a000000000000",
@@ -230,7 +230,7 @@ def cuda_steps(torch: Torch, cuda: Cuda, objects: Path, library: Path, debug: bo
         compile_step(common, source, objects / f"cuda_{source.stem}.o", f"compiling {source.name} {archs}")
         for source in sorted((ROOT / "csrc/cuda").glob("*.cu"))
     ]
-    # the CUDA runtime goes in, and its names stay in: torch brings another, perhaps of another version
+    # the CUDA runtime is linked statically and not exported: torch brings its own, possibly of another version
     link = [*nvcc, *targets, "--cudart=static", "-Xlinker", "--exclude-libs=ALL"]
     made = [step.output for step in steps]
     return [*steps, link_step(link, made, library, [f"-L{torch.lib}", "-ltorch_cpu", "-ltorch_cuda"])]
@@ -290,7 +290,7 @@ def _compiler_version() -> str:
 
 
 def build(folder: Path, debug: bool = False) -> None:
-    """Builds the libraries into `folder`, with a build.json that says what was built and why not the rest."""
+    """Builds the libraries into `folder`, with a build.json that says what was built and why anything is missing."""
     torch = find_torch()
     objects = ROOT / "build" / f"objects-{torch.version}-{platform.machine()}{'-debug' if debug else ''}"
     objects.mkdir(parents=True, exist_ok=True)
@@ -311,7 +311,7 @@ def build(folder: Path, debug: bool = False) -> None:
         run_steps(steps, objects)
         for stale in set(folder.glob("libfasttricks_*.so")) - {folder / made.name for made in libraries}:
             stale.unlink()
-        # replaced by rename: a process that has the old library loaded keeps it whole
+        # replaced by rename: a process that has loaded the old library keeps it intact
         for made in libraries:
             partial = folder / f".{made.name}.new"
             shutil.copy2(made, partial)

@@ -1,4 +1,4 @@
-"""Builds the op libraries: libfasttricks_cpu.so always, libfasttricks_cuda.so where nvcc is.
+"""Builds the op libraries: libfasttricks_cpu.so always, libfasttricks_cuda.so if nvcc is installed.
 
 Both use the LibTorch stable ABI only (no ATen, no Python.h): one wheel serves every Python and every torch >= 2.10.
 """
@@ -38,7 +38,7 @@ class BuildLibraries(build_ext):
 
 
 class PlatformWheel(bdist_wheel):
-    """Any Python 3, this platform: the libraries link to no Python."""
+    """Tags the wheel for any Python 3 on this platform: the libraries do not link to Python."""
 
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]

@@ -2,7 +2,7 @@
 
     pytest benchmarks/bench_avgpool_conv1x1.py --benchmark-only -s
 
-Both sides run in turn in one process, so that a ratio is of one machine state. Printed are the best of the rounds, the
+Both sides run in turn in one process, so that a ratio compares like with like. It prints the best of the rounds, the
 ratio, and GFLOP/s of the three products (2 N H' W' C Cout each).
 """
 
@@ -54,7 +54,7 @@ def test_forward_backward(benchmark, c: int, o: int, size: int, layout: str) -> 
 
 
 def test_geometric_mean(benchmark) -> None:
-    """The mean of the ratios above, as a number of its own; timed is only its computation."""
+    """Records the mean of the ratios above; the timed function only computes it."""
     mean = benchmark(lambda: math.exp(sum(map(math.log, ratios.values())) / len(ratios)))
     benchmark.extra_info["geometric_mean"] = mean
     print(f"\ngeometric mean over {len(ratios)} cases: {mean:.2f}x eager")

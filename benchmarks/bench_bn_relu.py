@@ -2,8 +2,8 @@
 
     pytest benchmarks/bench_bn_relu.py --benchmark-only -s
 
-The shapes are those of ResNet-50's BatchNorms. All sides run in turn in one process, so that a ratio is of one machine
-state; printed are the best of the rounds, the ratios, and the bytes that the formula needs (forward 3N or 4N, backward
+The shapes are those of ResNet-50's BatchNorms. All sides run in turn in one process, so that a ratio compares like with
+like. It prints the best of the rounds, the ratios, and the bytes that the formula needs (forward 3N or 4N, backward
 5N or 6N) over our time.
 """
 
@@ -90,7 +90,7 @@ def test_bn_add_relu(benchmark, c: int, size: int, layout: str) -> None:
 
 @pytest.mark.parametrize("peer", ratios)
 def test_geometric_mean(benchmark, peer: str) -> None:
-    """The mean of the ratios above, as a number of its own; timed is only its computation."""
+    """Records the mean of the ratios above; the timed function only computes it."""
     seen = ratios[peer]
     mean = benchmark(lambda: math.exp(sum(map(math.log, seen.values())) / len(seen)))
     benchmark.extra_info["geometric_mean"] = mean

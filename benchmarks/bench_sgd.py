@@ -1,4 +1,4 @@
-"""sgd_step on ResNet-50's tensors, beside what it replaces and beside the copy bandwidth of the machine.
+"""sgd_step on ResNet-50's tensors, compared with what it replaces and with the machine's copy bandwidth.
 
 pytest benchmarks/bench_sgd.py                        each case, timed by pytest-benchmark
 pytest benchmarks/bench_sgd.py -s -k ratios           ratios from rounds that interleave all cases in one run
@@ -18,7 +18,7 @@ from torch import Tensor
 from fasttricks.optim import FusedSGD, LossScaler
 
 LR, MOMENTUM, DECAY, SCALE = 0.1, 0.9, 1e-4, 1024.0
-BYTES = 22  # a parameter: check 2; gradient 2, master 4 + 4, momentum 4 + 4, fp16 parameter 2
+BYTES = 22  # bytes per parameter: check 2; gradient 2, master 4 + 4, momentum 4 + 4, fp16 parameter 2
 
 
 def resnet50_shapes() -> list[tuple[int, ...]]:
@@ -86,7 +86,7 @@ def eager_fp16() -> Callable[[], None]:
 
 
 def in_place_fp16() -> Callable[[], None]:
-    """The same out of foreach operations by hand, all in place in buffers that are kept: about 70 bytes a parameter."""
+    """The same with hand-written foreach operations, in place in persistent buffers: about 70 bytes per parameter."""
     params = parameters(torch.float16)
     masters = [p.detach().float() for p in params]
     buffers = [torch.zeros_like(m) for m in masters]
@@ -152,6 +152,4 @@ def test_ratios() -> None:
     for name, t in seconds.items():
         print(f"{name:18} {t * 1e3:8.2f} ms   {t / ours:5.2f} x fused_fp16")
     moved, copied = COUNT * BYTES / ours / 1e9, COUNT * BYTES / seconds["copy"] / 1e9
-    print(
-        f"fused_fp16 moves {moved:.1f} GB/s, copy {copied:.1f} GB/s: {moved / copied:.0%} at {BYTES} bytes a parameter"
-    )
+    print(f"fused_fp16 moves {moved:.1f} GB/s, copy {copied:.1f} GB/s: {moved / copied:.0%} at {BYTES} bytes per value")

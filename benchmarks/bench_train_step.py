@@ -2,7 +2,7 @@
 
     pytest benchmarks/bench_train_step.py --benchmark-only -s
 
-Both networks start from the same weights and run in turn in one process; printed are the best of the rounds and the
+Both networks start from the same weights and run in turn in one process; it prints the best of the rounds and the
 ratio. BATCH is what a step of some seconds allows on two cores.
 """
 

@@ -1,8 +1,8 @@
-"""Every op on a card, on each backend, beside its peers; python benchmarks/card.py [--device cuda] [--out DIR].
+"""Every op on a card, on each backend, compared with its peers; python benchmarks/card.py [--device cuda] [--out DIR].
 
-A row is one case on one side: median milliseconds, how many times faster it is than eager torch, and, of the sides
-whose bytes the design counts, the fraction of the card's measured copy bandwidth. All sides of a case run in turn in
-each of the rounds, so that a ratio is of one machine state. Written: DIR/<card>.json and DIR/<card>.png.
+A row is one case on one side: median milliseconds, how many times faster it is than eager torch, and, for sides
+with a byte formula, the fraction of the card's measured copy bandwidth. All sides of a case run in turn in each of the
+rounds, so that a ratio compares like with like. Writes DIR/<card>.json and DIR/<card>.png.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def median_seconds(sides: Sides, sizes: Sizes) -> dict[str, float]:
 
 
 def copy_bandwidth(sizes: Sizes) -> float:
-    """Bytes read and written a second by a copy that no cache holds."""
+    """Bytes per second that a copy larger than any cache reads and writes."""
     source, target = torch.empty(2, sizes.copy_bytes, dtype=torch.uint8).unbind()
     return 2 * sizes.copy_bytes / median_seconds({"copy": lambda: target.copy_(source)}, sizes)["copy"]
 
@@ -123,7 +123,7 @@ def bn_cases(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Iterator
                 for name in backends(device):
                     with fasttricks.backend(name):
                         sides[name] = on(name, gradients(ours, leaves))
-                # DESIGN: forward 3N, backward 5N; with residual 4N and 6N, and a bit an element written and read twice
+                # forward 3N, backward 5N; with residual 4N and 6N, and one bit per element, written once and read twice
                 moved = (10 * x.element_size() + 3 / 8 if add else 8 * x.element_size()) * x.numel()
                 yield ("bn_add_relu" if add else "bn_relu"), f"{c}x{size}x{size} {layout} {dtype}", sides, moved
 
@@ -202,7 +202,7 @@ def measure(sizes: Sizes, device: torch.device) -> tuple[list[Row], float]:
 
 
 def draw(rows: list[Row], title: str, path: Path) -> None:
-    """A panel an op: each backend's speed against eager torch, by case."""
+    """A panel per op: each backend's speed against eager torch, by case."""
     import matplotlib
 
     matplotlib.use("Agg")

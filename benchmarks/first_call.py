@@ -2,7 +2,7 @@
 
     PYTHONPATH=tests/static python benchmarks/first_call.py [--target 90]
 
-No card is needed: the launches of a training step (fp16, NHWC and NCHW, batch 256, 224 x 224) are taken down and
+No card is needed: the launches of a training step (fp16, NHWC and NCHW, batch 256, 224 x 224) are recorded and
 compiled ahead of time, first with an empty cache, then with a full one. Written to results/first_call.json.
 """
 

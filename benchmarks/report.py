@@ -4,8 +4,8 @@
     python benchmarks/report.py                          rewrites the marked tables and draws the pictures again
     python benchmarks/report.py --runs RUN...            first takes the curves of runs into results/digits.json
 
-Kept of every case: the best time in milliseconds and the case's own figures (ratios to its peers, bytes or FLOP per
-second); of the machine: processor, cores, torch. A table is the text between ``<!-- NAME -->`` and ``<!-- /NAME -->``
+Kept for every case: the best time in milliseconds and the case's own figures (ratios to its peers, bytes or FLOP per
+second); for the machine: processor, cores, torch. A table is the text between ``<!-- NAME -->`` and ``<!-- /NAME -->``
 in a page; a picture carries the digest of the figures that it was drawn from, and tests/test_docs.py compares both.
 """
 

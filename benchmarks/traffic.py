@@ -1,4 +1,4 @@
-"""Bytes that the kernels move and their launches, without a card, beside the formulas: make bench-traffic.
+"""Bytes that the kernels move and their launches, without a card, next to the formulas: make bench-traffic.
 
 The CUDA kernels run on the CPU in the emulator, those in Triton in its interpreter (a process of its own), and every
 load and store is counted (tests/emulator, tests/triton_meter.py). Written to results/traffic.json. The formulas, with N
@@ -7,13 +7,13 @@ cooperative launch, of CUDA only), else 2:
 
     bn_relu      forward (reads + 1) N,  backward (2 reads + 1) N;  evaluation 2 N
     bn_add_relu  forward (reads + 2) N + E/8,  backward (2 reads + 2) N + reads E/8;  all gammas zero: forward 3 N + E/8
-    sgd          step 22 a parameter (gradient 2, fp16 parameter 2 + 2, master 4 + 4, momentum 4 + 4), check 2; fp32: 20
+    sgd          step 22 per value (gradient 2, fp16 parameter 2 + 2, master 4 + 4, momentum 4 + 4), check 2; fp32: 20
     avgpool      each tensor once: the least that any kernel could move. What blocks read again is meant for the L2
                  cache; tests/test_cuda_avgpool_conv1x1.py and test_triton_avgpool_conv1x1.py have formulas with tiles
 
-What is one number a channel or a tensor (parameters, statistics, partial sums, addresses) is not in the formulas. CUDA
-counts it with the rest; of Triton, whose programs are many and small and read it again from the caches, it stands
-apart. The batches are reduced, and with them the tensors that it is measured by.
+The formulas exclude what is one number per channel or per tensor (parameters, statistics, partial sums, addresses). It
+is counted for CUDA. For Triton, whose many small programs read it again from the caches, it is reported separately.
+Batches are smaller than in training, so its share is larger.
 """
 
 from __future__ import annotations

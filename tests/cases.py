@@ -1,4 +1,4 @@
-"""Shapes, layouts, dtypes and tolerances of the tests, one section an op; every backend runs the same ones."""
+"""Shapes, layouts, dtypes and tolerances of the tests, one section per op; every backend runs the same ones."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ def relative_error(out: torch.Tensor, exact: np.ndarray | torch.Tensor) -> float
 
 
 def allowed(torch_error: float, dtype: torch.dtype) -> float:
-    """What an error may be where torch's own is torch_error: twice that, and one unit in the last place."""
+    """The largest error allowed: twice torch's own error, plus one unit in the last place."""
     return 2 * torch_error + torch.finfo(dtype).eps
 
 
 def sums_in_float32() -> bool:
     """Whether this test's backend sums float32 and half values in float32, as the kernels for cards do.
 
-    Those of the CPU, torch's too, take float64: torch's own error is no measure of the others where sums cancel.
+    CPU kernels, torch's included, sum in float64, so torch's error is no bound for float32 sums that cancel.
     """
     return backends._forced in ("cuda", "triton")
 
 
 def triton_device() -> torch.device:
-    """Where the kernels in Triton run in this process; where nothing runs them, the module that asks is skipped."""
+    """The device on which Triton kernels run in this process; skips the calling module if none can."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if reason := backends.why_not("triton", device):
         pytest.skip(f"triton: {reason}", allow_module_level=True)
@@ -49,7 +49,7 @@ def triton_device() -> torch.device:
 
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Within this context new tensors hold NaN (integers: their largest value): no unwritten element goes unseen."""
+    """Context manager in which new tensors hold NaN (integers: their largest value), to expose unwritten elements."""
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True

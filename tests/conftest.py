@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-# the processes of `pytest -n` share the cores; tests of several threads set their number themselves
+# the processes of `pytest -n` share the cores; tests of several threads set the thread count themselves
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
@@ -27,7 +27,7 @@ else:
     if torch.cuda.is_available():
         BACKENDS += [f"{name}-on_card" for name in ("cuda", "triton", "reference")]
 BACKENDS = [name for name in BACKENDS if name not in not_loaded]
-if not BACKENDS:  # no test may pass because there is nothing to run it on
+if not BACKENDS:  # without a backend every test would pass
     raise pytest.UsageError(f"no backend is there to test: {not_loaded}")
 
 

@@ -12,7 +12,7 @@ import torch
 
 
 def instruction_sets() -> list[str]:
-    """Those that this CPU has; all other tests run on the last one."""
+    """The instruction sets of this CPU; all other tests run on the last one."""
     sets = ["generic"]
     if platform.machine().lower() in ("x86_64", "amd64"):
         best = torch.backends.cpu.get_cpu_capability()
@@ -29,5 +29,5 @@ def run_on(isa: str, file: str, chosen: str, seed: int) -> None:
     assert done.returncode == 0, done.stdout[-4000:]
     assert "passed" in done.stdout
     ask = "import torch, fasttricks; print(torch.ops.fasttricks.cpu_isa())"
-    told = subprocess.run([sys.executable, "-c", ask], env=env, capture_output=True, text=True, check=True).stdout
-    assert told.strip() == isa
+    printed = subprocess.run([sys.executable, "-c", ask], env=env, capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == isa

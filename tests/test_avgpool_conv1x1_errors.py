@@ -13,7 +13,7 @@ from fasttricks import backends
 from fasttricks.nn.avgpool_conv1x1 import AvgPoolConv1x1
 from fasttricks.ops.avgpool_conv1x1 import avgpool_conv1x1
 
-# what is given instead -> what the error says of it, after the name of the op
+# the changed argument, and the error message after the name of the op
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"x": torch.ones(3, 4, 4)}, r"x has shape \(3, 4, 4\); accepted: 4 dimensions \(N, C, H, W\)"),
     ({"x": torch.ones(2, 7, 6, 6)}, r"weight has shape \(4, 3, 1, 1\) and x .*7.*; accepted: weight of shape \(Cout"),

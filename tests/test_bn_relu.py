@@ -91,7 +91,7 @@ def check(given: Inputs, **rest: object) -> None:
         elif name not in ("y", "dx"):
             limit = max(limit, 2e-6)  # float32 sums of values that cancel; what cancels is as large as dy
             error = float((got.double() - want).norm() / (want.norm() + given.dy.double().norm()))
-        elif name == "dx":  # of few values a channel nearly all cancels, of about a quarter of dy
+        elif name == "dx":  # with few values per channel nearly everything cancels, about a quarter of dy
             error = float((got.double() - want).norm() / torch.maximum(want.norm(), given.dy.double().norm() / 4))
         if name in ("y", "dx") and sums_in_float32():
             limit = max(limit, 32 * torch.finfo(torch.float32).eps)

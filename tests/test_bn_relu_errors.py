@@ -1,4 +1,4 @@
-"""What bn_relu and bn_add_relu refuse: the public functions and the raw ops of each backend, in the same words."""
+"""Errors of bn_relu and bn_add_relu: the same messages from the public functions and from every backend's raw ops."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def right(op: str) -> dict[str, Any]:
 
 
 def faults(op: str, name: str, good: Any) -> list[tuple[Any, str]]:
-    """What an argument of op may not be, and what the error says of it."""
+    """Invalid values of an argument of op, and the error message of each."""
     if name == "eps":
         return [(-1.0, "eps is -1.*; accepted: a finite number >= 0"), (math.nan, "eps is -?nan; accepted: a finite")]
     if name == "momentum":

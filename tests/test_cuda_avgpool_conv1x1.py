@@ -191,7 +191,7 @@ class Bytes:
 def test_bytes_moved(planner: Planner, shortcut: tuple[int, ...], layout: torch.memory_format) -> None:
     """At most 1.05 of: each operand once for every tile of the other one, the result once.
 
-    What several blocks read is in the L2 cache, their place in the grid sees to it; the meter counts it all the same.
+    Data that several blocks read comes from the L2 cache, thanks to the order of the grid; the meter counts every read.
     """
     n, c, h, w, o, stride, _ = sizes = (2, *shortcut[1:])
     x = torch.randn(n, c, h, w, dtype=torch.float16).contiguous(memory_format=layout)

@@ -87,8 +87,7 @@ def test_bytes_moved(
 ) -> None:
     """At most 1.05 of the passes' own bytes: x once where its part stays on the chip, else twice; masks are a bit each.
 
-    To which what is one number a channel comes, at most 192 bytes: parameters, statistics, and two sums of every range
-    of rows that the planner makes.
+    Plus at most 192 bytes per channel: parameters, statistics, and two sums per range of rows of the planner.
     """
     library, ops = emulated.load(), torch.ops.fasttricks_emulated
     x, z, dy = made(shape, layout)
@@ -186,7 +185,7 @@ FAULTS = {
         "tsan",
         "data race",
     ),
-    "elements behind the last one read": (
+    "elements past the last one read": (
         "bn_relu_tile.cuh",
         "needed && j < valid ? cuda::load(p + j)",
         "needed && j <= valid ? cuda::load(p + j)",

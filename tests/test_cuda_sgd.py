@@ -96,13 +96,13 @@ def test_a_tensor_in_several_pieces(tmp_path: Path) -> None:
 
 # what is replaced in sgd.cuh, by what; how it shows
 FAULTS = {
-    "barrier removed behind the scalars": (
+    "barrier after the scalars removed": (
         "  __syncthreads();\n  const SgdScalars s",
         "  const SgdScalars s",
         "plain",
         "wrong",
     ),
-    "values behind the last one read": (
+    "values past the last one read": (
         "j < count ? load(p + j)",
         "j <= count ? load(p + j)",
         "asan",

@@ -21,7 +21,7 @@ def defined_size(depth: int, variant: str, edge: int = 224, classes: int = 1000)
     blocks = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}[depth]
     parameters = madds = 0
 
-    def conv(inputs: int, outputs: int, kernel: int, out_edge: int) -> None:  # with the BatchNorm behind it
+    def conv(inputs: int, outputs: int, kernel: int, out_edge: int) -> None:  # followed by a BatchNorm
         nonlocal parameters, madds
         weights = inputs * outputs * kernel**2
         parameters += weights + 2 * outputs

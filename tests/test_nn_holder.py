@@ -124,7 +124,7 @@ class Frozen(nn.Module):
 
 
 def replaced(module: nn.Module, make: Callable[[nn.Module], nn.Module], assign: str) -> nn.Module:
-    """What Apex, detection libraries and others do: every BatchNorm, by its class, replaced where it stands."""
+    """What Apex, detection libraries and others do: replace every BatchNorm, found by its class, in place."""
     if isinstance(module, _BatchNorm):
         return make(module)
     for name, child in module.named_children():

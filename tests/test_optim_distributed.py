@@ -217,7 +217,7 @@ def with_fsdp(rank: int, model: nn.Module) -> None:
 
 
 def with_partial_gradients(rank: int, model: nn.Module) -> None:
-    """A DTensor gradient that is placed otherwise than its parameter: not yet summed over the ranks, or whole."""
+    """A DTensor gradient whose placements differ from its parameter's: partial sums, or replicated."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 

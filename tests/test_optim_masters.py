@@ -182,7 +182,7 @@ def test_a_checkpoint_of_another_model_is_refused() -> None:
 @pytest.mark.parametrize("kind", [FusedSGD, FusedLARS])
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
 def test_copies(kind: type, how: str) -> None:
-    """The copy has the options, the masters and the scaling protocol, shares nothing, and goes on alike."""
+    """The copy has the options, the masters and the scaling protocol, shares nothing, and continues identically."""
     model = make_model()
     optimizer = kind(model.parameters(), lr=0.1, momentum=0.9, max_grad_norm=5.0)
     train([optimizer], [model])

@@ -348,5 +348,5 @@ def test_nothing_is_read_on_the_host(backend: str, kind: type, monkeypatch: pyte
             scaler.step(optimizer)
             scaler.update()
     assert not [s for s in seen if "_local_scalar_dense" in s or "nonzero" in s]
-    if backend == "cpu":  # two kernels of ours a step
+    if backend == "cpu":  # two kernels of ours per step
         assert sum("fasttricks" in s for s in seen) == 2 * 2

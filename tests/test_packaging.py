@@ -1,4 +1,4 @@
-"""The wheel, what it links to, what the build says where something is missing, and imports where parts are absent."""
+"""The wheel, what it links to, what the build says if something is missing, and imports with parts absent."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ def find_cuda(path: Path, **env: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_toolkit_is_where_its_header_is(tmp_path: Path) -> None:
-    """Also where the nvcc on the PATH is a script far from it, and CUDA_HOME points beside it."""
+    """Found even if the nvcc on the PATH is a script elsewhere and CUDA_HOME points to another folder."""
     home = fake_toolkit(tmp_path / "toolkit")
     shim = tmp_path / "shim/bin/nvcc"
     shim.parent.mkdir(parents=True)
@@ -235,7 +235,7 @@ def test_build_without_a_compiler_says_so(env: dict[str, str]) -> None:
     assert "Traceback" not in done.stderr
 
 
-# Imports where parts are absent or broken.
+# Imports with parts absent or broken.
 
 
 def copy_package(to: Path) -> Path:

@@ -214,7 +214,7 @@ def test_other_gradient_dtypes(backend: str) -> None:
 
 
 def test_groups(backend: str) -> None:
-    """Groups of several options, one of them empty, in one call are what they are in a call each."""
+    """Groups of several options, one of them empty, in one call give the same as one call per group."""
     options = [
         {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "nesterov": True},
         {"lr": 0.5},

@@ -80,8 +80,8 @@ class Planner:
 
 @pytest.fixture(scope="module")
 def planner(tmp_path_factory: pytest.TempPathFactory) -> Planner:
-    wish = os.environ.get("CXX")
-    found = shlex.split(wish) if wish else [p for p in map(shutil.which, ("g++", "c++", "clang++")) if p][:1]
+    chosen = os.environ.get("CXX")
+    found = shlex.split(chosen) if chosen else [p for p in map(shutil.which, ("g++", "c++", "clang++")) if p][:1]
     assert found, "no C++ compiler, which the package needs, too"
     return Planner(tmp_path_factory.mktemp("planner"), found)
 

@@ -59,7 +59,7 @@ def rows(out: Path) -> list[dict[str, str]]:
 
 
 def same(a: object, b: object) -> bool:
-    """Equal to the last bit, tensors and containers alike."""
+    """Bitwise equality of tensors and of containers of them."""
     if isinstance(a, torch.Tensor):
         return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict):

@@ -1,4 +1,4 @@
-"""The choice of tiles: the default, the fastest where it is asked for, kept on disk; every choice computes the same."""
+"""The choice of tiles: the default, or the fastest if requested, kept on disk; every choice computes the same."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Triton's interpreter does otherwise than cards, up to 3.8.
+"""Corrections for what Triton's interpreter, up to 3.8, does differently from cards.
 
 float32 is cut off where it becomes bfloat16; bfloat16 is multiplied as integers; of an argument from 2**31 to 2**32
 four of its eight bytes are stored.

@@ -1,4 +1,4 @@
-// Where bn_relu's kernels look for the last element of a tensor that is too large to be made here.
+// The offset at which bn_relu's kernels access the last element of a tensor that is too large to allocate.
 #include "bn_relu_run.cuh"
 
 using namespace fasttricks::cuda;

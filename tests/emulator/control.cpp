@@ -1,4 +1,4 @@
-// How tests set the schedule of the emulated kernels and read what they moved: C functions for ctypes.
+// C functions for ctypes: tests set the schedule of the emulated kernels and read the bytes that they moved.
 #include <cuda_runtime.h>
 
 // settings: order, seed, poison, landing.

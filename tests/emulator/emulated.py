@@ -65,7 +65,7 @@ class Build:
 
     @property
     def folder(self) -> Path:
-        """In build/emulator; for another csrc, beside it: each planted fault has a folder of its own."""
+        """In build/emulator; for another csrc, next to it: each planted fault has a folder of its own."""
         inside = ROOT / "build" / "emulator" if self.csrc == ROOT / "csrc" else self.csrc.parent
         return inside / (self.name or self.kind)
 
@@ -201,7 +201,7 @@ _libraries: dict[Build, Library] = {}
 def load(build: Build | None = None) -> Library:
     """Builds and loads the ops once a process; then fasttricks.backend("cuda") takes CPU tensors.
 
-    The environment's FASTTRICKS_EMULATOR names the kind of build where none is given: plain, asan, tsan.
+    FASTTRICKS_EMULATOR in the environment is the default kind of build: plain, asan or tsan.
     """
     build = build or Build(os.environ.get("FASTTRICKS_EMULATOR", "plain"))
     if build not in _libraries:

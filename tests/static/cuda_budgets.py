@@ -1,7 +1,7 @@
 """What each CUDA kernel may use of a multiprocessor, and what its machine code must contain; read by test_cuda_sass.py.
 
 Every kernel of the library matches exactly one pattern. A budget is what keeps the stated number of blocks resident:
-65,536 registers and 64 warps a multiprocessor (sm_80, sm_90, sm_100), 164 KiB (sm_80) of shared memory.
+65,536 registers and 64 warps per multiprocessor (sm_80, sm_90, sm_100), 164 KiB (sm_80) of shared memory.
 """
 
 from __future__ import annotations

@@ -35,8 +35,8 @@ TYPES = {
     torch.int64: "*i64",
 }
 EPS = 1e-5
-# registers a thread at most, by kernel: at 64 a multiprocessor holds 1024 threads, half of what it can, at 96 a third.
-# As Triton 3.8 allocates them, at most 4 bytes a value; older ones take up to a quarter more, float64 up to twice.
+# registers per thread at most, by kernel: at 64 a multiprocessor holds 1024 threads, half its capacity; at 96 a third.
+# As Triton 3.8 allocates them, at most 4 bytes per value; older ones take up to a quarter more, float64 up to twice.
 REGISTERS = {
     "bn_stats_kernel": 96,
     "bn_merge_kernel": 40,
@@ -145,7 +145,7 @@ def compiled(launched: Launch, target: int) -> Any:
 
 
 def resources(cubin: bytes, tmp_path: Path) -> tuple[int, int]:
-    """(registers, bytes of stack and spills a thread) of the one kernel in a cubin."""
+    """(registers, bytes of stack and spills per thread) of the one kernel in a cubin."""
     path = tmp_path / "kernel.cubin"
     path.write_bytes(cubin)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -253,7 +253,7 @@ def check(run: Callable[[], None], prefix: str, target: int, tmp_path: Path, mon
         ptx = binary.asm["ptx"]
         if name in WIDE_LOADS and not narrow(arguments, constants):
             assert any(WIDE.fullmatch(access) for access in re.findall(r"ld\.global\S*|cp\.async\S*", ptx)), name
-        if name in WIDE_STORES and not narrow(arguments, constants):  # the bit mask of the ReLU is one byte a thread
+        if name in WIDE_STORES and not narrow(arguments, constants):  # the bit mask of the ReLU is one byte per thread
             assert {a for a in re.findall(r"st\.global\S*", ptx) if not WIDE.fullmatch(a)} <= {"st.global.b8"}, name
         if name in TENSOR_CORES and arguments["dy" if "dy" in arguments else "x"].dtype.itemsize == 2:
             # tiles of few channels are too small for the instructions of whole groups of warps

@@ -56,7 +56,7 @@ asm(".text\n.weak emu_switch\n.type emu_switch,@function\nemu_switch:\n"
     "pop %r15\npop %r14\npop %r13\npop %r12\npop %rbx\npop %rbp\nret\n.size emu_switch,.-emu_switch\n");
 #endif
 
-// ThreadSanitizer is told that a switch orders nothing: only barriers do.
+// For ThreadSanitizer a switch orders no memory: only barriers do.
 EMU_UNSEEN inline void switch_context(Context& from, Context& to) {
   EMU_ASAN(__sanitizer_start_switch_fiber(&from.fake_stack, to.stack_bottom, to.stack_size);)
   EMU_TSAN(__tsan_switch_to_fiber(to.tsan, __tsan_switch_to_fiber_no_sync);)

@@ -81,7 +81,7 @@ struct Block {
 struct World {
   Options options;
   Meter meter;
-  int64_t shared_per_sm = 228 * 1024;  // what launch plans are told
+  int64_t shared_per_sm = 228 * 1024;  // what launch plans see
   uint32_t random = 1;
   dim3 grid, block;
   size_t dynamic_bytes = 0;
