@@ -217,7 +217,7 @@ def cuda_steps(torch: Torch, cuda: Cuda, objects: Path, library: Path, debug: bo
         "-std=c++20",
         f"--threads={min(jobs(), len(cuda.archs))}",  # architectures side by side
         *(["-O0", "-g"] if debug else ["-O3"]),
-        "--fmad=false",  # a fused multiply-add only where it is written, for identical rounding forward and backward
+        "--fmad=false",  # fused multiply-adds only where written: forward and backward must round identically
         "--expt-relaxed-constexpr",
         "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off",
         "-DTORCH_TARGET_VERSION=0x020a000000000000",
