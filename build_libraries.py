@@ -242,7 +242,7 @@ def jobs() -> int:
 
 
 def _ninja() -> list[str] | None:
-    """How to call ninja, as a program or as the module that pip installs; None where there is none."""
+    """How to call ninja, as a program or as the module that pip installs; None if it is not installed."""
     if program := shutil.which("ninja"):
         return [program]
     return [sys.executable, "-m", "ninja"] if importlib.util.find_spec("ninja") else None

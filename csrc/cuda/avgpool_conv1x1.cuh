@@ -180,7 +180,7 @@ FT_DEVICE void for_spread(const AvgPoolShape& s, const AvgPoolPixel& at, Use use
       use(row, column, row < row0 + s.stride && column < column0 + s.stride);
 }
 
-// dx = W^T dy / count in every pixel of a window, 0 where there is none.
+// dx = W^T dy / count in every pixel of a window, 0 in pixels that no window covers.
 template <typename T, bool kNhwc>
 __global__ void __launch_bounds__(kAvgPoolThreads, sizeof(T) == 8 ? 1 : 2)
     avgpool_conv1x1_input(const T* __restrict__ dy, const T* __restrict__ weight, AvgPoolShape s, AvgPoolPlan plan,

@@ -1,4 +1,4 @@
-"""What the models share."""
+"""Layers and checks shared by the models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The start of the weights in He et al. 2018."""
+"""The initialisation of the weights in He et al. 2018."""
 
 from __future__ import annotations
 

@@ -14,8 +14,8 @@ _BLOCKS = ((96, 11, 4, 0), (256, 5, 1, 2), (384, 3, 1, 1), (1024, 3, 1, 1))
 
 
 class NiN(nn.Module):
-    """Four blocks of a convolution and two 1x1 convolutions, each with a ReLU; the last layer has a channel a class,
-    whose mean is the logit.
+    """Four blocks of a convolution and two 1x1 convolutions, each with a ReLU; the last layer has one channel
+    per class, whose mean is the logit.
 
     Args:
         num_classes: channels of the last layer.

@@ -26,7 +26,7 @@ from .init import xavier_
 
 Variant = Literal["a", "b", "c", "d"]
 
-# Blocks a stage, and whether they are bottlenecks (He et al. 2016, arXiv:1512.03385, table 1).
+# Blocks per stage, and whether they are bottlenecks (He et al. 2016, arXiv:1512.03385, table 1).
 STAGES: dict[int, tuple[tuple[int, int, int, int], bool]] = {
     18: ((2, 2, 2, 2), False),
     34: ((3, 4, 6, 3), False),
@@ -45,7 +45,7 @@ def _bn_add_relu(channels: int, fused: bool) -> nn.Module:
 
 
 def _relu(fused: bool) -> nn.Module:
-    """What follows a normalisation: nothing where it already holds the ReLU."""
+    """The module after a normalisation: the identity if the normalisation includes the ReLU."""
     return nn.Identity() if fused else nn.ReLU(inplace=True)
 
 

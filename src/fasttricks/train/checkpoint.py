@@ -1,9 +1,9 @@
-"""Checkpoints: written whole or not at all, read without running any code of theirs.
+"""Checkpoints: written atomically, and read without executing code from them.
 
 A checkpoint is a dict of tensors, numbers, strings, lists and dicts; ``torch.load(path, weights_only=True)`` reads it:
 
     format, recipe, classes, epoch (epochs done), step, best_top1, model, optimizer, scheduler,
-    scaler (None without loss scaling), ema (averaged weights; None without), rng (one entry a rank)
+    scaler (None without loss scaling), ema (averaged weights; None without), rng (one entry per rank)
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ FORMAT = 1
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be read, or belongs to something else; the message says what."""
+    """A checkpoint that cannot be read or belongs to another model or data set; the message says which."""
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Write ``state`` beside ``path``, flush it to disk and rename it into place: at any moment ``path`` is the old
+    """Write ``state`` next to ``path``, flush it to disk and rename it into place: at any moment ``path`` is the old
     file or the new one, never half of one."""
     handle, draft = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     try:

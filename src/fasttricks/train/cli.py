@@ -86,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
 
     ablate = commands.add_parser(
         "ablate",
-        allow_abbrev=False,  # --seed is no --seeds
+        allow_abbrev=False,  # --seed must not match --seeds
         help="train the lines of one of the paper's tables",
         description="Train every line of one of the paper's tables, with several seeds. Further options are those of "
         "fasttricks train, for every run. Runs that are finished are kept; one that was cut goes on.",
@@ -117,7 +117,7 @@ def _at_least_one(text: str) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns its exit status: 0, 1 with one sentence on stderr, or 130 where it was interrupted."""
+    """Run a command; returns its exit status: 0, 1 with one sentence on stderr, or 130 if it was interrupted."""
     commands = parser()
     args, rest = commands.parse_known_args(argv)
     if args.command == "ablate":

@@ -119,7 +119,7 @@ def load_rgb(path: str) -> Image.Image:
     """Read an image file as 8-bit RGB. Alpha is dropped; 16-bit grey is scaled to 8 bits (Pillow alone would clip it).
 
     Raises:
-        OSError, ValueError, SyntaxError: the file is no image, is cut short, or its values have no known range.
+        OSError, ValueError, SyntaxError: the file is not an image, is truncated, or its values have no known range.
     """
     with Image.open(path) as image:
         image.load()
@@ -139,7 +139,7 @@ BAD_FILE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
 class Sample(NamedTuple):
-    """One image, or none where the file could not be read, and the files that could not be read on the way."""
+    """One image, or None if the file could not be read, and the files that could not be read on the way."""
 
     image: Tensor | None
     label: int
@@ -147,14 +147,14 @@ class Sample(NamedTuple):
 
 
 class Images(ImageFolder):
-    """An ImageFolder whose samples carry their own seeds, and which outlives bad files.
+    """An ImageFolder whose samples carry their own seeds, and which tolerates bad files.
 
     Hidden files and folders are ignored. Files that are no images by name are counted and named in a warning. A file
     that cannot be read is replaced by the next readable one (training, so that every rank has as many batches) or left
     out (validation, so that accuracy is over real images only); its path travels with the sample.
 
     Args:
-        root: a folder with one folder a class.
+        root: a folder with one folder per class.
         transform: PIL image -> tensor.
         classes: names of the classes in order; None takes the folders of ``root``.
         substitute: replace a bad file by the next good one.
@@ -323,7 +323,7 @@ def open_data(data: str, data_dir: Path | None, *, augment: Augment, size: int, 
 
 
 def loader(dataset: Dataset, sampler: Sampler, batch: int, *, workers: int, drop_last: bool, pin: bool) -> DataLoader:
-    """Batches of ``batch`` images a rank; workers live through the run."""
+    """Batches of ``batch`` images per rank; workers live through the run."""
     return DataLoader(
         dataset,
         batch_size=batch,
@@ -374,7 +374,7 @@ def digits_folder(data_dir: Path | None = None) -> Path:
     pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)
     train, val = train_test_split(np.arange(len(pixels)), test_size=0.2, stratify=digits.target, random_state=0)
     root.parent.mkdir(parents=True, exist_ok=True)
-    # Written beside its place and renamed: a folder of that name is complete.
+    # Written under another name and renamed: a folder of the final name is complete.
     draft = Path(tempfile.mkdtemp(prefix=".digits-", dir=root.parent))
     try:
         draft.chmod(0o755)

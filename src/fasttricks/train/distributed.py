@@ -28,7 +28,7 @@ class World(NamedTuple):
         return values
 
     def gather(self, value: Any) -> list[Any]:
-        """One value a rank, on all ranks."""
+        """The values of all ranks, on all ranks."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size

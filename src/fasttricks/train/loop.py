@@ -40,7 +40,7 @@ class TrainingError(RuntimeError):
 class Trainer:
     """One run of a recipe on a training and a validation set.
 
-    Writes into ``run.out``: log.csv (a row an epoch), tensorboard/, last.pt (after every epoch) and best.pt (the epoch
+    Writes into ``run.out``: log.csv (a row per epoch), tensorboard/, last.pt (after every epoch) and best.pt (the epoch
     of the best top-1 so far).
 
     Raises:
@@ -306,8 +306,8 @@ class Trainer:
         return images, labels
 
     def _check(self, not_finite: bool, in_a_row: int) -> None:
-        """Stop where going on is pointless. A forward pass that is not finite has entered the running statistics
-        already, so no smaller loss scale can mend it; an overflow of the backward pass alone is skipped."""
+        """Stop if continuing is pointless. A forward pass that is not finite has entered the running statistics
+        already, so a smaller loss scale does not help; an overflow of the backward pass alone is skipped."""
         if not_finite:
             raise self._failure("the loss is not finite")
         if self.scaler is None:

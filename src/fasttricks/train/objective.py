@@ -17,7 +17,7 @@ AUXILIARY = 0.3
 
 
 def logits_of(outputs: Tensor | tuple[Tensor | None, ...]) -> Tensor:
-    """The logits among the outputs of a model, which are a tuple where it has auxiliary heads."""
+    """The logits among the outputs of a model, which are a tuple if it has auxiliary heads."""
     logits = outputs if isinstance(outputs, Tensor) else outputs[0]
     assert logits is not None
     return logits
