@@ -21,9 +21,13 @@ def parser() -> argparse.ArgumentParser:
     )
     switch = argparse.BooleanOptionalAction
     where = train.add_argument_group("data and output")
+    where.add_argument(
+        "--config", type=Path, metavar="FILE.yaml", help="options from a file; those of the command line come after"
+    )
     where.add_argument("--data", required=True, help="a directory with train/CLASS/* and val/CLASS/*, or 'digits'")
     where.add_argument("--data-dir", type=Path, help="where 'digits' is written (default: the user's cache)")
     where.add_argument("--out", type=Path, help="folder of the run (default: runs/RECIPE)")
+    where.add_argument("--dry-run", action="store_true", help="print size, steps and learning rate, and stop")
     where.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds a run already")
     where.add_argument(
         "--resume", nargs="?", const=True, type=Path, metavar="PATH", help="go on from PATH (default: OUT/last.pt)"
@@ -119,11 +123,21 @@ def _at_least_one(text: str) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status: 0, 1 with one sentence on stderr, or 130 if it was interrupted."""
     commands = parser()
-    args, rest = commands.parse_known_args(argv)
-    if args.command == "ablate":
-        _check_options(rest)
-    elif rest:
-        commands.error(f"unrecognized arguments: {' '.join(rest)}")
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if argv[:1] == ["train"]:
+            argv = _with_config(argv)
+        args, rest = commands.parse_known_args(argv)
+        if args.command == "ablate":
+            _check_options(rest)
+        elif rest:
+            commands.error(f"unrecognized arguments: {' '.join(rest)}")
+    except ImportError as error:
+        print(f"fasttricks {argv[0]}: --config: {error}; pip install 'fasttricks[train]'", file=sys.stderr)
+        return 1
+    except RuntimeError as error:  # of a configuration
+        print(f"fasttricks {argv[0]}: {error}", file=sys.stderr)
+        return 1
     try:
         from . import command
     except ImportError as error:
@@ -136,6 +150,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return command.train(args)
 
 
+def _with_config(argv: list[str]) -> list[str]:
+    """The command line with the options of --config before its own, so that its own win."""
+    finder = argparse.ArgumentParser(prog="fasttricks train", add_help=False, allow_abbrev=False)
+    finder.add_argument("--config", type=Path)
+    path = finder.parse_known_args(argv)[0].config
+    if path is None:
+        return argv
+    from . import config
+
+    return [*argv[:1], *config.arguments(path), *argv[1:]]
+
+
 # What an ablation sets for each run.
 _SET_BY_ABLATION = ("--recipe", "--out", "--overwrite", "--resume", "--seed")
 
@@ -143,7 +169,7 @@ _SET_BY_ABLATION = ("--recipe", "--out", "--overwrite", "--resume", "--seed")
 def _check_options(options: Sequence[str]) -> None:
     """Exits as argparse does if ``options`` are none of ``fasttricks train``, or those that an ablation sets."""
     commands = parser()
-    commands.parse_args(["train", *options])
+    commands.parse_args(_with_config(["train", *options]))
     for option in options:
         if option.partition("=")[0] in _SET_BY_ABLATION:
             commands.error(f"{option}: fasttricks ablate sets it for each run")

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from ..models import build
 from ..nn import zero_init_last
-from . import ablation, distributed
+from . import ablation, config, distributed, preview
 from .checkpoint import CheckpointError
 from .data import DataError, DataWarning, open_data, worker_deaths_explained
 from .distributed import World
@@ -107,7 +107,7 @@ def train(args: argparse.Namespace) -> int:
             option = "--" + "-".join(str(part) for part in fault["loc"]).replace("_", "-")
             print(f"fasttricks train: {option} {fault['input']}: {fault['msg']}", file=sys.stderr)
         return 1
-    except (DataError, RecipeError, CheckpointError, TrainingError) as error:
+    except (DataError, RecipeError, CheckpointError, TrainingError, OSError) as error:
         print(f"fasttricks train: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -133,7 +133,7 @@ def _train(args: argparse.Namespace, given: dict[str, Any], world: World, consol
     if world.device.type == "cuda":
         options.setdefault("workers", 2)
     run = Run(data=args.data, data_dir=args.data_dir, out=out, resume=resume, **options)
-    if resume is None and (out / "last.pt").exists() and not args.overwrite:
+    if resume is None and (out / "last.pt").exists() and not args.overwrite and not args.dry_run:
         raise TrainingError(
             f"--out {out} holds a run already: give --resume to go on, --overwrite to start anew, or another folder"
         )
@@ -161,9 +161,14 @@ def _train(args: argparse.Namespace, given: dict[str, Any], world: World, consol
     for note in notes:
         say(note)
 
-    out.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(recipe, run, train_set, val_set, world, console)
+    if args.dry_run:
+        if world.first:
+            preview.show(recipe, trainer.model, len(train_set.classes), trainer.learning_rates(), console)
+        return
+    out.mkdir(parents=True, exist_ok=True)
     if world.first:
+        config.save(out / "config.yaml", recipe, run, preset, args.device)
         (out / "recipe.json").write_text(json.dumps(recipe.model_dump(), indent=2) + "\n")
         if resume is None:
             for name in ("last.pt", "best.pt", "log.csv"):

@@ -173,6 +173,11 @@ class Trainer:
             return optim.warmup_cosine(warmup, total)
         return optim.warmup_step(warmup, [int(total * fraction) for fraction in MILESTONES])
 
+    def learning_rates(self) -> list[float]:
+        """The learning rate of each step of the whole run."""
+        factor, rate = self.scheduler.lr_lambdas[0], float(self.scheduler.base_lrs[0])
+        return [rate * factor(step) for step in range(self.recipe.epochs * self.steps_per_epoch)]
+
     def fit(self) -> list[dict[str, Any]]:
         """Train until ``recipe.epochs`` epochs are done. Returns the rows that went into log.csv.
 

@@ -1,0 +1,58 @@
+"""Options of ``fasttricks train`` in a YAML file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .recipe import Recipe, Run
+
+# Fields whose option has another name or the opposite meaning.
+_NEGATED = {"no_bias_decay": "bias_decay"}
+
+
+class ConfigError(RuntimeError):
+    """A configuration that cannot be read; the message says why."""
+
+
+def arguments(path: Path) -> list[str]:
+    """The command line that a configuration stands for.
+
+    Keys are the options without dashes in front, with ``_`` or ``-`` between words; true and false set and clear a
+    switch, null leaves an option out.
+
+    Raises:
+        ConfigError: no such file, not YAML, or not a mapping of options to single values.
+    """
+    try:
+        config = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path}: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config {path} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"--config {path}: expected a mapping of options to values, got {type(config).__name__}")
+    found = []
+    for name, value in config.items():
+        if isinstance(value, (dict, list)):
+            raise ConfigError(f"--config {path}: {name}: expected one value, got {value!r}")
+        option = str(name).replace("_", "-")
+        if value is True:
+            found.append(f"--{option}")
+        elif value is False:
+            found.append(f"--no-{option}")
+        elif value is not None:
+            found.append(f"--{option}={value}")
+    return found
+
+
+def save(path: Path, recipe: Recipe, run: Run, preset: str, device: str) -> None:
+    """Write the options that give this run again: ``fasttricks train --config PATH --out FOLDER``."""
+    options: dict[str, Any] = {"data": run.data, "data_dir": run.data_dir and str(run.data_dir), "preset": preset}
+    for name, value in recipe.model_dump().items():
+        options[_NEGATED.get(name, name)] = not value if name in _NEGATED else value
+    options |= {"device": device, "workers": run.workers, "log_every": run.log_every}
+    options |= {"max_skipped_steps": run.max_skipped_steps, "min_loss_scale": run.min_loss_scale}
+    path.write_text(yaml.safe_dump(options, sort_keys=False))
