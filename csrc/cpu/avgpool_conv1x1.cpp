@@ -10,6 +10,7 @@
 
 #include "avgpool_conv1x1_call.h"
 #include "cpu/huge_pages.h"
+#include "cpu/small.h"
 #include "math/avgpool.h"
 
 namespace fasttricks::cpu {
@@ -24,19 +25,6 @@ const AvgPoolConv1x1OfType& kernels_of(ScalarType t) {
          : t == ScalarType::Half   ? all.float16
                                    : all.bfloat16;
 }
-
-// As torch.empty with the dtype and device of `like`, but without the dispatcher, whose cost matters for small results.
-Tensor make_small(const Tensor& like, const int64_t* sizes, const int64_t* strides, int64_t dims) {
-  int32_t dtype, device_type, device_index;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
-  AtenTensorHandle made = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dims, sizes, strides, dtype, device_type, device_index, &made));
-  return Tensor(made);
-}
-bool is_small(const Tensor& like, int64_t numel) { return numel * int64_t(like.element_size()) <= 4096; }
 
 Tensor make(const Tensor& like, std::array<int64_t, 4> sizes, bool nhwc) {
   const auto [n, c, h, w] = sizes;

@@ -15,7 +15,7 @@ from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..ops.avgpool_conv1x1 import avgpool_conv1x1
-from ..ops.bn_relu import bn_add_relu, bn_relu
+from ..ops.bn_relu import call
 
 
 def untouched(module: nn.Module) -> bool:
@@ -102,26 +102,32 @@ def _process_group(norm: nn.Module) -> distributed.ProcessGroup | None:
     return group if distributed.get_world_size(group) > 1 else None
 
 
+def _own(norm: Any, tensors: dict[str, Any], name: str) -> Any:
+    """A parameter or buffer from its dictionary, at a fraction of the cost of nn.Module.__getattr__."""
+    if name in tensors:
+        return tensors[name]
+    return getattr(norm, name)  # FSDP and pruning replace a parameter by a plain attribute
+
+
 def _op(norm: Any, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
     """The fused op with the parameters, statistics and mode of norm."""
-    training = norm.training
-    mean, var, tracked = norm.running_mean, norm.running_var, None
+    parameters, buffers = norm._parameters, norm._buffers
+    training, momentum, tracked = norm.training, norm.momentum, None
+    mean = _own(norm, buffers, "running_mean")
+    var = _own(norm, buffers, "running_var")
+    weight = _own(norm, parameters, "weight")
+    bias = _own(norm, parameters, "bias")
+    group = None
     if training:
+        group = None if type(norm) is nn.BatchNorm2d else _process_group(norm)
         if norm.track_running_stats:
-            tracked = norm.num_batches_tracked
+            tracked = _own(norm, buffers, "num_batches_tracked")
         else:
-            mean = var = None  # untracked buffers are not updated
-    options: dict[str, Any] = {
-        "training": training or mean is None,
-        # without a count there is no cumulative average, and torch then updates nothing
-        "momentum": 0.0 if norm.momentum is None and tracked is None else norm.momentum,
-        "eps": norm.eps,
-        "group": _process_group(norm),
-        "num_batches_tracked": tracked,
-    }
-    if residual is None:
-        return bn_relu(x, norm.weight, norm.bias, mean, var, **options)
-    return bn_add_relu(x, residual, norm.weight, norm.bias, mean, var, **options)
+            mean = var = None  # buffers that are not tracked do not move
+    if momentum is None and tracked is None:
+        momentum = 0.0  # without a count there is no cumulative average, and torch moves nothing then
+    op = "bn_relu" if residual is None else "bn_add_relu"
+    return call(op, x, residual, weight, bias, mean, var, training or mean is None, momentum, norm.eps, group, tracked)
 
 
 def norm_relu(norm: Any, x: torch.Tensor) -> torch.Tensor:

@@ -66,7 +66,7 @@ def bn_relu(
         >>> torch.allclose(y, expected, atol=1e-5)
         True
     """
-    return _call(
+    return call(
         "bn_relu", x, None, weight, bias, running_mean, running_var, training, momentum, eps, group, num_batches_tracked
     )
 
@@ -106,7 +106,7 @@ def bn_add_relu(
     """
     if not isinstance(residual, torch.Tensor):
         raise TypeError(f"bn_add_relu: residual is a {type(residual).__name__}; accepted: a tensor")
-    return _call(
+    return call(
         "bn_add_relu",
         x,
         residual,
@@ -122,7 +122,7 @@ def bn_add_relu(
     )
 
 
-def _call(
+def call(
     op: str,
     x: torch.Tensor,
     residual: torch.Tensor | None,
@@ -136,6 +136,7 @@ def _call(
     group: distributed.ProcessGroup | None,
     batches: torch.Tensor | None,
 ) -> torch.Tensor:
+    """`bn_relu` or `bn_add_relu`, as op names it, which differ in residual alone."""
     tensors = (x, residual, weight, bias, running_mean, running_var)
     if torch.compiler.is_compiling():  # checked once, while the graph is made
         check_public(op, *tensors, training, momentum, eps, batches, group is None)
