@@ -31,6 +31,11 @@ class Saved:
         return self.tensor
 
 
+def _copied(parameter: Tensor | None) -> Saved | None:
+    """A parameter that is sharded has no values when a reader in another module runs backward."""
+    return None if parameter is None else Saved(parameter.detach().clone())
+
+
 class Rebuilt:
     """An output that is computed again, once, when the first of its readers runs backward.
 
@@ -58,9 +63,20 @@ class Outputs:
         # by id: a tensor's own comparison is elementwise. The version: an output that was changed is kept as it is.
         self._known: dict[int, tuple[weakref.ref[Tensor], int, Rebuilt]] = {}
 
-    def add(self, output: Tensor, compute: Callable[..., Tensor], *inputs: Tensor | None) -> None:
-        """output is compute(*inputs), bit for bit; an input that can be rebuilt itself is not kept either."""
-        sources = tuple(None if t is None else self._find(t) or _batch_norm(t) or Saved(t) for t in inputs)
+    def add(
+        self,
+        output: Tensor,
+        compute: Callable[..., Tensor],
+        inputs: tuple[Tensor | None, ...],
+        parameters: tuple[Tensor | None, ...],
+        statistics: tuple[Tensor, ...],
+    ) -> None:
+        """output is compute(*inputs, *parameters, *statistics), bit for bit; an input that can be rebuilt is not kept."""
+        sources = (
+            *(None if t is None else self._find(t) or _batch_norm(t) or Saved(t) for t in inputs),
+            *map(_copied, parameters),
+            *map(Saved, statistics),
+        )
         self._known[id(output)] = weakref.ref(output), output._version, Rebuilt(compute, sources)
 
     def _find(self, tensor: Tensor) -> Rebuilt | None:
@@ -90,6 +106,9 @@ def recompute() -> Iterator[None]:
     `fasttricks.fuse(model, recompute=True)` does it for every forward pass of a model. Under `torch.compile` this
     changes nothing: compiled graphs choose what to save by themselves. Within `torch.utils.checkpoint` the checkpoint
     decides. With `retain_graph=True` a rebuilt output stays until the graph is freed.
+
+    It is no argument of the modules: what a convolution keeps of a module's output is decided while the convolution
+    runs, after the module has returned. The context has to be around both.
 
     Raises:
         RuntimeError: in the backward pass, if a tensor that it needs was changed in place.
@@ -129,5 +148,4 @@ def _batch_norm(tensor: Tensor) -> Rebuilt | None:
     def compute(x: Tensor, weight: Tensor | None, bias: Tensor) -> Tensor:
         return F.batch_norm(x, None, None, weight, bias, training=True, eps=eps)
 
-    inputs = (node._saved_input, node._saved_weight, bias)
-    return Rebuilt(compute, tuple(None if t is None else Saved(t) for t in inputs))
+    return Rebuilt(compute, (Saved(node._saved_input), _copied(node._saved_weight), _copied(bias)))

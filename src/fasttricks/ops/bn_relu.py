@@ -210,7 +210,9 @@ def _raw(x: Any, residual: Any, weight: Any, bias: Any, constants: _Constants) -
     return y, mean, var, mask
 
 
-def _again(ops: Any, eps: float, x: Any, residual: Any, weight: Any, bias: Any, mean: Any, var: Any) -> torch.Tensor:
+def compute_again(
+    ops: Any, eps: float, x: Any, residual: Any, weight: Any, bias: Any, mean: Any, var: Any
+) -> torch.Tensor:
     """y once more, from the statistics that it had."""
     return _raw(x, residual, weight, bias, (ops, False, None, eps, mean, var, None))[0]
 
@@ -226,9 +228,8 @@ class _Fused(torch.autograd.Function):
         ctx.constants = constants
         if not whole:
             if (outputs := current()) is not None:
-                outputs.add(
-                    y, functools.partial(_again, constants[0], constants[3]), x, residual, weight, bias, mean, var
-                )
+                again = functools.partial(compute_again, constants[0], constants[3])
+                outputs.add(y, again, (x, residual), (weight, bias), (mean, var))
             return y
         ctx.set_materialize_grads(False)
         others = [t for t in ((mean, var, mask) if constants[1] else (mask,)) if t is not None]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import distributed
 
 from ..backends import ops_for
+from ..recomputation import current
 from ..reference import bn_relu as plain
+from .bn_relu import compute_again
 
 
 def merge(parts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -56,6 +59,9 @@ class _SynchronisedBatchNorm(torch.autograd.Function):
             y, mask = ops.bn_add_relu_apply(x, residual, weight, bias, mean, var, eps)
         ctx.save_for_backward(x, weight, bias, mean, var, mask, total)
         ctx.constants = ops, eps, group
+        if (outputs := current()) is not None:
+            again = functools.partial(compute_again, ops, eps)
+            outputs.add(y, again, (x, residual), (weight, bias), (mean, var))
         return y
 
     @staticmethod
