@@ -71,7 +71,7 @@ class Outputs:
         parameters: tuple[Tensor | None, ...],
         statistics: tuple[Tensor, ...],
     ) -> None:
-        """output is compute(*inputs, *parameters, *statistics), bit for bit; an input that can be rebuilt is not kept."""
+        """output is compute(*inputs, *parameters, *statistics), bit for bit; what can be rebuilt is not kept."""
         sources = (
             *(None if t is None else self._find(t) or _batch_norm(t) or Saved(t) for t in inputs),
             *map(_copied, parameters),
