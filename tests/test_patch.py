@@ -224,6 +224,143 @@ def test_a_pool_as_a_function_and_a_convolution_inside_a_container() -> None:
     same(fused, plain, lambda: torch.randn(3, 6, 7, 7, dtype=torch.float64), 1e-10)
 
 
+class Down(nn.Module):
+    """A pool at the end of a module of its own."""
+
+    def __init__(self, pool: nn.Module) -> None:
+        super().__init__()
+        self.pool = pool
+        self.expand = nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.expand(self.pool(x))
+
+
+class Scale(nn.Module):
+    """Its parent calls a method of it, not the module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+        self.power = 1
+
+    def get(self) -> torch.Tensor:
+        return self.weight**self.power
+
+
+class Attention(nn.Module):
+    """A convolution that comes after reads of what the pooled value is, and children whose attributes are read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Conv2d(6, 8, 1)
+        self.scale = Scale()
+        self.drop = nn.Dropout(0.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        b, _, h, w = x.shape
+        q, k = self.qkv(x).view(b, 2, 4, -1).unbind(1)
+        rows = F.softmax(q.transpose(-2, -1) * self.scale.get() @ k, -1).to(x.dtype)
+        y = (q @ rows).reshape(b, 4, x.size(2), x.size()[-1]) * (1 - self.drop.p) / (h * w)
+        return y * x.dim() / x.ndim
+
+
+class PooledAttention(nn.Module):
+    """As in CoAtNet: the pool ends one child, and the convolution begins another."""
+
+    def __init__(self, pool: nn.Module | None = None) -> None:
+        super().__init__()
+        self.down = nn.Sequential(nn.Conv2d(6, 6, 3, padding=1), Down(pool or nn.AvgPool2d(2)))
+        self.attention = Attention()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.attention(self.down(x))
+
+
+class AntiAliased(nn.Module):
+    """As in CLIP's ResNet: convolution, BatchNorm, ReLU and pool in one child, and the next convolution in another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = Down(nn.AvgPool2d(2, ceil_mode=True, count_include_pad=False))
+        self.first.expand = nn.Dropout(0.0)
+        self.first.pool = nn.Sequential(nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), self.first.pool)
+        self.second = nn.Sequential(nn.Conv2d(6, 5, 1, bias=False), nn.BatchNorm2d(5), nn.ReLU())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x))
+
+
+@pytest.mark.parametrize("size", [(8, 6), (7, 9)], ids=str)
+@pytest.mark.parametrize("make", [PooledAttention, AntiAliased])
+def test_a_pool_at_the_end_of_a_child(make: Callable[[], nn.Module], size: tuple[int, int]) -> None:
+    fused, plain = pair_of(make)
+    x = torch.randn(3, 6, *size, dtype=torch.float64)
+    assert taken(copy.deepcopy(fused), x)["avgpool_conv1x1"] == 1
+    same(fused, plain, lambda: torch.randn(3, 6, *size, dtype=torch.float64), 1e-10)
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    for model, given in zip((fused, plain), inputs, strict=True):
+        model.train()(given).square().sum().backward()
+    assert relative_error(inputs[0].grad, inputs[1].grad) < 1e-10
+    assert taken(fasttricks.unfuse(fused), x) == {}
+
+
+@pytest.mark.parametrize("name", ["down", "down.1", "down.1.pool", "down.1.expand", "attention", "attention.qkv"])
+def test_a_hook_between_a_pool_and_its_convolution_fires(name: str) -> None:
+    model = fasttricks.fuse(PooledAttention())
+    calls = _hook_on(name)(model)
+    x = torch.randn(2, 6, 8, 8)
+    assert taken(model, x) == {}
+    assert len(calls) == 1
+
+
+POOL_CHANGES: dict[str, Callable[[Any], None]] = {
+    "an attribute that the parent reads": lambda m: setattr(m.attention.drop, "p", 0.5),
+    "an attribute that a method reads": lambda m: setattr(m.attention.scale, "power", 2),
+    "another pool": lambda m: setattr(m.down[1], "pool", nn.AvgPool2d(2, padding=1)),
+    "a larger window": lambda m: setattr(m.down[1].pool, "kernel_size", 3),
+    "a module after the pool": lambda m: setattr(m.down[1], "expand", nn.Tanh()),
+    "an overhanging window": lambda m: setattr(m.down[1].pool, "ceil_mode", True),
+    "another convolution": lambda m: setattr(m.attention, "qkv", nn.Conv2d(6, 8, 3, padding=1).double()),
+}
+
+
+@pytest.mark.parametrize("change", POOL_CHANGES.values(), ids=list(POOL_CHANGES))
+def test_a_change_between_a_pool_and_its_convolution_is_honoured(change: Callable[[Any], None]) -> None:
+    fused, plain = pair_of(PooledAttention)
+    torch.manual_seed(0)
+    change(fused)
+    torch.manual_seed(0)
+    change(plain)
+    same(fused, plain, lambda: torch.randn(3, 6, 9, 8, dtype=torch.float64), 1e-10)
+
+
+@pytest.mark.parametrize(("size", "count"), [((8, 6), 1), ((7, 6), 0), ((8, 5), 0)], ids=str)
+def test_a_pool_that_pads_an_odd_edge(size: tuple[int, int], count: int) -> None:
+    same_pool = pytest.importorskip("timm.layers").AvgPool2dSame
+    fused, plain = pair_of(lambda: PooledAttention(same_pool(2, 2)))
+    x = torch.randn(2, 6, *size, dtype=torch.float64)
+    assert taken(fused, x).get("avgpool_conv1x1", 0) == count
+    same(fused, plain, lambda: torch.randn(2, 6, *size, dtype=torch.float64), 1e-10)
+
+
+class PoolReadTwice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = Down(nn.AvgPool2d(2))
+        self.conv = nn.Conv2d(6, 6, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.down(x)
+        return x + self.conv(x)
+
+
+def test_a_pooled_value_that_something_else_reads_is_left() -> None:
+    fused, plain = pair_of(PoolReadTwice)
+    assert taken(fused, torch.randn(2, 6, 8, 8, dtype=torch.float64)) == {}
+    same(fused, plain, lambda: torch.randn(2, 6, 8, 8, dtype=torch.float64), 1e-10)
+
+
 # ---- copies ----
 
 

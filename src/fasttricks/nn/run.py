@@ -68,6 +68,17 @@ def _single(value: Any) -> Any:
     return value
 
 
+_pools: dict[type, bool] = {nn.AvgPool2d: True}
+
+
+def is_pool_class(cls: type) -> bool:
+    """Whether cls is AvgPool2d, or timm's that pads an odd edge with zeros, but not a subclass of them."""
+    known = _pools.get(cls)
+    if known is None:
+        known = _pools[cls] = cls.__module__ == "timm.layers.pool2d_same" and cls.__name__ == "AvgPool2dSame"
+    return known
+
+
 def is_2x2_pool(pool: Any) -> bool:
     """Whether pool is a 2x2 average pool with stride 2 that divides by the number of pixels inside the image."""
     return (
@@ -151,6 +162,8 @@ def norm_add_relu(norm: Any, x: torch.Tensor, residual: Any, in_place: bool = Fa
 
 def avgpool_conv1x1_of_modules(pool: nn.AvgPool2d, conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
     """conv(pool(x)) of a 2x2 pool and a 1x1 convolution."""
+    if type(pool) is not nn.AvgPool2d and (x.shape[-2] % 2 or x.shape[-1] % 2):  # the op pads no edge with zeros
+        return conv(pool(x))
     return avgpool_conv1x1_of(conv, x, pool.ceil_mode)
 
 
@@ -159,3 +172,14 @@ def avgpool_conv1x1_of(conv: nn.Conv2d, x: torch.Tensor, ceil_mode: bool) -> tor
     if x.dim() != 4:
         return conv(F.avg_pool2d(x, 2, ceil_mode=ceil_mode))
     return avgpool_conv1x1(x, conv.weight, conv.bias, stride=2, ceil_mode=ceil_mode)
+
+
+def pooled_shape_of_module(pool: nn.AvgPool2d, x: torch.Tensor) -> torch.Size:
+    """pool(x).shape of a 2x2 pool."""
+    return pooled_shape(x, pool.ceil_mode or type(pool) is not nn.AvgPool2d)
+
+
+def pooled_shape(x: torch.Tensor, ceil_mode: bool) -> torch.Size:
+    """avg_pool2d(x, 2, ceil_mode=ceil_mode).shape"""
+    *outer, height, width = x.shape
+    return torch.Size((*outer, (height + ceil_mode) // 2, (width + ceil_mode) // 2))

@@ -103,7 +103,20 @@ def _trace_inlining(
                 inlined.add(name)
             except Untraceable:
                 refused.add(name)
-    return graph, asked, inlined
+    return graph, asked, inlined | _read_only(graph, block, inlined)
+
+
+def _read_only(graph: fx.Graph, block: nn.Module, inlined: set[str]) -> set[str]:
+    """Modules below the inlined ones that no forward calls: it may have read their attributes, as in `self.drop.p`."""
+    called = {str(node.target) for node in graph.nodes if node.op == "call_module"} | inlined
+    found = set()
+    open_ = sorted(inlined)
+    while open_:
+        parent = open_.pop()
+        names = [f"{parent}.{child}" for child, m in block.get_submodule(parent).named_children()]
+        found |= {name for name in names if name not in called}
+        open_ += [name for name in names if name not in called]
+    return found
 
 
 # ---- the generated class ----
@@ -346,7 +359,7 @@ def is_skipped(module: Any, training: bool) -> bool:
 
 
 def is_plain_pool(module: Any) -> bool:
-    return type(module) is nn.AvgPool2d and run.is_2x2_pool(module) and run.untouched(module)
+    return match.is_2x2_pool(module) and run.untouched(module)
 
 
 def is_same_container(module: Any, cls: type, training: bool) -> bool:

@@ -21,6 +21,8 @@ NOT_WANTED = "not wanted"
 _RELU_FUNCTIONS = (F.relu, F.relu_, torch.relu, torch.relu_)
 _ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)
 _IN_PLACE_FUNCTIONS = (F.relu_, torch.relu_, operator.iadd, operator.isub, operator.imul, operator.itruediv)
+# what a pool does not change, though the pooled value may be read for it
+_SAME_AFTER_POOL = ("dtype", "device", "ndim")
 # what may return its input, or a view of it
 _VIEWS = (
     "view",
@@ -49,6 +51,7 @@ class Pair:
     add: fx.Node | None = None
     value: fx.Node | None = None  # the operand of the addition that comes from the BatchNorm
     in_place: bool = False
+    metadata: list[fx.Node] = field(default_factory=list)  # readers of the shape, dtype or device of a pooled value
 
 
 class Left(NamedTuple):
@@ -151,6 +154,20 @@ class Matcher:
             node = user
         return None, node, between
 
+    def follow_pool(self, node: fx.Node) -> tuple[fx.Node | None, list[fx.Node], list[fx.Node]]:
+        """The only reader of a pooled value, through Identity and the like; these; who reads its shape, dtype or device."""
+        between: list[fx.Node] = []
+        metadata: list[fx.Node] = []
+        while True:
+            metadata += [user for user in node.users if reads_metadata(user)]
+            readers = [user for user in node.users if not reads_metadata(user)]
+            if len(readers) != 1:
+                return None, between, metadata
+            if not self.is_pass(readers[0]):
+                return readers[0], between, metadata
+            node = readers[0]
+            between.append(node)
+
     def match(self, allowed: Callable[[str, nn.Module, str], bool]) -> Matches:
         """All pairs; allowed(kind, module, name of the module) says which are wanted."""
         found = Matches()
@@ -225,18 +242,18 @@ class Matcher:
         """Whether node is a 2x2 average pool with stride 2, a module or a function, of one tensor."""
         module = self.module(node)
         if module is not None:
-            return type(module) is nn.AvgPool2d and run.is_2x2_pool(module) and len(node.args) == 1 and not node.kwargs
+            return is_2x2_pool(module) and len(node.args) == 1 and not node.kwargs
         return node.target is F.avg_pool2d and pool_of(node) is not None
 
     def _pool(self, node: fx.Node) -> Pair | Left:
-        reader, _, between = self.follow(node)
+        reader, between, metadata = self.follow_pool(node)
         conv = None if reader is None else self.module(reader)
         if type(conv) is not nn.Conv2d or not run.is_1x1_conv(conv) or reader is None or len(reader.args) != 1:
-            return Left(None, "no 1x1 convolution follows")
+            return Left(None, f"no 1x1 convolution follows{self._follower(reader)}")
         for n in (node, *between, reader):
             if n.op == "call_module" and not run.untouched(self.module(n)):  # type: ignore[arg-type]
                 return Left(AVGPOOL_CONV1X1, f"a hook on {n.target}")
-        return Pair(AVGPOOL_CONV1X1, str(reader.target), node, reader, between)
+        return Pair(AVGPOOL_CONV1X1, str(reader.target), node, reader, between, metadata=metadata)
 
     def _follower(self, reader: fx.Node | None) -> str:
         if reader is None:
@@ -258,6 +275,17 @@ def is_pass(module: Any, training: bool) -> bool:
     return False
 
 
+def is_2x2_pool(module: Any) -> bool:
+    return run.is_pool_class(type(module)) and run.is_2x2_pool(module)
+
+
+def reads_metadata(node: fx.Node) -> bool:
+    """Whether node reads the shape, number of dimensions, dtype or device of a tensor, and no more."""
+    if node.op == "call_function":
+        return node.target is getattr and node.args[1] in ("shape", *_SAME_AFTER_POOL)
+    return node.op == "call_method" and node.target in ("size", "dim") and not node.kwargs
+
+
 def pool_of(node: fx.Node) -> dict[str, Any] | None:
     """The options of a call of F.avg_pool2d with 2x2 windows and stride 2 on a tensor; None of another."""
     names = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
@@ -277,18 +305,25 @@ def pool_of(node: fx.Node) -> dict[str, Any] | None:
 
 
 def to_inline(graph: fx.Graph, root: nn.Module, training: bool, refused: set[str]) -> set[str]:
-    """Names of children that may hold half of a pair: a BatchNorm at their end, or a 1x1 convolution at their start."""
+    """Names of children that may hold half of a pair: a BatchNorm or pool at the end, a 1x1 convolution at the start."""
     matcher = Matcher(graph, root, training)
     names = set()
     for node in graph.nodes:
         if matcher.pools(node):
-            reader, _, _ = matcher.follow(node)
+            reader, _, _ = matcher.follow_pool(node)
             child = None if reader is None else matcher.module(reader)
             if reader is not None and child is not None and may_start_with_conv(child):
                 names.add(str(reader.target))
             continue
         module = matcher.module(node)
-        if module is None or run.is_norm_class(type(module)) or not may_end_in_norm(module):
+        if module is None or run.is_norm_class(type(module)):
+            continue
+        if may_end_in_pool(module):
+            reader, _, _ = matcher.follow_pool(node)
+            child = None if reader is None else matcher.module(reader)
+            if child is not None and (run.is_plain_conv1x1(child) or may_start_with_conv(child)):
+                names.add(str(node.target))
+        if not may_end_in_norm(module):
             continue
         reader, _, _ = matcher.follow(node)
         if reader is not None and matcher.is_add(reader):
@@ -307,6 +342,19 @@ def may_start_with_conv(module: nn.Module) -> bool:
         return False
     first = next((child for child in module.children() if not is_pass(child, True)), None)
     return first is not None and (run.is_plain_conv1x1(first) or may_start_with_conv(first))
+
+
+def may_end_in_pool(module: nn.Module) -> bool:
+    """Whether the last operation of a container could be a 2x2 average pool."""
+    if is_2x2_pool(module):
+        return run.untouched(module)
+    if isinstance(module, torch.jit.ScriptModule) or not run.untouched(module):
+        return False
+    cls = original_class(module)
+    children = [child for child in module.children() if not is_pass(child, True)]
+    if cls.forward is nn.Sequential.forward:
+        return bool(children) and may_end_in_pool(children[-1])
+    return not cls.__module__.startswith("torch.nn") and any(map(may_end_in_pool, children))
 
 
 def may_end_in_norm(module: nn.Module) -> bool:
@@ -342,13 +390,30 @@ def rewrite(graph: fx.Graph, pairs: list[Pair]) -> None:
                 options: dict[str, Any] = {"in_place": True} if pair.in_place else {}
                 fused = graph.call_function(run.norm_add_relu, (first, x, residual), options)
             elif first is not None:
+                shape = graph.call_function(run.pooled_shape_of_module, (first, x)) if pair.metadata else None
                 fused = graph.call_function(run.avgpool_conv1x1_of_modules, (first, graph.get_attr(pair.name), x))
             else:
                 ceil_mode = (pool_of(pair.first) or {})["ceil_mode"]
+                shape = graph.call_function(run.pooled_shape, (x, ceil_mode)) if pair.metadata else None
                 fused = graph.call_function(run.avgpool_conv1x1_of, (graph.get_attr(pair.name), x, ceil_mode))
+        for node in pair.metadata:
+            _read_from(node, x, shape)
         pair.last.replace_all_uses_with(fused)
         for node in (pair.last, *reversed(pair.between), pair.first):
             graph.erase_node(node)
+
+
+def _read_from(node: fx.Node, x: Any, shape: Any) -> None:
+    """Makes node read what it did of a pooled value from the input of the pool, and from the pooled shape."""
+    if node.target == "dim" or (node.args[1:] and node.args[1] in _SAME_AFTER_POOL):
+        node.replace_input_with(node.args[0], x)  # type: ignore[arg-type]
+        return
+    value = shape
+    if node.target == "size" and len(node.args) == 2:
+        with node.graph.inserting_before(node):
+            value = node.graph.call_function(operator.getitem, (shape, node.args[1]))
+    node.replace_all_uses_with(value)
+    node.graph.erase_node(node)
 
 
 def modules_of(pairs: list[Pair]) -> Iterator[tuple[str, str]]:
