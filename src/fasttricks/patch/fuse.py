@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from ..checks import fail
 from ..nn import run
 from .block import Allowed, Plan, fingerprint, fused_class, fused_norm_act_class, has_relu, plan, recomputing_class
 from .match import AVGPOOL_CONV1X1, BN_ADD_RELU, BN_RELU, NOT_WANTED, Left
@@ -61,6 +62,12 @@ def fuse(
     """
     _check(model, "fuse")
     wanted = {BN_RELU: bn_relu, BN_ADD_RELU: bn_add_relu, AVGPOOL_CONV1X1: avgpool_conv1x1}
+    for name, value in {**wanted, "strict": strict, "recompute": recompute}.items():
+        if not isinstance(value, bool):
+            fail("fuse", name, f"is a {type(value).__name__}", "True or False", TypeError)
+    if filter_fn is not None and not callable(filter_fn):
+        accepted = "a function of (module, name), or None"
+        fail("fuse", "filter_fn", f"is a {type(filter_fn).__name__}", accepted, TypeError)
     changes, rows = _analyse(model, wanted, filter_fn)
     if strict and (left := [row for row in rows if row.kind is not None and row.reason not in ("", NOT_WANTED)]):
         raise ValueError(f"fuse: strict is True, and pairs are left as they are:\n{Fusions(left)}")
@@ -133,9 +140,11 @@ def fusions(model: nn.Module) -> Fusions:
 
 def _check(model: object, function: str) -> None:
     if not isinstance(model, nn.Module):
-        raise TypeError(f"{function}: model is a {type(model).__name__}; accepted: a torch.nn.Module")
+        given = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        fail(function, "model", f"is {given}", "a torch.nn.Module", TypeError)
     if isinstance(model, torch.jit.ScriptModule):
-        raise ValueError(f"{function}: model is scripted; accepted: the module before torch.jit.script")
+        accepted = "the module before torch.jit.script or torch.jit.trace"
+        fail(function, "model", "is scripted or traced", accepted)
 
 
 def _join(*names: str) -> str:
@@ -162,6 +171,10 @@ def _analyse(
                 pairs[name] = BN_RELU
             else:
                 reasons[name] = Left(BN_RELU, NOT_WANTED)
+            continue
+        if any(map(_is_quantised, module.children())):
+            why = Left("unknown", "its block is made for quantisation")
+            reasons.update({_join(name, inner): why for inner, m in module.named_children() if run.is_plain_norm(m)})
             continue
         if not _may_hold_pairs(module) or not _pending(name, module, pairs):
             continue
@@ -203,9 +216,7 @@ def _may_hold_pairs(module: nn.Module) -> bool:
     cls = original_class(module)
     if isinstance(module, torch.jit.ScriptModule) or run.is_norm_class(cls):
         return False
-    if cls.__module__.startswith("torch.nn") and cls.forward is not nn.Sequential.forward:
-        return False
-    return not any(_is_quantised(child) for child in module.children())
+    return not cls.__module__.startswith("torch.nn") or cls.forward is nn.Sequential.forward
 
 
 def _is_quantised(module: nn.Module) -> bool:

@@ -1,0 +1,189 @@
+"""fuse, unfuse, unfused and fusions on models of every form, and what they say to arguments that they do not accept."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.ao.quantization as quantization
+from cases import relative_error
+from torch import nn
+
+import fasttricks
+
+
+def network() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Conv2d(5, 2, 1))
+
+
+def within_unfused(model: Any) -> None:
+    with fasttricks.unfused(model):
+        pass
+
+
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "fuse": fasttricks.fuse,
+    "unfuse": fasttricks.unfuse,
+    "unfused": within_unfused,
+    "fusions": fasttricks.fusions,
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_no_module(name: str) -> None:
+    for model, given in [(None, "a NoneType"), ("net", "a str"), ([network()], "a list"), (nn.ReLU, "the class ReLU")]:
+        with pytest.raises(TypeError, match=rf"^{name}: model is {given}; accepted: a torch\.nn\.Module$"):
+            FUNCTIONS[name](model)
+    for scripted in (torch.jit.script(network()), torch.jit.trace(network().eval(), torch.randn(1, 3, 6, 6))):
+        with pytest.raises(ValueError, match=rf"^{name}: model is scripted or traced; accepted: the module before"):
+            FUNCTIONS[name](scripted)
+
+
+@pytest.mark.parametrize("name", ["bn_relu", "bn_add_relu", "avgpool_conv1x1", "strict", "recompute"])
+def test_flags(name: str) -> None:
+    for value, given in [("yes", "str"), (None, "NoneType"), (1, "int"), (torch.tensor(True), "Tensor")]:
+        model = network()
+        with pytest.raises(TypeError, match=f"^fuse: {name} is a {given}; accepted: True or False$"):
+            fasttricks.fuse(model, **{name: value})
+        assert type(model) is nn.Sequential
+
+
+def test_filter() -> None:
+    for value in (3, "1", ["1"]):
+        with pytest.raises(TypeError, match=r"^fuse: filter_fn is a \w+; accepted: a function of \(mod"):
+            fasttricks.fuse(network(), filter_fn=value)
+
+
+def test_models_that_are_not_fused() -> None:
+    model = network()
+    assert fasttricks.unfuse(model) is model
+    with fasttricks.unfused(model) as same:
+        assert same is model
+    assert not fasttricks.fusions(model).fused
+    assert type(model) is nn.Sequential
+    assert str(fasttricks.fusions(nn.ReLU()))
+
+
+def group_of_one(tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+
+
+def sharded(model: nn.Module) -> nn.Module:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+
+
+def sharded_2(model: nn.Module) -> nn.Module:
+    from torch.distributed.fsdp import fully_shard
+
+    return fully_shard(model)
+
+
+FORMS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "fused": fasttricks.fuse,
+    "DataParallel": nn.DataParallel,
+    "compiled": lambda m: torch.compile(m, backend="aot_eager"),
+    "a graph": torch.fx.symbolic_trace,
+    "distributed": nn.parallel.DistributedDataParallel,
+    "FSDP1": sharded,
+    "FSDP2": sharded_2,
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_forms(form: str, recompute: bool, tmp_path: Path) -> None:
+    if form in ("distributed", "FSDP1", "FSDP2"):
+        group_of_one(tmp_path)
+    try:
+        plain = network().double()
+        model = FORMS[form](copy.deepcopy(plain))
+        kind = type(model).__name__
+        assert fasttricks.fuse(model, recompute=recompute) is model
+        assert fasttricks.fusions(model).counts == {"bn_relu": 1}
+        x = torch.randn(2, 3, 7, 5, dtype=torch.float64)
+        for net in (model, plain):
+            net(x).square().mean().backward()
+        for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+            grad = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+            assert (grad - q.grad).norm() <= 1e-10 * (1 + q.grad.norm())
+        fasttricks.unfuse(model)
+        assert type(model).__name__ == kind
+        assert not fasttricks.fusions(model).fused
+        assert relative_error(model(x), plain(x)) < 1e-10
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        torch._dynamo.reset()
+
+
+def test_meta() -> None:
+    model = fasttricks.fuse(network().to("meta"), recompute=True)
+    y = model(torch.empty(2, 3, 7, 5, device="meta", requires_grad=True))
+    y.sum().backward()
+    assert y.shape == (2, 2, 5, 3)
+
+
+def test_scripting_a_fused_model_gives_the_plain_one() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn, self.relu = nn.BatchNorm2d(3), nn.ReLU()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.relu(self.bn(x))
+
+    x = torch.randn(2, 3, 5, 5)
+    for make in (network, lambda: nn.Sequential(Block())):
+        plain = make()
+        fused = fasttricks.fuse(copy.deepcopy(plain), recompute=True)
+        with fasttricks.unfused(fused):
+            scripted = torch.jit.script(fused)
+        assert relative_error(scripted(x), plain(x)) < 1e-6
+        assert relative_error(torch.jit.trace(fused.eval(), x)(x), plain.eval()(x)) < 1e-6
+
+
+def quantised(model: nn.Module, x: torch.Tensor, fused: str) -> torch.Tensor:
+    """The output after static quantisation, with `fuse` called before, between or after its steps, or never."""
+    steps = nn.Sequential(quantization.QuantStub(), *copy.deepcopy(model), quantization.DeQuantStub()).eval()
+    steps.qconfig = quantization.get_default_qconfig(torch.backends.quantized.engine)
+    if fused == "before":
+        fasttricks.fuse(steps)
+    quantization.prepare(steps, inplace=True)
+    if fused == "between":
+        fasttricks.fuse(steps)
+        assert not fasttricks.fusions(steps).fused
+    steps(x)
+    steps = quantization.convert(steps)
+    if fused == "after":
+        fasttricks.fuse(steps)
+    return steps(x)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("fused", ["before", "between", "after"])
+def test_quantisation_is_as_without(fused: str) -> None:
+    model, x = network(), torch.randn(2, 3, 9, 9)
+    assert torch.equal(quantised(model, x, fused), quantised(model, x, "never"))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+def test_models_made_for_quantisation_are_left() -> None:
+    models = pytest.importorskip("torchvision.models.quantization")
+    model = models.resnet18(quantize=False, num_classes=3)
+    before = [type(m) for m in model.modules()]
+    reasons = {row.name: row.reason for row in fasttricks.fusions(fasttricks.fuse(model))}
+    assert reasons["bn1"] == reasons["layer1.0.bn2"] == "its block is made for quantisation"
+    assert [type(m) for m in model.modules()] == before
+    with pytest.raises(ValueError, match=r"strict is True(.|\n)*layer1\.0\.bn1 .*made for quantisation"):
+        fasttricks.fuse(model, strict=True)
+    model.train()
+    model.fuse_model(is_qat=True)  # torchvision's own, which tests for exact classes
+    model.qconfig = quantization.get_default_qat_qconfig(torch.backends.quantized.engine)
+    fasttricks.fuse(quantization.prepare_qat(model))(torch.randn(2, 3, 32, 32)).sum().backward()
