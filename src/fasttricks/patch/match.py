@@ -155,7 +155,7 @@ class Matcher:
         return None, node, between
 
     def follow_pool(self, node: fx.Node) -> tuple[fx.Node | None, list[fx.Node], list[fx.Node]]:
-        """The only reader of a pooled value, through Identity and the like; these; who reads its shape, dtype or device."""
+        """The only reader of a pooled value, the Identity and the like before it, and reads of its shape or dtype."""
         between: list[fx.Node] = []
         metadata: list[fx.Node] = []
         while True:
@@ -305,7 +305,7 @@ def pool_of(node: fx.Node) -> dict[str, Any] | None:
 
 
 def to_inline(graph: fx.Graph, root: nn.Module, training: bool, refused: set[str]) -> set[str]:
-    """Names of children that may hold half of a pair: a BatchNorm or pool at the end, a 1x1 convolution at the start."""
+    """Names of children that may hold half of a pair: they end in a BatchNorm or pool, or start with a convolution."""
     matcher = Matcher(graph, root, training)
     names = set()
     for node in graph.nodes:
