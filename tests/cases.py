@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
+import platform
 from collections.abc import Iterator
 
 import numpy as np
@@ -47,15 +49,28 @@ def triton_device() -> torch.device:
     return device
 
 
+def fill_with(byte: int | None) -> None:
+    """Makes glibc's malloc fill new memory with this byte, or leave it as it is; other C libraries do not fill."""
+    if platform.libc_ver()[0] == "glibc":
+        M_PERTURB = -6  # as in malloc.h; the bytes are the complement of its value
+        ctypes.CDLL(None).mallopt(M_PERTURB, 0 if byte is None else ~byte & 0xFF)
+
+
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Context manager in which new tensors hold NaN (integers: their largest value), to expose unwritten elements."""
+    """Context manager in which new tensors hold NaN (integers: their largest value), to expose unwritten elements.
+
+    torch does not fill the small results of the CPU library; malloc fills them with a byte that makes 3e38 in float32
+    and bfloat16, NaN in float16 and 1e306 in float64.
+    """
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+    fill_with(0x7F)
     try:
         yield
     finally:
+        fill_with(None)
         torch.use_deterministic_algorithms(before[0])
         torch.utils.deterministic.fill_uninitialized_memory = before[1]
 

@@ -9,8 +9,7 @@
 #include <tuple>
 
 #include "avgpool_conv1x1_call.h"
-#include "cpu/huge_pages.h"
-#include "cpu/small.h"
+#include "cpu/allocate.h"
 #include "math/avgpool.h"
 
 namespace fasttricks::cpu {
@@ -26,37 +25,26 @@ const AvgPoolConv1x1OfType& kernels_of(ScalarType t) {
                                    : all.bfloat16;
 }
 
+// In one of the layouts that the kernels know.
 Tensor make(const Tensor& like, std::array<int64_t, 4> sizes, bool nhwc) {
-  const auto [n, c, h, w] = sizes;
-  if (is_small(like, n * c * h * w)) {
-    const int64_t nchw_strides[] = {c * h * w, h * w, w, 1}, nhwc_strides[] = {c * h * w, 1, w * c, c};
-    return make_small(like, sizes.data(), nhwc ? nhwc_strides : nchw_strides, 4);
-  }
-  Tensor made = avgpool_conv1x1_empty(like, sizes, nhwc);
-  advise_huge_pages(made.mutable_data_ptr(), made.numel() * int64_t(made.element_size()));
-  return made;
+  return new_tensor(like, sizes, like.scalar_type(), nhwc ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
 // The gradient has the strides of weight, so that neither autograd nor DistributedDataParallel copies it.
 Tensor make_like(const Tensor& weight) {
-  if (is_small(weight, weight.numel()) && is_dense(weight, MemoryFormat::Contiguous))
-    return make_small(weight, weight.sizes().data(), weight.strides().data(), weight.dim());
-  return torch::stable::empty_like(weight);
+  return is_dense(weight, MemoryFormat::Contiguous) ? new_tensor(weight, weight.sizes(), weight.scalar_type())
+                                                    : torch::stable::empty_like(weight);
 }
 
 // One value for each of `count` channels; none for a gradient that is not needed.
-Tensor make_vector(const Tensor& like, int64_t count) {
-  constexpr int64_t kStride = 1;
-  if (is_small(like, count)) return make_small(like, &count, &kStride, 1);
-  return torch::stable::new_empty(like, {count});
-}
+Tensor make_vector(const Tensor& like, int64_t count) { return new_tensor(like, {count}, like.scalar_type()); }
 
 // Memory of a call's tasks; on the stack if it is small, as for the smallest images.
 class Workspace {
  public:
   Workspace(const Tensor& like, int64_t bytes) : base_(small_) {
     if (bytes <= int64_t(sizeof small_)) return;
-    memory_ = torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
+    memory_ = new_tensor(like, {bytes}, ScalarType::Byte);
     base_ = static_cast<char*>(memory_->mutable_data_ptr());
   }
   char* base() { return base_; }
@@ -195,7 +183,7 @@ std::tuple<Tensor, Tensor, Tensor> avgpool_conv1x1_backward(Tensor dy, Tensor x,
   if (need_dweight && !empty) {
     x = in_layout(x, layout);
     const bool rows = is_matrix(dweight, s);
-    Tensor dense = rows ? dweight : torch::stable::new_empty(weight, {s.o, s.c, 1, 1});
+    Tensor dense = rows ? dweight : new_tensor(weight, {s.o, s.c, 1, 1}, weight.scalar_type());
     weight_grad(kernels, s, dy, x, dense);
     if (!rows) torch::stable::copy_(dweight, dense);
   }

@@ -5,15 +5,13 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <array>
 #include <cstring>
 #include <tuple>
 #include <type_traits>
 #include <vector>
 
 #include "bn_relu_call.h"
-#include "cpu/huge_pages.h"
-#include "cpu/small.h"
+#include "cpu/allocate.h"
 #include "math/bn.h"
 #include "math/welford.h"
 
@@ -63,50 +61,17 @@ struct Call : BnCall {
     arguments.mask_bytes = given.has_value() ? mask_bytes() : 0;
   }
 
-  Tensor new_like_x() const {
-    if (x.numel() > 0 && is_small(x, x.numel()))  // x is dense in its layout
-      return make_small(x, x.sizes().data(), dense_strides().data(), x.dim());
-    Tensor made = BnCall::new_like_x();
-    advise_huge_pages(made.mutable_data_ptr(), made.numel() * int64_t(made.element_size()));
-    return made;
-  }
+  Tensor new_like_x() const { return new_tensor(x, x.sizes(), x.scalar_type(), layout); }
 
   Tensor new_per_channel() const {  // zeros if x is empty: no pass writes them then
-    if (empty()) return torch::stable::new_zeros(x, {arguments.channels}, statistics_type);
-    if (is_small(x, channels)) {
-      constexpr int64_t kStride = 1;
-      return make_small(x,
-                        statistics_type == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(),
-                        &channels, &kStride, 1);
-    }
-    return torch::stable::new_empty(x, {arguments.channels}, statistics_type);
+    Tensor made = new_tensor(x, {arguments.channels}, statistics_type);
+    return empty() ? torch::stable::zero_(made) : made;
   }
 
-  // What the layout of x makes of its sizes; x itself may have other strides in dimensions of size 1.
-  std::array<int64_t, 5> dense_strides() const {
-    const auto sizes = x.sizes();
-    const bool channels_last = layout != MemoryFormat::Contiguous;
-    std::array<int64_t, 5> strides{};
-    int64_t next = 1;
-    const auto place = [&](int64_t d) { strides[size_t(d)] = next, next *= sizes[size_t(d)]; };
-    if (channels_last) place(1);
-    for (int64_t d = x.dim() - 1; d >= 0; --d)
-      if (!(channels_last && d == 1)) place(d);
-    return strides;
-  }
-
-  Tensor small_bytes(int64_t bytes) const {
-    constexpr int64_t kStride = 1;
-    Tensor made = make_small(x, aoti_torch_dtype_uint8(), &bytes, &kStride, 1);
-    std::memset(made.mutable_data_ptr(), 0, size_t(bytes));
-    return made;
-  }
-
-  Tensor new_mask() {
-    const int64_t bytes = mask_bytes();
-    Tensor made =
-        bytes > 0 && bytes <= 4096 ? small_bytes(bytes) : torch::stable::new_zeros(x, {bytes}, ScalarType::Byte);
+  Tensor new_mask() {  // zeros: channels of NCHW share bytes
+    Tensor made = new_tensor(x, {mask_bytes()}, ScalarType::Byte);
     arguments.mask_out = static_cast<uint8_t*>(made.mutable_data_ptr());
+    if (!empty()) std::memset(arguments.mask_out, 0, size_t(mask_bytes()));
     return made;
   }
 
@@ -328,8 +293,7 @@ std::tuple<Tensor, Tensor> new_gradients(Call& call, const MaybeTensor& mask, bo
   call.check_need_dresidual(need_dresidual, mask);
   Tensor dx = call.new_like_x();
   call.arguments.dx = dx.mutable_data_ptr();
-  constexpr int64_t kNone = 0, kStride = 1;
-  Tensor dresidual = need_dresidual ? call.new_like_x() : make_small(call.x, &kNone, &kStride, 1);
+  Tensor dresidual = need_dresidual ? call.new_like_x() : new_tensor(call.x, {0}, call.x.scalar_type());
   if (need_dresidual) call.arguments.dresidual = dresidual.mutable_data_ptr();
   return {dx, dresidual};
 }

@@ -100,12 +100,16 @@ def backend(name: str) -> Iterator[None]:
     """
     global _forced
     before, _forced = _forced, _check(name, "backend")
+    _serving.clear()
     try:
         yield
     finally:
         _forced = before
+        _serving.clear()
 
 
+# the results of namespace_for since the last change: on tiny tensors the search would take a tenth of a call's time
+_serving: dict[torch.device, str] = {}
 _cards: dict[int, str | None] = {}
 
 
@@ -147,14 +151,17 @@ def select(op: str, device: torch.device) -> str:
 
 def namespace_for(op: str, device: torch.device) -> str | None:
     """The namespace of `torch.ops` with the raw ops of `op` for `device`; None: the reference runs."""
-    chosen = select(op, device)
-    return None if chosen == "reference" else namespaces[chosen]
+    if torch.compiler.is_compiling():  # it would guard on the contents of the dictionary
+        chosen = select(op, device)
+        return None if chosen == "reference" else namespaces[chosen]
+    known = _serving.get(device)
+    if known is None and (chosen := select(op, device)) != "reference":
+        known = _serving[device] = namespaces[chosen]
+    return known
 
 
 def ops_for(op: str, device: torch.device) -> Any:
     """As `namespace_for`, but the namespace itself."""
-    if _cpu_ops is not None and _forced == "auto" and device.type == "cpu":  # what follows, at a tenth of its cost
-        return _cpu_ops
     namespace = namespace_for(op, device)
     return None if namespace is None else getattr(torch.ops, namespace)
 
@@ -165,4 +172,3 @@ def loaded_namespaces() -> list[str]:
 
 
 load_libraries()
-_cpu_ops = None if "cpu" in not_loaded else getattr(torch.ops, namespaces["cpu"])

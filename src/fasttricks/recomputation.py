@@ -87,8 +87,11 @@ class Outputs:
         return self._find(tensor) or Saved(tensor)
 
 
-# each thread of DataParallel has a forward pass of its own
-_this_thread = threading.local()
+class _Thread(threading.local):
+    outputs: Outputs | None = None
+
+
+_this_thread = _Thread()  # each thread of DataParallel has a forward pass of its own
 
 
 def _unpack(packed: Saved | Rebuilt) -> Tensor:
@@ -132,7 +135,7 @@ def recompute() -> Iterator[None]:
 
 def current() -> Outputs | None:
     """Where an op registers an output that can be rebuilt; None outside `recompute()`."""
-    return getattr(_this_thread, "outputs", None)
+    return _this_thread.outputs
 
 
 def _batch_norm(tensor: Tensor) -> Rebuilt | None:

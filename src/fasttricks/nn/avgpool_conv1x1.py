@@ -92,10 +92,10 @@ class AvgPoolConv1x1(Holder):
         self.held.reset_parameters()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if (node := self._leaf(x)) is not None:
+        if type(x) is not torch.Tensor and (node := self._leaf(x)) is not None:
             return node  # type: ignore[return-value]
         conv = self.held
-        if not run.wants_plain_modules() and run.is_plain_conv1x1(conv):
+        if not run.wants_plain_modules(x) and run.is_plain_conv1x1(conv):
             return run.avgpool_conv1x1(x, conv.weight, conv.bias, stride=self.stride, ceil_mode=self.ceil_mode)
         pooled = x if self.stride == 1 else F.avg_pool2d(x, 2, 2, 0, self.ceil_mode, count_include_pad=False)
         return conv(pooled)

@@ -79,8 +79,8 @@ class _FusedBatchNorm2d(Holder):
         """As of nn.BatchNorm2d."""
         self.held.reset_parameters()
 
-    def _fuses(self) -> bool:
-        return not run.wants_plain_modules() and run.is_plain_norm(self.held)
+    def _fuses(self, x: torch.Tensor) -> bool:
+        return not run.wants_plain_modules(x) and run.is_plain_norm(self.held)
 
 
 class BatchNormReLU2d(_FusedBatchNorm2d):
@@ -106,9 +106,9 @@ class BatchNormReLU2d(_FusedBatchNorm2d):
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if (node := self._leaf(x)) is not None:
+        if type(x) is not torch.Tensor and (node := self._leaf(x)) is not None:
             return node  # type: ignore[return-value]
-        return run.norm_relu(self.held, x) if self._fuses() else F.relu(self.held(x))
+        return run.norm_relu(self.held, x) if self._fuses(x) else F.relu(self.held(x))
 
 
 class BatchNormAddReLU2d(_FusedBatchNorm2d):
@@ -158,9 +158,9 @@ class BatchNormAddReLU2d(_FusedBatchNorm2d):
             nn.init.zeros_(self.held.weight)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        if (node := self._leaf(x, residual)) is not None:
+        if not (type(x) is type(residual) is torch.Tensor) and (node := self._leaf(x, residual)) is not None:
             return node  # type: ignore[return-value]
-        return run.norm_add_relu(self.held, x, residual) if self._fuses() else F.relu(self.held(x) + residual)
+        return run.norm_add_relu(self.held, x, residual) if self._fuses(x) else F.relu(self.held(x) + residual)
 
 
 def _refuse_norm_layer(cls: type) -> None:

@@ -29,9 +29,17 @@ def untouched(module: nn.Module) -> bool:
     )
 
 
-def wants_plain_modules() -> bool:
-    """Whether a tool records operations (torch.export, ONNX, jit.trace, torch.fx), or global module hooks are set."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing() or is_fx_symbolic_tracing() or _has_any_global_hook()
+def wants_plain_modules(x: Any) -> bool:
+    """Whether a tool records operations on x (torch.export, ONNX, jit.trace, torch.fx), or global module hooks are set.
+
+    torch.fx records operations on its own proxies only.
+    """
+    return (
+        torch.compiler.is_exporting()
+        or torch.jit.is_tracing()
+        or _has_any_global_hook()
+        or (type(x) is not torch.Tensor and is_fx_symbolic_tracing())
+    )
 
 
 _TIMM_NORMS = ("BatchNormAct2d", "SyncBatchNormAct")
@@ -61,11 +69,7 @@ def is_plain_norm(module: Any) -> bool:
     return all(type(child) is nn.Identity and untouched(child) for child in module.children())
 
 
-def _single(value: Any) -> Any:
-    """The common value of a size, (2, 2) -> 2; None if its values differ."""
-    if isinstance(value, tuple):
-        return value[0] if len(set(value)) == 1 else None
-    return value
+_ZERO, _ONE, _TWO = (0, (0, 0)), (1, (1, 1)), (2, (2, 2))  # sizes as modules store them
 
 
 _pools: dict[type, bool] = {nn.AvgPool2d: True}
@@ -81,20 +85,15 @@ def is_pool_class(cls: type) -> bool:
 
 def is_2x2_pool(pool: Any) -> bool:
     """Whether pool is a 2x2 average pool with stride 2 that divides by the number of pixels inside the image."""
-    return (
-        _single(pool.kernel_size) == 2
-        and _single(pool.stride) == 2
-        and _single(pool.padding) == 0
-        and pool.divisor_override is None
-    )
+    return pool.kernel_size in _TWO and pool.stride in _TWO and pool.padding in _ZERO and pool.divisor_override is None
 
 
 def is_1x1_conv(conv: Any) -> bool:
     """Whether conv is a 1x1 convolution with stride 1 and one group."""
     return (
-        _single(conv.kernel_size) == 1
-        and _single(conv.stride) == 1
-        and _single(conv.padding) in (0, "valid", "same")
+        conv.kernel_size in _ONE
+        and conv.stride in _ONE
+        and (conv.padding in _ZERO or conv.padding in ("valid", "same"))
         and conv.groups == 1
     )
 
@@ -122,23 +121,33 @@ def _own(norm: Any, tensors: dict[str, Any], name: str) -> Any:
 
 def _op(norm: Any, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
     """The fused op with the parameters, statistics and mode of norm."""
-    parameters, buffers = norm._parameters, norm._buffers
+    parameters, buffers = (
+        norm._parameters,
+        norm._buffers,
+    )  # as attributes of nn.Module each would take half a microsecond
     training, momentum, tracked = norm.training, norm.momentum, None
-    mean = _own(norm, buffers, "running_mean")
-    var = _own(norm, buffers, "running_var")
-    weight = _own(norm, parameters, "weight")
-    bias = _own(norm, parameters, "bias")
-    group = None
+    mean, var = _own(norm, buffers, "running_mean"), _own(norm, buffers, "running_var")
     if training:
-        group = None if type(norm) is nn.BatchNorm2d else _process_group(norm)
         if norm.track_running_stats:
             tracked = _own(norm, buffers, "num_batches_tracked")
         else:
-            mean = var = None  # buffers that are not tracked do not move
+            mean = var = None  # untracked buffers are not updated
     if momentum is None and tracked is None:
-        momentum = 0.0  # without a count there is no cumulative average, and torch moves nothing then
-    op = "bn_relu" if residual is None else "bn_add_relu"
-    return call(op, x, residual, weight, bias, mean, var, training or mean is None, momentum, norm.eps, group, tracked)
+        momentum = 0.0  # without a count there is no cumulative average, and torch then updates nothing
+    return call(
+        "bn_relu" if residual is None else "bn_add_relu",
+        x,
+        residual,
+        _own(norm, parameters, "weight"),
+        _own(norm, parameters, "bias"),
+        mean,
+        var,
+        training or mean is None,
+        momentum,
+        norm.eps,
+        None if type(norm) is nn.BatchNorm2d else _process_group(norm),
+        tracked,
+    )
 
 
 def norm_relu(norm: Any, x: torch.Tensor) -> torch.Tensor:

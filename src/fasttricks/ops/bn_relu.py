@@ -122,30 +122,21 @@ def bn_add_relu(
     )
 
 
-def call(
-    op: str,
-    x: torch.Tensor,
-    residual: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    running_mean: torch.Tensor | None,
-    running_var: torch.Tensor | None,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-    group: distributed.ProcessGroup | None,
-    batches: torch.Tensor | None,
-) -> torch.Tensor:
-    """`bn_relu` or `bn_add_relu`, as op names it, which differ in residual alone."""
-    tensors = (x, residual, weight, bias, running_mean, running_var)
+def call(*given: Any) -> torch.Tensor:
+    """bn_relu or bn_add_relu, with the arguments of `_run`."""
     if torch.compiler.is_compiling():  # checked once, while the graph is made
-        check_public(op, *tensors, training, momentum, eps, batches, group is None)
-        return _run(op, *tensors, training, momentum, eps, group, batches)
+        _check(*given)
+        return _run(*given)
     try:
-        return _run(op, *tensors, training, momentum, eps, group, batches)
+        return _run(*given)
     except Exception:  # the raw ops check too: here the error names the argument as the caller knows it
-        check_public(op, *tensors, training, momentum, eps, batches, group is None)
+        _check(*given)
         raise
+
+
+def _check(*given: Any) -> None:
+    *arguments, group, batches = given
+    check_public(*arguments, batches, group is None)  # type: ignore[call-arg]
 
 
 def _run(
@@ -153,26 +144,20 @@ def _run(
     running_mean: torch.Tensor | None, running_var: torch.Tensor | None, training: bool, momentum: float | None,
     eps: float, group: distributed.ProcessGroup | None, batches: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
+    ops = None if group is not None and training else ops_for(op, x.device)
+    if ops is None or (residual is not None and (residual.dtype != x.dtype or residual.shape != x.shape)):
+        _check(op, x, residual, weight, bias, running_mean, running_var, training, momentum, eps, group, batches)
+        if residual is not None:
+            x, residual = _as_one(x, residual)
     if group is not None and training:
         from .bn_relu_sync import synchronised
 
-        statistics = (running_mean, running_var)
-        check_public(op, x, residual, weight, bias, *statistics, training, momentum, eps, batches, several=False)
-        if residual is not None:
-            x, residual = _as_one(x, residual)
-        return synchronised(op, x, residual, weight, bias, *statistics, momentum, eps, group, batches)
-    ops = ops_for(op, x.device)
+        return synchronised(op, x, residual, weight, bias, running_mean, running_var, momentum, eps, group, batches)
     if ops is None:
-        check_public(op, x, residual, weight, bias, running_mean, running_var, training, momentum, eps, batches)
-        if residual is not None:
-            x, residual = _as_one(x, residual)
         return plain.bn_add_relu(
             x, residual, weight, bias, running_mean, running_var, training=training, momentum=momentum, eps=eps,
             num_batches_tracked=batches,
         )  # fmt: skip
-    if residual is not None and (residual.dtype != x.dtype or residual.shape != x.shape):
-        check_public(op, x, residual, weight, bias, running_mean, running_var, training, momentum, eps, batches)
-        x, residual = _as_one(x, residual)
     constants = (ops, training, momentum, eps, running_mean, running_var, batches)
     if torch.compiler.is_compiling() or transforms.active() or torch.jit.is_tracing():
         return _raw(x, residual, weight, bias, constants)[0]
@@ -222,8 +207,11 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Any, residual: Any, weight: Any, bias: Any, constants: _Constants, whole: bool) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
+        below = torch._C._AutoDispatchBelowAutograd()
+        try:  # as a context manager it costs twice the time
             y, mean, var, mask = _raw(x, residual, weight, bias, constants)
+        finally:
+            del below
         ctx.save_for_backward(x, weight, bias, mean, var, mask)
         ctx.constants = constants
         if not whole:
@@ -241,16 +229,19 @@ class _Fused(torch.autograd.Function):
         if dy is None:
             return (None,) * 6
         x, weight, bias, mean, var, mask = ctx.saved_tensors
-        ops, training, _, eps, *_ = ctx.constants
-        need_dx, need_dresidual, need_dweight, need_dbias, *_ = ctx.needs_input_grad
+        ops, training, _, eps, _, _, _ = ctx.constants
+        need_dx, need_dresidual, need_dweight, need_dbias, _, _ = ctx.needs_input_grad
         if torch.is_grad_enabled() or transforms.active():  # these gradients will be differentiated
             passes = None if mask is None else unpack_mask(mask, x)
             dx, dresidual, dweight, dbias = plain.backward(dy, x, None, weight, bias, mean, var, eps, training, passes)
         else:
-            with torch._C._AutoDispatchBelowAutograd():
+            below = torch._C._AutoDispatchBelowAutograd()
+            try:
                 dx, dresidual, dweight, dbias = ops.bn_relu_backward.default(
                     dy, x, mask, weight, bias, mean, var, eps, training, need_dresidual
                 )
+            finally:
+                del below
         if weight is not None and weight.dtype != dweight.dtype:
             dweight = dweight.to(weight.dtype)
         if bias is not None and bias.dtype != dbias.dtype:

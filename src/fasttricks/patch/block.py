@@ -167,10 +167,16 @@ def _make(
         given = [kind_of(value, default) for value, default in zip(args, defaults)]  # noqa: B905  (others are not given)
         return (*given, *[DEFAULT] * (len(defaults) - len(given)))
 
+    one_tensor = (TENSOR, *[DEFAULT] * (len(defaults) - 1))  # what most blocks are given
+    of_one_tensor = {mode: variants.get((one_tensor, mode)) for mode in (True, False)}
+
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if run.wants_plain_modules() or not ready(self):
+        if run.wants_plain_modules(args[0] if args else None) or not ready(self):
             return original(self, *args, **kwargs)
+        if len(args) == 1 and not kwargs and type(args[0]) is torch.Tensor:
+            function = of_one_tensor[self.training]
+            return original(self, *args) if function is None else function(self, *args)
         every = args
         if kwargs:
             later = names[len(args) :]
@@ -253,7 +259,7 @@ def fused_norm_act_class(base: type[nn.Module]) -> type[nn.Module]:
 
         @functools.wraps(original)
         def forward(self: nn.Module, x: Any) -> Any:
-            if issubclass(type(x), torch.Tensor) and not run.wants_plain_modules() and has_relu(self):
+            if issubclass(type(x), torch.Tensor) and not run.wants_plain_modules(x) and has_relu(self):
                 return run.norm_relu(self, x)
             return original(self, x)
 
