@@ -1,0 +1,236 @@
+"""Fused models on two gloo processes: DDP, SyncBatchNorm, FSDP2 give what unfused models or one process give."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import traceback
+import warnings
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from cases import relative_error
+from networks import randomised, synchronised_net, timm_net, torchvision_net, twins
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import fasttricks
+from fasttricks.optim import FusedSGD
+
+pytestmark = [
+    pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed"),
+    pytest.mark.xdist_group("frameworks"),  # the two processes start once
+]
+
+
+def inputs(*sizes: int) -> Tensor:
+    """The batch of one rank; both draw the same numbers."""
+    whole = torch.randn(sum(sizes), 3, 18, 18, dtype=torch.float64)
+    return whole.split(sizes)[dist.get_rank()] if len(sizes) > 1 else whole
+
+
+def loss_of(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x).square().sum()
+
+
+def train(model: nn.Module, batches: list[Tensor]) -> dict[str, Tensor]:
+    """The state after a few steps, and the last gradients."""
+    optimizer = FusedSGD(model.parameters(), lr=1e-3, momentum=0.9)
+    for x in batches:
+        optimizer.zero_grad()
+        loss_of(model, x).backward()
+        optimizer.step()
+    inner: Any = getattr(model, "module", model)
+    gradients = {f"gradient of {name}": p.grad for name, p in inner.named_parameters() if p.grad is not None}
+    return {**inner.state_dict(), **gradients}
+
+
+def same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+    assert list(got) == list(want)
+    for name, value in got.items():
+        whole = value.full_tensor() if hasattr(value, "full_tensor") else value
+        assert relative_error(whole, want[name]) < 1e-8, name
+
+
+class Branches(nn.Module):
+    """Every other step leaves a block out, so that its parameters get no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps, self.always, self.sometimes, self.head = 0, *torchvision_net()[:4:3], torchvision_net()[5:]
+        self.head[-1] = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps += 1
+        x = self.always(x)
+        return self.head(self.sometimes(x) if self.steps % 2 else x)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "static_graph": {"static_graph": True},
+    "bucket_view": {"gradient_as_bucket_view": True, "bucket_cap_mb": 0.001},
+    "no_buffers": {"broadcast_buffers": False},
+}
+
+
+def ddp_options() -> None:
+    for options in OPTIONS.values():
+        for make in (torchvision_net, timm_net):
+            fused, plain = twins(make())
+            batches = [inputs(3, 2) for _ in range(3)]
+            want = train(DistributedDataParallel(plain, **options), batches)
+            same(train(DistributedDataParallel(fused, **options), batches), want)
+
+
+def ddp_with_unused_parameters() -> None:
+    fused, plain = twins(Branches())
+    batches = [inputs(3, 2) for _ in range(4)]
+    want = train(DistributedDataParallel(plain, find_unused_parameters=True), batches)
+    same(train(DistributedDataParallel(fused, find_unused_parameters=True), batches), want)
+
+
+def ddp_fused_inside() -> None:
+    """fuse reaches through the wrapper, and a wrapper around a model with rebuilt outputs works too."""
+    _, plain = twins(torchvision_net())
+    wrapped = [DistributedDataParallel(copy.deepcopy(plain)) for _ in range(2)]
+    assert fasttricks.fuse(wrapped[0]) is wrapped[0]
+    assert fasttricks.fusions(wrapped[0]).counts == {"bn_relu": 3, "bn_add_relu": 2}
+    fasttricks.fuse(wrapped[1], recompute=True)
+    batches = [inputs(3, 2) for _ in range(3)]
+    want = train(DistributedDataParallel(plain), batches)
+    for model in wrapped:
+        same(train(model, batches), want)
+
+
+def ddp_join() -> None:
+    fused, plain = twins(torchvision_net())
+    batches = [inputs(3, 2) for _ in range(4)][: 4 - 2 * dist.get_rank()]
+    results = []
+    for model in (fused, plain):
+        model = DistributedDataParallel(model, broadcast_buffers=False)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        with model.join():
+            for x in batches:
+                optimizer.zero_grad()
+                loss_of(model, x).backward()
+                optimizer.step()
+        results.append(dict(model.module.named_parameters()))
+    same(*results)
+
+
+def synchronised_statistics() -> None:
+    """Converted before or after fuse, by torch or timm: what one process gives on the whole batch."""
+    from timm.layers import convert_sync_batchnorm
+
+    plain = randomised(synchronised_net()).double()
+    batches = [torch.randn(7, 3, 18, 18, dtype=torch.float64) for _ in range(3)]
+    part = slice(0, 5) if dist.get_rank() == 0 else slice(5, 7)
+    want = train(copy.deepcopy(plain), batches)
+
+    def converted_first(model: nn.Module) -> nn.Module:
+        return fasttricks.fuse(convert_sync_batchnorm(model))
+
+    def fused_first(model: nn.Module) -> nn.Module:
+        return fasttricks.fuse(convert_sync_batchnorm(fasttricks.fuse(model)))  # timm makes a new BatchNormAct2d
+
+    def by_torch(model: nn.Module) -> nn.Module:
+        model[0] = torchvision_like(model[0])
+        return nn.SyncBatchNorm.convert_sync_batchnorm(fasttricks.fuse(model))
+
+    def rebuilt(model: nn.Module) -> nn.Module:
+        return fasttricks.fuse(convert_sync_batchnorm(model), recompute=True)
+
+    for convert in (converted_first, fused_first, by_torch, rebuilt):
+        model = convert(copy.deepcopy(plain))
+        assert sum(fasttricks.fusions(model).counts.values()) == 4, (convert.__name__, fasttricks.fusions(model))
+        optimizer = FusedSGD(model.parameters(), lr=1e-3, momentum=0.9)
+        for x in batches:
+            optimizer.zero_grad()
+            loss_of(model, x[part]).backward()
+            for p in model.parameters():  # DDP refuses an nn.SyncBatchNorm on the CPU
+                dist.all_reduce(p.grad)
+            optimizer.step()
+        got = {**model.state_dict(), **{f"gradient of {name}": p.grad for name, p in model.named_parameters()}}
+        same(dict(zip(want, got.values(), strict=True)), want)
+        x = batches[0]
+        torch.testing.assert_close(model.eval()(x), fasttricks.unfuse(model)(x))
+
+
+def torchvision_like(layer: Any) -> nn.Module:
+    """timm's convolution with BatchNormAct2d as modules of torch."""
+    bn = nn.BatchNorm2d(layer.bn.num_features).double()
+    bn.load_state_dict(layer.bn.state_dict())
+    return nn.Sequential(layer.conv, bn, nn.ReLU())
+
+
+def fsdp2() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (2,))
+    for make in (torchvision_net, timm_net):
+        fused, plain = twins(make())
+        batches = [inputs(3, 2) for _ in range(3)]
+        want = train(DistributedDataParallel(plain, broadcast_buffers=False), batches)
+        for block in fused.modules():
+            if type(block).__name__ == "BasicBlock":
+                fully_shard(block, mesh=mesh)
+        fully_shard(fused, mesh=mesh)
+        assert len(fasttricks.fusions(fused).fused) > 4
+        same(train(fused, batches), want)
+        counts = fasttricks.fusions(fused).counts
+        fasttricks.unfuse(fused)
+        assert not fasttricks.fusions(fused).fused
+        assert fasttricks.fusions(fasttricks.fuse(fused)).counts == counts
+
+
+ALL = (
+    ddp_options,
+    ddp_with_unused_parameters,
+    ddp_fused_inside,
+    ddp_join,
+    synchronised_statistics,
+    fsdp2,
+)
+
+
+def worker(rank: int, folder: str, seed: int) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore", FutureWarning)  # broadcast_buffers has a new name in some versions
+    options: dict[str, Any] = {"rank": rank, "world_size": 2, "timeout": timedelta(seconds=60)}
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", **options)
+    torch.manual_seed(seed)
+    for check in ALL:
+        report = ""
+        try:
+            check()
+            dist.barrier()
+        except BaseException:
+            report = traceback.format_exc()
+        Path(folder, f"{check.__name__}.{rank}").write_text(report)
+        if report:  # the other rank waits for this one
+            os._exit(1)
+    dist.destroy_process_group()
+    # a thread of gloo may still hold a tensor, and aborts where it asks a finished interpreter for the GIL
+    os._exit(0)
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """For each check what went wrong on the ranks that came to its end."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with contextlib.suppress(mp.ProcessExitedException):  # the reports say why
+        mp.spawn(worker, (str(folder), torch.initial_seed() % 2**31), nprocs=2)
+    return {check.__name__: [path.read_text() for path in folder.glob(f"{check.__name__}.*")] for check in ALL}
+
+
+@pytest.mark.parametrize("name", [check.__name__ for check in ALL])
+def test_two_processes(name: str, reports: dict[str, list[str]]) -> None:
+    assert reports[name], "not run: the processes ended before"
+    assert reports[name] == ["", ""], "\n".join(reports[name])
