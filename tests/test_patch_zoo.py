@@ -87,5 +87,5 @@ def test_all_of_timm() -> None:
     shares = {kind: fused[kind] / there[kind] for kind in there}
     assert shares["bn_relu"] == 1.0, partly
     assert shares["bn_add_relu"] > 0.995, partly
-    assert shares["avgpool_conv1x1"] > 0.75, partly
+    assert shares["avgpool_conv1x1"] >= 0.90, partly
     assert taken == fused
