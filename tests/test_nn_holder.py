@@ -17,6 +17,7 @@ from cases import relative_error
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fasttricks import avgpool_conv1x1, bn_add_relu, bn_relu
 from fasttricks.nn import AvgPoolConv1x1, BatchNormAddReLU2d, BatchNormReLU2d
 
 
@@ -216,6 +217,29 @@ def test_leaves_of_torch_fx() -> None:
     assert torch.equal(graph.eval()(x), ours.eval()(x))
     extraction = pytest.importorskip("torchvision.models.feature_extraction")
     assert "bn1" in extraction.create_feature_extractor(ours, ["bn1", "bn2"])(x)
+
+
+class Functional(nn.Module):
+    """The ops as functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.conv = nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        norm = self.norm
+        y = bn_relu(x, norm.weight, norm.bias, norm.running_mean, norm.running_var, training=False)
+        y = bn_add_relu(y, x, norm.weight, norm.bias, eps=1e-3)
+        return avgpool_conv1x1(y, self.conv.weight, self.conv.bias, ceil_mode=True)
+
+
+def test_functions_are_nodes_of_torch_fx() -> None:
+    model, x = Functional(), torch.randn(2, 3, 5, 7)
+    graph = fx.symbolic_trace(model)
+    called = [n.target for n in graph.graph.nodes if n.op == "call_function"]
+    assert called == [bn_relu, bn_add_relu, avgpool_conv1x1]
+    for traced in (graph, pickle.loads(pickle.dumps(graph)), fx.symbolic_trace(graph)):
+        assert torch.equal(traced(x), model(x))
 
 
 def test_from_existing_modules() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -169,3 +171,24 @@ def test_a_checkpoint_of_one_group_loads_by_name() -> None:
     renamed["param_groups"][0]["param_names"] = ["stem", *renamed["param_groups"][0]["param_names"][1:]]
     with pytest.raises(ValueError, match=r"other parameters than the optimizer; .*0\.weight, stem"):
         optimizer.load_state_dict(renamed)
+
+
+@pytest.mark.parametrize("kind", [FusedSGD, FusedLARS])
+def test_an_optimizer_with_a_process_group(kind: Any, tmp_path: Path) -> None:
+    """A copy shares the group; a pickle would lose it, and clip by the gradients of one rank."""
+    dist = torch.distributed
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        model = nn.Linear(4, 2)
+        group = dist.group.WORLD
+        optimizer = stepped(kind, model.parameters(), model, momentum=0.9, max_grad_norm=1.0, shard_group=group)
+        twin = copy.deepcopy(optimizer)
+        assert twin.shard_group is group
+        (p, *_), (q, *_) = (o.param_groups[0]["params"] for o in (optimizer, twin))
+        assert p is not q
+        assert torch.equal(optimizer.state[p]["momentum_buffer"], twin.state[q]["momentum_buffer"])
+        with pytest.raises(TypeError, match=rf"^{kind.__name__}: shard_group is a process group.*state_dict\(\)"):
+            pickle.dumps(optimizer)
+        assert pickle.loads(pickle.dumps(optimizer.state_dict()))["param_groups"]
+    finally:
+        dist.destroy_process_group()

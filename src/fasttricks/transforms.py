@@ -1,8 +1,12 @@
-"""Detection of torch.func transforms and forward-mode AD."""
+"""Detection of torch.func transforms, forward-mode AD and tracing by torch.fx."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from torch import fx
 from torch.autograd import forward_ad
 
 
@@ -12,3 +16,8 @@ def active() -> bool:
     Kernels have no rules for these; the torch ops of the references do.
     """
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def recorded(function: Callable[..., Any], x: fx.Proxy, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """The call of a function as one node of the graph that torch.fx traces."""
+    return x.tracer.create_proxy("call_function", function, args, options)

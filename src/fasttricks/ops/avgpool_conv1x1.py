@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.fx import Proxy
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from .. import transforms
@@ -58,6 +59,9 @@ def avgpool_conv1x1(
         >>> fasttricks.avgpool_conv1x1(x, weight, ceil_mode=True).shape
         torch.Size([2, 8, 4, 4])
     """
+    if isinstance(x, Proxy):
+        options = {"stride": stride, "ceil_mode": ceil_mode}
+        return transforms.recorded(avgpool_conv1x1, x, (x, weight, bias), options)
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return _traced(x, weight, bias, stride, ceil_mode)
     try:

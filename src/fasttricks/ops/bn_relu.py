@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import distributed
+from torch.fx import Proxy
 
 from .. import transforms
 from ..backends import loaded_namespaces, ops_for
@@ -66,6 +67,10 @@ def bn_relu(
         >>> torch.allclose(y, expected, atol=1e-5)
         True
     """
+    if isinstance(x, Proxy):
+        options = {"training": training, "momentum": momentum, "eps": eps, "group": group}
+        options["num_batches_tracked"] = num_batches_tracked
+        return transforms.recorded(bn_relu, x, (x, weight, bias, running_mean, running_var), options)
     return call(
         "bn_relu", x, None, weight, bias, running_mean, running_var, training, momentum, eps, group, num_batches_tracked
     )
@@ -104,6 +109,10 @@ def bn_add_relu(
         >>> torch.equal(y, residual.relu())
         True
     """
+    if isinstance(x, Proxy):
+        options = {"training": training, "momentum": momentum, "eps": eps, "group": group}
+        options["num_batches_tracked"] = num_batches_tracked
+        return transforms.recorded(bn_add_relu, x, (x, residual, weight, bias, running_mean, running_var), options)
     if not isinstance(residual, torch.Tensor):
         raise TypeError(f"bn_add_relu: residual is a {type(residual).__name__}; accepted: a tensor")
     return call(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -379,6 +380,21 @@ class FusedOptimizer(torch.optim.Optimizer):
         options = [name for name in self.defaults if name != "differentiable"]
         check_loaded(state_dict, self.param_groups, options, type(self).__name__)
         return wrapped(state_dict)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FusedOptimizer:
+        memo[id(self.shard_group)] = self.shard_group  # a copy works with the same ranks
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return new
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if self.shard_group is not None:  # without it, each rank would clip by the norm of its own gradients
+            raise TypeError(
+                f"{type(self).__name__}: shard_group is a process group, which cannot be pickled; save "
+                "optimizer.state_dict(), and give shard_group to the optimizer that loads it"
+            )
+        return super().__reduce_ex__(protocol)
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("max_grad_norm", "shard_group", "unscale_in_step")
