@@ -1,0 +1,251 @@
+"""Whole models after fasttricks.fuse train, evaluate, copy, load, export and compile as they did before."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import relative_error
+from census import counted
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+import fasttricks
+
+models = pytest.importorskip("torchvision").models
+timm = pytest.importorskip("timm")
+
+
+class Case(NamedTuple):
+    """What makes a model, the edge of its images, and how many of them make a batch."""
+
+    make: Callable[[], nn.Module]
+    edge: int = 32
+    batch: int = 4
+
+
+def of_torchvision(name: str, edge: int = 32, batch: int = 4, **options: Any) -> Case:
+    return Case(lambda: models.get_model(name, weights=None, num_classes=5, **options), edge, batch)
+
+
+def of_timm(name: str, edge: int = 32, batch: int = 4, **options: Any) -> Case:
+    return Case(lambda: timm.create_model(name, num_classes=5, **options), edge, batch)
+
+
+def resnext() -> nn.Module:
+    return models.ResNet(models.resnet.Bottleneck, [1, 1, 1, 1], num_classes=5, groups=8, width_per_group=4)
+
+
+def densenet() -> nn.Module:
+    return models.DenseNet(8, (2, 2, 2), 16, num_classes=5)
+
+
+def vgg() -> nn.Module:
+    features = models.vgg.make_layers([16, "M", 32, "M", 64, 64, "M"], batch_norm=True)
+    return nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 5))
+
+
+def xception() -> nn.Module:
+    blocks = [
+        {"in_chs": 64, "out_chs": 96, "stride": 2},
+        {"in_chs": 96, "out_chs": 96, "stride": 1},
+        {"in_chs": 96, "out_chs": (96, 96, 128), "stride": 1, "no_skip": True, "start_with_relu": False},
+    ]
+    return timm.models.xception_aligned.XceptionAligned(blocks, num_classes=5)
+
+
+# the smallest images whose last statistics are of 16 values or more: those of fewer enlarge rounding a thousandfold
+CASES = {
+    "resnet18": of_torchvision("resnet18"),
+    "resnext": Case(resnext),
+    "densenet": Case(densenet),
+    "googlenet": of_torchvision("googlenet", 64, init_weights=False),
+    "shufflenet_v2_x0_5": of_torchvision("shufflenet_v2_x0_5", 64),
+    "regnet_y_400mf": of_torchvision("regnet_y_400mf", 64, 8),
+    "vgg": Case(vgg),
+    "dla46_c": of_timm("dla46_c", 64, 8),
+    "legacy_seresnet18": of_timm("legacy_seresnet18"),
+    "xception": Case(xception),
+    "repvgg_a0": of_timm("repvgg_a0"),
+    "resnetv2_18": of_timm("resnetv2_18"),
+    "resnet26d": of_timm("resnet26d", batch=8, layers=(1, 1, 1, 1)),
+    "res2net": of_timm("res2net50_14w_8s", layers=(1, 1, 1, 1)),
+    "hrnet_w18_small": of_timm("hrnet_w18_small", 64),
+    "ese_vovnet19b_slim": of_timm("ese_vovnet19b_slim"),
+    "ghostnet_050": of_timm("ghostnet_050", 64),
+}
+
+
+# ---- training and evaluation ----
+
+
+class Course(NamedTuple):
+    """What some steps of training and an evaluation gave."""
+
+    outputs: list[torch.Tensor]
+    gradients: dict[str, torch.Tensor]
+    state: dict[str, torch.Tensor]
+    evaluated: torch.Tensor
+
+
+def batches_of(case: Case, steps: int) -> list[torch.Tensor]:
+    return [torch.randn(case.batch, 3, case.edge, case.edge, dtype=torch.float64) for _ in range(steps)]
+
+
+def train(model: nn.Module, batches: list[torch.Tensor]) -> Course:
+    """Steps of SGD, one on each batch, whose random numbers are the same for every model; then evaluation."""
+    dtype = next(model.parameters()).dtype
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-5, momentum=0.9)
+    outputs, gradients = [], {}
+    model.train()
+    for i, x in enumerate(batches):
+        torch.manual_seed(i)
+        got = tree_leaves(model(x.to(dtype)))
+        outputs += [y.detach() for y in got]
+        optimizer.zero_grad()
+        target = torch.arange(len(x)) % got[0].shape[1]
+        sum(F.cross_entropy(y, target) for y in got).backward()
+        gradients.update({f"{n}, step {i}": p.grad for n, p in model.named_parameters() if p.grad is not None})
+        optimizer.step()
+    with torch.no_grad():
+        evaluated = model.eval()(batches[-1].to(dtype))
+    return Course(outputs, gradients, copy.deepcopy(model.state_dict()), evaluated)
+
+
+def assert_same(got: Course, want: Course, tolerance: float) -> None:
+    assert all(relative_error(a, b) < tolerance for a, b in zip(got.outputs, want.outputs, strict=True))
+    assert got.gradients.keys() == want.gradients.keys()
+    # a bias before a BatchNorm has a gradient of zero, and rounding
+    least = 1e-4 * max(g.norm() for g in want.gradients.values())
+    for name, g in want.gradients.items():
+        assert (got.gradients[name] - g).norm() <= tolerance * g.norm().clamp_min(least), name
+    assert list(got.state) == list(want.state)
+    for name, value in want.state.items():
+        if value.is_floating_point():
+            assert (got.state[name] - value).norm() <= tolerance * value.norm().clamp_min(1e-6), name
+        else:  # num_batches_tracked
+            assert torch.equal(got.state[name], value), name
+    assert relative_error(got.evaluated, want.evaluated) < tolerance
+
+
+def twins(make: Callable[[], nn.Module]) -> tuple[nn.Module, nn.Module]:
+    """A model in float64 that is fused, and the same one that is not; no two of its BatchNorm's channels are alike."""
+    plain = make().double()
+    for module in plain.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.affine:
+            nn.init.normal_(module.weight, 1.0, 0.2)
+            nn.init.normal_(module.bias, 0.0, 0.2)
+            module.momentum = 0.7  # after three batches the statistics are of the weights: evaluation stays in range
+    return fasttricks.fuse(copy.deepcopy(plain)), plain
+
+
+def taken(model: nn.Module, x: torch.Tensor) -> int:
+    """How many fused calls a forward makes."""
+    with counted() as counts:
+        model(x)
+    return sum(counts.values())
+
+
+def total_error(got: Iterable[torch.Tensor], want: Iterable[torch.Tensor]) -> float:
+    """The relative error of all values as one vector."""
+    return relative_error(torch.cat([t.flatten() for t in got]), torch.cat([t.flatten() for t in want]))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_model_trains_as_it_did(name: str) -> None:
+    fused, plain = twins(CASES[name].make)
+    fused32, plain32 = copy.deepcopy(fused).float(), copy.deepcopy(plain).float()
+    batches = batches_of(CASES[name], 3)
+    pairs = len(fasttricks.fusions(fused).fused)
+    assert pairs > 0
+    assert taken(copy.deepcopy(fused), batches[0]) >= pairs  # a module may be called more than once
+    assert_same(train(fused, batches), train(plain, batches), 1e-10)
+    # in float32 rounding decides on which side of zero a few inputs of ReLUs are, and which of two equals is a maximum
+    ours, theirs = train(fused32, batches[:1]), train(plain32, batches[:1])
+    assert ours.gradients.keys() == theirs.gradients.keys()
+    assert total_error(ours.outputs, theirs.outputs) < 1e-2
+    assert total_error(ours.gradients.values(), theirs.gradients.values()) < 0.1
+    x = batches[-1].float()
+    assert relative_error(fused.float()(x), plain.float()(x)) < 1e-3
+
+
+def test_a_model_without_pairs_stays_as_it_is() -> None:
+    model = models.mobilenet_v2(num_classes=5)  # its ReLUs are ReLU6
+    classes = [type(module) for module in model.modules()]
+    assert not fasttricks.fusions(fasttricks.fuse(model)).fused
+    assert [type(module) for module in model.modules()] == classes
+
+
+# ---- copies, files, exports, compilation ----
+
+TOOLS = ("vgg", "densenet", "xception", "resnet26d")
+
+
+def saved_and_loaded(value: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=isinstance(value, dict))
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_a_model_is_copied_and_saved(name: str) -> None:
+    fused, plain = twins(CASES[name].make)
+    batches = batches_of(CASES[name], 2)
+    train(fused, batches)
+    train(plain, batches)
+    x = batches[0]
+    want = fused(x)
+    twin = copy.deepcopy(fused)
+    assert relative_error(twin(x), want) == 0
+    assert taken(twin, x) == taken(fused, x) > 0
+    for load in (lambda model: pickle.loads(pickle.dumps(model)), saved_and_loaded):
+        loaded = load(fused)
+        assert [type(m) for m in loaded.modules()] == [type(m) for m in plain.modules()]
+        assert relative_error(loaded(x), want) < 1e-10
+        assert relative_error(fasttricks.fuse(loaded)(x), want) == 0
+    for source in (fused, plain):
+        state = saved_and_loaded(source.state_dict())
+        for target in (fasttricks.fuse(CASES[name].make().double()), CASES[name].make().double()):
+            target.load_state_dict(state, strict=True)
+            assert relative_error(target.eval()(x), source(x)) < 1e-10
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_an_evaluated_model_is_exported(name: str, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    fused, plain = (model.float() for model in twins(CASES[name].make))
+    x = batches_of(CASES[name], 1)[0].float()
+    with torch.no_grad():
+        for model in (fused, plain):
+            torch.manual_seed(0)
+            model(x)  # statistics of images: evaluation stays in range
+            model.eval()
+        want = plain(x)
+        exported = torch.export.export(fused, (x,))
+        assert not any("fasttricks" in str(node.target) for node in exported.graph.nodes)
+        assert relative_error(exported.module()(x), want) < 1e-4
+        torch.onnx.export(fused, (x,), tmp_path / "model.onnx", dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert relative_error(torch.from_numpy(got), want) < 1e-4
+    assert taken(fused.train(), x) > 0
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_a_model_is_compiled_as_one_graph(name: str) -> None:
+    fused, plain = twins(CASES[name].make)
+    batches = batches_of(CASES[name], 1)
+    torch._dynamo.reset()
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+    course = train(compiled, batches)
+    renamed = {name.removeprefix("_orig_mod."): g for name, g in course.gradients.items()}
+    state = {name.removeprefix("_orig_mod."): t for name, t in course.state.items()}
+    assert_same(course._replace(gradients=renamed, state=state), train(plain, batches), 1e-10)
