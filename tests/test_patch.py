@@ -96,6 +96,48 @@ def test_a_block_trains_as_it_did(dtype: torch.dtype, tolerance: float) -> None:
     same(fused, plain, lambda: torch.randn(X, dtype=dtype), tolerance)
 
 
+@pytest.mark.parametrize("name", ["bn_relu", "bn_add_relu", "avgpool_conv1x1"])
+def test_a_pair_on_few_elements_calls_its_modules(name: str) -> None:
+    """The inputs of the pairs have 6 channels and 8x8, 4x4 and 8x8 pixels an image."""
+    pixels = 16 if name == "bn_add_relu" else 64
+    _, plain = pair_of(Block)
+    alone = {kind: kind == name for kind in WHOLE}
+    fused = fasttricks.fuse(copy.deepcopy(plain), min_elements=3 * 6 * pixels, **alone)
+    for images, count in ((2, 0), (3, 1), (5, 1)):
+        assert taken(copy.deepcopy(fused), torch.randn(images, *X[1:]).double()) == ({name: 1} if count else {})
+    same(fused, plain, lambda: torch.randn(2, *X[1:]).double(), 1e-10)
+    assert taken(fasttricks.fuse(fused), torch.randn(1, *X[1:]).double()) == WHOLE
+
+
+def test_compiled_graphs_hold_the_op_for_every_size() -> None:
+    made: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> Callable[..., Any]:
+        made.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    model = fasttricks.fuse(nn.Sequential(nn.BatchNorm2d(6), nn.ReLU()), min_elements=4 * 6 * 64)
+    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
+    for images in (2, 9, 3):
+        compiled(torch.randn(images, *X[1:]))
+    assert len(made) == 1
+    assert any("bn_relu_forward" in str(node.target) for node in made[0].graph.nodes)
+
+
+def test_timms_norm_with_few_elements_or_other_dimensions() -> None:
+    norm = fasttricks.fuse(pytest.importorskip("timm.layers").BatchNormAct2d(6), min_elements=200)
+    plain = fasttricks.unfuse(copy.deepcopy(norm))
+    for shape, count in (((2, 6, 4, 4), {}), ((3, 6, 4, 4), {"bn_relu": 1})):
+        x = torch.randn(shape)
+        plain.train()(x)
+        assert taken(norm.train(), x) == count
+        torch.testing.assert_close(norm.eval()(x), plain.eval()(x))
+    for module in (norm, plain):
+        with pytest.raises(AssertionError, match="expected 4D input"):
+            module(torch.randn(2, 6, 4))
+
+
 def test_the_modules_stay_what_they_are() -> None:
     model = Block()
     before = {name: (id(m), type(m)) for name, m in model.named_modules()}

@@ -52,6 +52,14 @@ def test_flags(name: str) -> None:
         assert type(model) is nn.Sequential
 
 
+def test_min_elements() -> None:
+    for value, given in [("9", "str"), (None, "NoneType"), (1.5, "float"), (True, "bool")]:
+        with pytest.raises(TypeError, match=f"^fuse: min_elements is a {given}; accepted: an int$"):
+            fasttricks.fuse(network(), min_elements=value)
+    with pytest.raises(ValueError, match=r"^fuse: min_elements is -1; accepted: 0 or more$"):
+        fasttricks.fuse(network(), min_elements=-1)
+
+
 def test_filter() -> None:
     for value in (3, "1", ["1"]):
         with pytest.raises(TypeError, match=r"^fuse: filter_fn is a \w+; accepted: a function of \(mod"):

@@ -121,10 +121,7 @@ def _own(norm: Any, tensors: dict[str, Any], name: str) -> Any:
 
 def _op(norm: Any, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
     """The fused op with the parameters, statistics and mode of norm."""
-    parameters, buffers = (
-        norm._parameters,
-        norm._buffers,
-    )  # as attributes of nn.Module each would take half a microsecond
+    parameters, buffers = norm._parameters, norm._buffers
     training, momentum, tracked = norm.training, norm.momentum, None
     mean, var = _own(norm, buffers, "running_mean"), _own(norm, buffers, "running_var")
     if training:
@@ -150,16 +147,32 @@ def _op(norm: Any, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tens
     )
 
 
-def norm_relu(norm: Any, x: torch.Tensor) -> torch.Tensor:
+# In the functions below, a pair on fewer than min_elements elements calls its modules.
+
+
+def is_small(x: torch.Tensor, min_elements: int) -> bool:
+    """Whether x has fewer elements; False in compiled graphs, where a call has no cost of its own."""
+    return not torch.compiler.is_compiling() and x.numel() < min_elements
+
+
+def norm_relu(norm: Any, x: torch.Tensor, min_elements: int = 0) -> torch.Tensor:
     """relu(norm(x)) for a plain norm, which the caller has checked, or for timm's, whose ReLU is its own."""
-    if x.dim() != 4:
+    if x.dim() != 4 or (min_elements and is_small(x, min_elements)):
         return F.relu(norm(x))
     return _op(norm, x, None)
 
 
-def norm_add_relu(norm: Any, x: torch.Tensor, residual: Any, in_place: bool = False) -> torch.Tensor:
+def norm_add_relu(
+    norm: Any, x: torch.Tensor, residual: Any, in_place: bool = False, min_elements: int = 0
+) -> torch.Tensor:
     """relu(norm(x) + residual) for a plain norm; in_place: the addition was `+=` on the result of norm."""
-    if x.dim() != 4 or not isinstance(residual, torch.Tensor) or residual.shape != x.shape or residual.dtype != x.dtype:
+    if (
+        x.dim() != 4
+        or not isinstance(residual, torch.Tensor)
+        or residual.shape != x.shape
+        or residual.dtype != x.dtype
+        or (min_elements and is_small(x, min_elements))
+    ):
         y = norm(x)
         if in_place:
             y += residual
@@ -169,16 +182,18 @@ def norm_add_relu(norm: Any, x: torch.Tensor, residual: Any, in_place: bool = Fa
     return _op(norm, x, residual)
 
 
-def avgpool_conv1x1_of_modules(pool: nn.AvgPool2d, conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+def avgpool_conv1x1_of_modules(
+    pool: nn.AvgPool2d, conv: nn.Conv2d, x: torch.Tensor, min_elements: int = 0
+) -> torch.Tensor:
     """conv(pool(x)) of a 2x2 pool and a 1x1 convolution."""
     if type(pool) is not nn.AvgPool2d and (x.shape[-2] % 2 or x.shape[-1] % 2):  # the op pads no edge with zeros
         return conv(pool(x))
-    return avgpool_conv1x1_of(conv, x, pool.ceil_mode)
+    return avgpool_conv1x1_of(conv, x, pool.ceil_mode, min_elements)
 
 
-def avgpool_conv1x1_of(conv: nn.Conv2d, x: torch.Tensor, ceil_mode: bool) -> torch.Tensor:
+def avgpool_conv1x1_of(conv: nn.Conv2d, x: torch.Tensor, ceil_mode: bool, min_elements: int = 0) -> torch.Tensor:
     """conv(avg_pool2d(x, 2, ceil_mode=ceil_mode)) of a 1x1 convolution."""
-    if x.dim() != 4:
+    if x.dim() != 4 or (min_elements and is_small(x, min_elements)):
         return conv(F.avg_pool2d(x, 2, ceil_mode=ceil_mode))
     return avgpool_conv1x1(x, conv.weight, conv.bias, stride=2, ceil_mode=ceil_mode)
 

@@ -36,7 +36,7 @@ class Plan:
     inlined: set[str] = field(default_factory=set)
 
 
-def plan(block: nn.Module, allowed: Allowed) -> Plan:
+def plan(block: nn.Module, allowed: Allowed, min_elements: int = 0) -> Plan:
     """Traces a block's forward in both modes and every combination of its arguments, and finds the pairs.
 
     Raises:
@@ -60,7 +60,7 @@ def plan(block: nn.Module, allowed: Allowed) -> Plan:
             result.left.update(found.left)
             if found.pairs:
                 _add(result, found.pairs, inlined, training)
-                match.rewrite(graph, found.pairs)
+                match.rewrite(graph, found.pairs, min_elements)
                 for given in _same_graph(kinds, asked):
                     result.graphs[given, training] = graph
     if errors and not result.graphs:
@@ -251,19 +251,25 @@ def has_relu(norm: nn.Module) -> bool:
     return is_plain_relu(act) and all(type(m) is nn.Identity and run.untouched(m) for m in children.values())
 
 
-def fused_norm_act_class(base: type[nn.Module]) -> type[nn.Module]:
+def fused_norm_act_class(base: type[nn.Module], min_elements: int = 0) -> type[nn.Module]:
     """The subclass of timm's BatchNormAct2d, or of its SyncBatchNorm, whose forward is one op."""
-    known = _classes.get(base)
+    known = _classes.get((base, min_elements))
     if known is None:
         original = base.forward
 
         @functools.wraps(original)
         def forward(self: nn.Module, x: Any) -> Any:
-            if issubclass(type(x), torch.Tensor) and not run.wants_plain_modules(x) and has_relu(self):
+            if (
+                issubclass(type(x), torch.Tensor)
+                and x.dim() == 4
+                and not (min_elements and run.is_small(x, min_elements))
+                and not run.wants_plain_modules(x)
+                and has_relu(self)
+            ):
                 return run.norm_relu(self, x)
             return original(self, x)
 
-        known = _classes[base] = _subclass(base, forward, {"": match.BN_RELU})
+        known = _classes[base, min_elements] = _subclass(base, forward, {"": match.BN_RELU})
     return known
 
 

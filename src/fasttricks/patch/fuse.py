@@ -29,6 +29,7 @@ def fuse(
     filter_fn: Filter | None = None,
     strict: bool = False,
     recompute: bool = False,
+    min_elements: int = 0,
 ) -> Model:
     """Runs each BatchNorm with its ReLU, or addition and ReLU, and each 2x2 pool with its 1x1 convolution as one op.
 
@@ -44,13 +45,16 @@ def fuse(
         filter_fn: called with the BatchNorm (or the 1x1 convolution) and its name; False leaves that pair as it is.
         strict: raise if a pair is left as it is for a reason other than these arguments.
         recompute: run every forward pass of the model within `fasttricks.recompute()`, which saves memory.
+        min_elements: a pair whose input has fewer elements calls its modules one after another. On the CPU one op on
+            such an input can take a little longer than two of torch's (`benchmarks/bench_small.py`). Graphs of
+            torch.compile always hold the op.
 
     Returns:
         The same model. `fasttricks.fusions(model)` says what was done, and why anything was left.
 
     Raises:
-        TypeError: model is not an nn.Module.
-        ValueError: model is scripted; or strict, and a pair is left. Nothing is changed then.
+        TypeError: model is not an nn.Module, or an argument is of another type.
+        ValueError: model is scripted; min_elements is negative; or strict, and a pair is left. Nothing is changed then.
 
     Examples:
         >>> block = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
@@ -68,7 +72,11 @@ def fuse(
     if filter_fn is not None and not callable(filter_fn):
         accepted = "a function of (module, name), or None"
         fail("fuse", "filter_fn", f"is a {type(filter_fn).__name__}", accepted, TypeError)
-    changes, rows = _analyse(model, wanted, filter_fn)
+    if type(min_elements) is not int:
+        fail("fuse", "min_elements", f"is a {type(min_elements).__name__}", "an int", TypeError)
+    if min_elements < 0:
+        fail("fuse", "min_elements", f"is {min_elements}", "0 or more")
+    changes, rows = _analyse(model, wanted, filter_fn, min_elements)
     if strict and (left := [row for row in rows if row.kind is not None and row.reason not in ("", NOT_WANTED)]):
         raise ValueError(f"fuse: strict is True, and pairs are left as they are:\n{Fusions(left)}")
     unfuse(model)
@@ -152,7 +160,7 @@ def _join(*names: str) -> str:
 
 
 def _analyse(
-    model: nn.Module, wanted: dict[str, bool], filter_fn: Filter | None
+    model: nn.Module, wanted: dict[str, bool], filter_fn: Filter | None, min_elements: int = 0
 ) -> tuple[list[tuple[nn.Module, type[nn.Module]]], Fusions]:
     """The classes that modules get, and the report. Inner blocks come first: an outer one takes what they leave."""
     changes: list[tuple[nn.Module, type[nn.Module]]] = []
@@ -167,7 +175,7 @@ def _analyse(
 
         if has_relu(module):
             if allowed(BN_RELU, module, ""):
-                changes.append((module, fused_norm_act_class(original_class(module))))
+                changes.append((module, fused_norm_act_class(original_class(module), min_elements)))
                 pairs[name] = BN_RELU
             else:
                 reasons[name] = Left(BN_RELU, NOT_WANTED)
@@ -180,7 +188,7 @@ def _analyse(
             continue
         key = fingerprint(module) if filter_fn is None else name
         if key not in known:
-            known[key] = _plan(module, allowed)
+            known[key] = _plan(module, allowed, min_elements)
         made, cls = known[key]
         reasons.update({_join(name, inner): why for inner, why in made.left.items()})
         new = {_join(name, inner): kind for inner, kind in made.pairs.items()}
@@ -201,10 +209,10 @@ def _analyse(
 Planned = tuple[Plan, type[nn.Module] | None]
 
 
-def _plan(module: nn.Module, allowed: Allowed) -> Planned:
+def _plan(module: nn.Module, allowed: Allowed, min_elements: int) -> Planned:
     """What to do with one block, and the class that does it."""
     try:
-        made = plan(module, allowed)
+        made = plan(module, allowed, min_elements)
     except Untraceable as error:
         why = Left("unknown", f"{original_class(module).__name__}: {error}")
         return Plan({}, {name: why for name, m in module.named_children() if run.is_plain_norm(m)}), None

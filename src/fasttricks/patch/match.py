@@ -372,30 +372,33 @@ def may_end_in_norm(module: nn.Module) -> bool:
     return any(run.is_norm_class(type(m)) for m in module.modules())
 
 
-def rewrite(graph: fx.Graph, pairs: list[Pair]) -> None:
+def rewrite(graph: fx.Graph, pairs: list[Pair], min_elements: int) -> None:
     """Makes every pair one call of a function of `fasttricks.nn.run`, where the pair's first module was called.
 
     An addition stays where it was, as its residual may be computed between the two.
     """
+    limit: dict[str, Any] = {"min_elements": min_elements} if min_elements else {}
     for pair in pairs:
         module = pair.first.op == "call_module"
         x = pair.first.args[0] if pair.first.args else pair.first.kwargs["input"]
         with graph.inserting_before(pair.add or pair.first):
             first = graph.get_attr(str(pair.first.target)) if module else None
             if pair.kind == BN_RELU:
-                fused = graph.call_function(run.norm_relu, (first, x))
+                fused = graph.call_function(run.norm_relu, (first, x), dict(limit))
             elif pair.kind == BN_ADD_RELU:
                 assert pair.add is not None  # its operands may have been replaced by earlier pairs
                 residual = next(operand for operand in pair.add.args if operand is not pair.value)
-                options: dict[str, Any] = {"in_place": True} if pair.in_place else {}
+                options = {"in_place": True, **limit} if pair.in_place else dict(limit)
                 fused = graph.call_function(run.norm_add_relu, (first, x, residual), options)
             elif first is not None:
                 shape = graph.call_function(run.pooled_shape_of_module, (first, x)) if pair.metadata else None
-                fused = graph.call_function(run.avgpool_conv1x1_of_modules, (first, graph.get_attr(pair.name), x))
+                modules = (first, graph.get_attr(pair.name))
+                fused = graph.call_function(run.avgpool_conv1x1_of_modules, (*modules, x), dict(limit))
             else:
                 ceil_mode = (pool_of(pair.first) or {})["ceil_mode"]
                 shape = graph.call_function(run.pooled_shape, (x, ceil_mode)) if pair.metadata else None
-                fused = graph.call_function(run.avgpool_conv1x1_of, (graph.get_attr(pair.name), x, ceil_mode))
+                conv = graph.get_attr(pair.name)
+                fused = graph.call_function(run.avgpool_conv1x1_of, (conv, x, ceil_mode), dict(limit))
         for node in pair.metadata:
             _read_from(node, x, shape)
         pair.last.replace_all_uses_with(fused)
