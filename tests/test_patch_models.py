@@ -158,7 +158,16 @@ def total_error(got: Iterable[torch.Tensor], want: Iterable[torch.Tensor]) -> fl
     return relative_error(torch.cat([t.flatten() for t in got]), torch.cat([t.flatten() for t in want]))
 
 
-@pytest.mark.parametrize("name", CASES)
+# five seconds and more
+LONG = ("googlenet", "regnet_y_400mf", "legacy_seresnet18", "repvgg_a0", "resnet26d", "hrnet_w18_small", "ghostnet_050")
+
+
+def long(name: str, names: Iterable[str]) -> Any:
+    """The name as a parameter of a test, marked long if it is one of `names`."""
+    return pytest.param(name, marks=pytest.mark.long) if name in names else name
+
+
+@pytest.mark.parametrize("name", [long(name, LONG) for name in CASES])
 def test_a_model_trains_as_it_did(name: str) -> None:
     fused, plain = twins(CASES[name].make)
     fused32, plain32 = copy.deepcopy(fused).float(), copy.deepcopy(plain).float()
@@ -195,7 +204,7 @@ def saved_and_loaded(value: Any) -> Any:
     return torch.load(file, weights_only=isinstance(value, dict))
 
 
-@pytest.mark.parametrize("name", TOOLS)
+@pytest.mark.parametrize("name", [long(name, ("resnet26d", "xception")) for name in TOOLS])
 def test_a_model_is_copied_and_saved(name: str) -> None:
     fused, plain = twins(CASES[name].make)
     batches = batches_of(CASES[name], 2)
@@ -239,7 +248,7 @@ def test_an_evaluated_model_is_exported(name: str, tmp_path: Path) -> None:
     assert taken(fused.train(), x) > 0
 
 
-@pytest.mark.parametrize("name", TOOLS)
+@pytest.mark.parametrize("name", [long(name, ("resnet26d", "xception")) for name in TOOLS])
 def test_a_model_is_compiled_as_one_graph(name: str) -> None:
     fused, plain = twins(CASES[name].make)
     batches = batches_of(CASES[name], 1)
