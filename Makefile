@@ -37,7 +37,7 @@ test: libraries lint
 test-all: test test-oldest-triton test-long test-zoo
 
 # Sanitizers and planted faults on the emulated CUDA kernels, tensors past 2^31 elements, Triton for sm_80 and sm_100,
-# more models.
+# the older instruction sets, more models.
 test-long: libraries
 	@echo "fasttricks: compiling the emulator with two sanitizers, about 3 minutes"
 	@PYTHONPATH=. $(PY) tests/emulator/emulated.py asan tsan

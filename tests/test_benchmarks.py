@@ -8,9 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
+@pytest.mark.long
 def test_card_benchmark_on_the_cpu(tmp_path: Path) -> None:
     command = [sys.executable, str(BENCHMARKS / "card.py"), "--device", "cpu", "--smoke", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "0"})

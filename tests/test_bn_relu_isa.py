@@ -6,6 +6,7 @@ import pytest
 from isa import instruction_sets, run_on
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("isa", instruction_sets()[:-1])
 def test_values_on(isa: str, request: pytest.FixtureRequest) -> None:
     run_on(

@@ -517,6 +517,7 @@ def two_lines(table: str, model: str, teacher: str) -> dict[str, list[str]]:
     return {letter: ["--recipe", "efficient", "--model", model + letter] for letter in "bd"}
 
 
+@pytest.mark.long
 def test_an_ablation_runs_resumes_and_reports(
     tree: Path, tmp_path: Path, capsys: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
