@@ -118,19 +118,25 @@ def test_zero_grad() -> None:
     assert p.grad is None
 
 
-def test_optimizers_in_hooks_of_accumulation() -> None:
-    """One optimizer a parameter, stepped while the backward pass runs, gives what one step after it gives."""
-    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))
-    other = copy.deepcopy(model)
-    reference = torch.optim.SGD(other.parameters(), lr=0.1, momentum=0.9, foreach=False)
-    optimizers = {p: FusedSGD([p], lr=0.1, momentum=0.9) for p in model.parameters()}
+def stepped_in_hooks(model: nn.Module, lr: float) -> dict[Tensor, FusedSGD]:
+    """An optimizer for each parameter, which steps as soon as the gradient is there."""
+    optimizers: dict[Tensor, FusedSGD] = {p: FusedSGD([p], lr=lr, momentum=0.9) for p in model.parameters()}
 
     def step(p: Tensor) -> None:
-        optimizers[p].step()  # type: ignore[index]
-        optimizers[p].zero_grad()  # type: ignore[index]
+        optimizers[p].step()
+        optimizers[p].zero_grad()
 
     for p in model.parameters():
         p.register_post_accumulate_grad_hook(step)
+    return optimizers
+
+
+def test_optimizers_in_hooks_of_accumulation() -> None:
+    """One optimizer per parameter, stepped while the backward pass runs, gives what one step after it gives."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))
+    other = copy.deepcopy(model)
+    reference = torch.optim.SGD(other.parameters(), lr=0.1, momentum=0.9, foreach=False)
+    stepped_in_hooks(model, lr=0.1)
     for _ in range(3):
         x = torch.randn(6, 4)
         model(x).square().sum().backward()
@@ -146,14 +152,7 @@ def test_half_parameters_in_hooks_of_accumulation() -> None:
     model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 2)).half()
     other = copy.deepcopy(model)
     whole = FusedSGD(other.parameters(), lr=1e-3, momentum=0.9)
-    optimizers = {p: FusedSGD([p], lr=1e-3, momentum=0.9) for p in model.parameters()}
-
-    def step(p: Tensor) -> None:
-        optimizers[p].step()  # type: ignore[index]
-        optimizers[p].zero_grad()  # type: ignore[index]
-
-    for p in model.parameters():
-        p.register_post_accumulate_grad_hook(step)
+    optimizers = stepped_in_hooks(model, lr=1e-3)
     for _ in range(3):
         x = torch.randn(6, 4).half()
         model(x).float().square().sum().backward()

@@ -149,14 +149,18 @@ def select(op: str, device: torch.device) -> str:
     return "reference"
 
 
+def _search(op: str, device: torch.device) -> str | None:
+    chosen = select(op, device)
+    return None if chosen == "reference" else namespaces[chosen]
+
+
 def namespace_for(op: str, device: torch.device) -> str | None:
     """The namespace of `torch.ops` with the raw ops of `op` for `device`; None: the reference runs."""
     if torch.compiler.is_compiling():  # it would guard on the contents of the dictionary
-        chosen = select(op, device)
-        return None if chosen == "reference" else namespaces[chosen]
+        return _search(op, device)
     known = _serving.get(device)
-    if known is None and (chosen := select(op, device)) != "reference":
-        known = _serving[device] = namespaces[chosen]
+    if known is None and (known := _search(op, device)) is not None:
+        _serving[device] = known
     return known
 
 
