@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     where.add_argument(
         "--resume", nargs="?", const=True, type=Path, metavar="PATH", help="go on from PATH (default: OUT/last.pt)"
     )
-    where.add_argument("--workers", type=int, help="reading processes a rank (default: 2 on CUDA, 0 on CPU)")
+    where.add_argument("--workers", type=int, help="reading processes per rank (default: 2 on CUDA, 0 on CPU)")
     where.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     where.add_argument("--log-every", type=int, help="steps between points in TensorBoard (default: 10)")
 
@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--image-size", type=int, help="edge of the images in pixels")
     what.add_argument("--augment", choices=["imagenet", "digits"])
     what.add_argument("--epochs", type=int)
-    what.add_argument("--batch-size", type=int, help="images a step, over all processes")
+    what.add_argument("--batch-size", type=int, help="images per step, over all processes")
     what.add_argument("--precision", choices=["fp32", "fp16", "bf16"], help="fp16 and bf16 keep fp32 master weights")
     what.add_argument("--optimizer", choices=["sgd", "lars"])
     what.add_argument("--lr", type=float, help="learning rate; at a batch of 256 with --linear-lr")
@@ -104,7 +104,7 @@ def parser() -> argparse.ArgumentParser:
     ablate.add_argument("--seeds", type=_at_least_one, default=3, metavar="N", help="seeds 0 to N-1 (default: 3)")
     ablate.add_argument("--model", default="resnet50d", help="of every line (default: resnet50d); not for 'models'")
     ablate.add_argument("--teacher", help="for distillation (default: a ResNet-152-D is trained first)")
-    ablate.add_argument("--jobs", type=_at_least_one, default=1, metavar="N", help="runs at a time, one a device")
+    ablate.add_argument("--jobs", type=_at_least_one, default=1, metavar="N", help="runs at a time, one per device")
     ablate.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
 
     report = commands.add_parser("report", help="compare runs: a table and a PNG of the curves")

@@ -177,7 +177,7 @@ def _train(args: argparse.Namespace, given: dict[str, Any], world: World, consol
     say(
         f"{recipe.model}, {parameters / 1e6:.2f} M parameters, {'fused' if recipe.fused else 'eager'} modules; "
         f"{len(train_set)} training and {len(val_set)} validation images of {len(train_set.classes)} classes at "
-        f"{size}x{size}; recipe {recipe.recipe}: batch {recipe.batch_size}, {trainer.steps_per_epoch} steps an epoch, "
+        f"{size}x{size}; recipe {recipe.recipe}: batch {recipe.batch_size}, {trainer.steps_per_epoch} steps per epoch, "
         f"{recipe.precision}, {world.size} process{'es' if world.size > 1 else ''} on {world.device.type}"
     )
     with worker_deaths_explained():

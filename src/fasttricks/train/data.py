@@ -171,7 +171,7 @@ class Images(ImageFolder):
         if not root.is_dir():
             raise DataError(
                 f"{root}: {'is not a directory' if root.exists() else 'no such directory'}; "
-                "expected one folder a class inside it"
+                "expected one folder per class inside it"
             )
         self._wanted = None if classes is None else list(classes)
         self.strays: list[str] = []
@@ -208,7 +208,7 @@ class Images(ImageFolder):
         folders = [entry.name for entry in os.scandir(directory) if entry.is_dir()]
         found = sorted(name for name in folders if not name.startswith("."))
         if not found:
-            raise DataError(f"{directory}: no class folder in it; expected one folder a class")
+            raise DataError(f"{directory}: no class folder in it; expected one folder per class")
         if self._wanted is not None:
             unknown = sorted(set(found) - set(self._wanted))
             if unknown:

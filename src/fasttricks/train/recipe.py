@@ -122,7 +122,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 MODEL_SIZES = {"inception_v3": 299, "nasnetalarge": 331}
 
 # A recipe's batch is the paper's, for 1.28 million images. Smaller data keeps the proportion between the recipes and
-# gets at least this many steps an epoch at a batch of 1024.
+# gets at least this many steps per epoch at a batch of 1024.
 FEWEST_STEPS = 10
 SMALLEST_BATCH = 8
 
@@ -223,7 +223,7 @@ def _check_warmup(recipe: Recipe) -> list[str]:
 
 
 def fit_batch(batch: int, images: int) -> int:
-    """``batch`` halved until a batch of 1024, halved as often, leaves FEWEST_STEPS steps an epoch, but not below
+    """``batch`` halved until a batch of 1024, halved as often, leaves FEWEST_STEPS steps per epoch, but not below
     SMALLEST_BATCH."""
     reference = 1024
     while reference * FEWEST_STEPS > images and batch > SMALLEST_BATCH:

@@ -1,4 +1,4 @@
-"""The log of a run (log.csv, one row an epoch) and the report that compares runs."""
+"""The log of a run (log.csv, one row per epoch) and the report that compares runs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class ReportError(RuntimeError):
 
 
 class CsvLog:
-    """Appends one row an epoch to ``path``; reopened after ``epochs_done`` epochs it drops the rows of later ones,
+    """Appends one row per epoch to ``path``; reopened after ``epochs_done`` epochs it drops the rows of later ones,
     which belong to what was interrupted."""
 
     def __init__(self, path: Path, epochs_done: int):
@@ -113,7 +113,7 @@ def read_run(folder: Path) -> Run:
 
 
 def table(runs: Sequence[Run]) -> Table:
-    """A column a run, a row a figure."""
+    """A column per run, a row per figure."""
     view = Table(title="top-1 and top-5: validation, in percent")
     view.add_column("")
     for run in runs:
