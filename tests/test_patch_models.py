@@ -3,32 +3,21 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from cases import relative_error
-from census import counted
+from courses import Case, assert_same, batches_of, saved_and_loaded, taken, train, twins
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 import fasttricks
 
 models = pytest.importorskip("torchvision").models
 timm = pytest.importorskip("timm")
-
-
-class Case(NamedTuple):
-    """What makes a model, the edge of its images, and how many of them make a batch."""
-
-    make: Callable[[], nn.Module]
-    edge: int = 32
-    batch: int = 4
 
 
 def of_torchvision(name: str, edge: int = 32, batch: int = 4, **options: Any) -> Case:
@@ -86,73 +75,6 @@ CASES = {
 # ---- training and evaluation ----
 
 
-class Course(NamedTuple):
-    """What some steps of training and an evaluation gave."""
-
-    outputs: list[torch.Tensor]
-    gradients: dict[str, torch.Tensor]
-    state: dict[str, torch.Tensor]
-    evaluated: torch.Tensor
-
-
-def batches_of(case: Case, steps: int) -> list[torch.Tensor]:
-    return [torch.randn(case.batch, 3, case.edge, case.edge, dtype=torch.float64) for _ in range(steps)]
-
-
-def train(model: nn.Module, batches: list[torch.Tensor]) -> Course:
-    """Steps of SGD, one on each batch, whose random numbers are the same for every model; then evaluation."""
-    dtype = next(model.parameters()).dtype
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-5, momentum=0.9)
-    outputs, gradients = [], {}
-    model.train()
-    for i, x in enumerate(batches):
-        torch.manual_seed(i)
-        got = tree_leaves(model(x.to(dtype)))
-        outputs += [y.detach() for y in got]
-        optimizer.zero_grad()
-        target = torch.arange(len(x)) % got[0].shape[1]
-        sum(F.cross_entropy(y, target) for y in got).backward()
-        gradients.update({f"{n}, step {i}": p.grad for n, p in model.named_parameters() if p.grad is not None})
-        optimizer.step()
-    with torch.no_grad():
-        evaluated = model.eval()(batches[-1].to(dtype))
-    return Course(outputs, gradients, copy.deepcopy(model.state_dict()), evaluated)
-
-
-def assert_same(got: Course, want: Course, tolerance: float) -> None:
-    assert all(relative_error(a, b) < tolerance for a, b in zip(got.outputs, want.outputs, strict=True))
-    assert got.gradients.keys() == want.gradients.keys()
-    # a bias before a BatchNorm has a gradient of zero, and rounding
-    least = 1e-4 * max(g.norm() for g in want.gradients.values())
-    for name, g in want.gradients.items():
-        assert (got.gradients[name] - g).norm() <= tolerance * g.norm().clamp_min(least), name
-    assert list(got.state) == list(want.state)
-    for name, value in want.state.items():
-        if value.is_floating_point():
-            assert (got.state[name] - value).norm() <= tolerance * value.norm().clamp_min(1e-6), name
-        else:  # num_batches_tracked
-            assert torch.equal(got.state[name], value), name
-    assert relative_error(got.evaluated, want.evaluated) < tolerance
-
-
-def twins(make: Callable[[], nn.Module]) -> tuple[nn.Module, nn.Module]:
-    """A model in float64 that is fused, and the same one that is not; no two of its BatchNorm's channels are alike."""
-    plain = make().double()
-    for module in plain.modules():
-        if isinstance(module, nn.BatchNorm2d) and module.affine:
-            nn.init.normal_(module.weight, 1.0, 0.2)
-            nn.init.normal_(module.bias, 0.0, 0.2)
-            module.momentum = 0.7  # after three batches the statistics are of the weights: evaluation stays in range
-    return fasttricks.fuse(copy.deepcopy(plain)), plain
-
-
-def taken(model: nn.Module, x: torch.Tensor) -> int:
-    """How many fused calls a forward makes."""
-    with counted() as counts:
-        model(x)
-    return sum(counts.values())
-
-
 def total_error(got: Iterable[torch.Tensor], want: Iterable[torch.Tensor]) -> float:
     """The relative error of all values as one vector."""
     return relative_error(torch.cat([t.flatten() for t in got]), torch.cat([t.flatten() for t in want]))
@@ -195,13 +117,6 @@ def test_a_model_without_pairs_stays_as_it_is() -> None:
 # ---- copies, files, exports, compilation ----
 
 TOOLS = ("vgg", "densenet", "xception", "resnet26d")
-
-
-def saved_and_loaded(value: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(value, file)
-    file.seek(0)
-    return torch.load(file, weights_only=isinstance(value, dict))
 
 
 @pytest.mark.parametrize("name", [long(name, ("resnet26d", "xception")) for name in TOOLS])
