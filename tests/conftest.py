@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -52,6 +53,12 @@ def _fresh_inputs(request: pytest.FixtureRequest) -> None:
     request.node.user_properties.append(("seed", seed))
 
 
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A tiny image folder of three classes."""
+    return importlib.import_module("train_runs").write_tree(tmp_path / "data")
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, default=torch.seed() % 2**31, help="seed of the random inputs")
 
@@ -62,6 +69,9 @@ LONGEST_FIRST = (
     "test_traffic.py",
     "test_examples.py",
     "test_train.py",
+    "test_train_config.py",
+    "test_train_recipes.py",
+    "test_train_resume.py",
     "test_optim_distributed.py",
 )
 

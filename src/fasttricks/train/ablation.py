@@ -26,15 +26,15 @@ from rich.table import Table
 from .report import ReportError, Run, read_run
 
 TABLES = ("efficient", "tweaks", "refinements", "models")
-TEACHER = "teacher"  # the arm that trains it
+TEACHER = "teacher"  # name of the row that trains the teacher
 
 
 class AblationError(RuntimeError):
-    """An ablation that cannot run; the message says why."""
+    """The ablation cannot run; the message says why."""
 
 
 def arms(table: str, model: str, teacher: str) -> dict[str, list[str]]:
-    """The options of ``fasttricks train`` for each line of a table, top to bottom.
+    """The options of ``fasttricks train`` for each row of a table, top to bottom.
 
     Args:
         table: "efficient" stacks the heuristics of section 3, "refinements" those of section 5, "tweaks" compares
@@ -103,7 +103,7 @@ class Job(NamedTuple):
 
 
 def plan(out: Path, table: str, seeds: int, model: str, teacher: str | None, options: Sequence[str]) -> list[Job]:
-    """The runs of an ablation, the teacher's first if none is given and the table needs one.
+    """The runs of an ablation. If the table needs a teacher and none is given, the run that trains it is first.
 
     Args:
         out: folder of the ablation.
@@ -124,7 +124,7 @@ def plan(out: Path, table: str, seeds: int, model: str, teacher: str | None, opt
 
 
 def run(out: Path, jobs: Sequence[Job], description: dict[str, Any], at_once: int, console: Console) -> int:
-    """Run what is not finished yet; a run that was cut goes on from its checkpoint.
+    """Runs what has not finished; an interrupted run resumes from its checkpoint.
 
     Args:
         description: table, model, teacher and options, as in ablation.json.
@@ -152,7 +152,7 @@ def run(out: Path, jobs: Sequence[Job], description: dict[str, Any], at_once: in
             places.put(place)
 
     with ThreadPoolExecutor(at_once) as pool:
-        # The teacher's run ends before any other starts.
+        # other runs need the checkpoint of the teacher
         for part in ([j for j in jobs if j.arm == TEACHER], [j for j in jobs if j.arm != TEACHER]):
             waiting = {pool.submit(work, job): job for job in part if not job.finished}
             try:
@@ -197,7 +197,7 @@ def check_same(out: Path, description: dict[str, Any]) -> None:
 
 
 def _train(job: Job, place: int, at_once: int) -> str:
-    """Run the job; returns what went wrong, or nothing."""
+    """Runs the job; returns an error message, or an empty string."""
     env = dict(os.environ)
     if torch.cuda.is_available():
         env["CUDA_VISIBLE_DEVICES"] = _device(place)
@@ -213,21 +213,21 @@ def _train(job: Job, place: int, at_once: int) -> str:
 
 
 def _device(place: int) -> str:
-    """The device of a place among those that this process sees."""
+    """The CUDA device for this place, of those that are visible to this process."""
     seen = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = seen.split(",") if seen else [str(i) for i in range(torch.cuda.device_count())]
     return devices[place % len(devices)]
 
 
 def show_plan(jobs: Sequence[Job], at_once: int, console: Console) -> None:
-    """What would run, and how long it would take by the runs that have finished."""
+    """Prints what would run, and an estimate of the time from the runs that have finished."""
     view = Table("run", "state", "command")
     seconds: dict[str, list[float]] = {}
     for job in jobs:
         done, total = job.epochs()
         if job.finished:
             seconds.setdefault(job.arm, []).append(sum(r["train_seconds"] for r in read_run(job.out).rows))
-        state = "finished" if job.finished else f"goes on after epoch {done} of {total}" if done else "to do"
+        state = "finished" if job.finished else f"resumes after epoch {done} of {total}" if done else "to do"
         command = " ".join(["fasttricks train", *job.options, "--out", str(job.out)])
         view.add_row(f"{job.arm}, seed {job.seed}", state, command)
     console.print(view)
@@ -236,7 +236,8 @@ def show_plan(jobs: Sequence[Job], at_once: int, console: Console) -> None:
     if left and known:
         total_seconds = sum(mean(seconds.get(job.arm, known)) for job in left) / at_once
         console.print(
-            f"{len(left)} runs to do: about {total_seconds / 60:.0f} min, as the {len(known)} finished took",
+            f"{len(left)} runs to do: about {total_seconds / 60:.0f} min, estimated from {len(known)} finished"
+            f" run{'s' if len(known) > 1 else ''}",
             highlight=False,
         )
     elif left:
@@ -244,18 +245,18 @@ def show_plan(jobs: Sequence[Job], at_once: int, console: Console) -> None:
 
 
 class Arm(NamedTuple):
-    """The runs of one line of the table."""
+    """The runs of one row of the table."""
 
     name: str
     runs: list[Run]
 
     def last(self) -> list[float]:
-        """Top-1 of the last epoch, by seed."""
+        """Top-1 of the last epoch for each seed."""
         return [run.rows[-1]["val_top1"] for run in self.runs]
 
 
 def read(out: Path) -> tuple[dict[str, Any], list[Arm]]:
-    """The description of an ablation, and its lines as far as their runs have finished.
+    """The description of an ablation, and its rows with the runs that have finished.
 
     Raises:
         ReportError: no ablation, or none of its runs has finished.
@@ -282,7 +283,7 @@ def spread(values: Sequence[float]) -> str:
 
 
 def report(out: Path, console: Console) -> None:
-    """Print the table of an ablation and write it into ``out`` as table.csv, with curves.png."""
+    """Prints the table of an ablation and writes table.csv and curves.png to ``out``."""
     description, lines = read(out)
     view = Table(title=f"{description['table']}: validation, in percent, over the seeds")
     for title in ("", "top-1, last epoch", "change", "top-1, best epoch", "top-5", "img/s", "seeds"):
@@ -319,7 +320,7 @@ def _figures(run: Run) -> dict[str, float]:
 
 
 def _draw(lines: Sequence[Arm], png: Path) -> None:
-    """Mean top-1 by epoch, with the range over the seeds."""
+    """Draws the mean top-1 of each epoch and its range over the seeds."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

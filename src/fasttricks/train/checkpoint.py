@@ -1,4 +1,4 @@
-"""Checkpoints: written atomically, and read without executing code from them.
+"""Checkpoints: written atomically, and read without executing code.
 
 A checkpoint is a dict of tensors, numbers, strings, lists and dicts; ``torch.load(path, weights_only=True)`` reads it:
 
@@ -23,7 +23,7 @@ FORMAT = 1
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be read or belongs to another model or data set; the message says which."""
+    """The checkpoint cannot be read or is of another model or data set; the message says which."""
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -43,7 +43,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 
 def load(path: Path, option: str = "--resume") -> dict[str, Any]:
-    """Read a checkpoint onto the CPU. ``option`` is what named it.
+    """Reads a checkpoint onto the CPU. ``option`` is the command-line option that named it.
 
     Raises:
         CheckpointError: no such file, not a checkpoint of this trainer, or damaged.
@@ -60,7 +60,7 @@ def load(path: Path, option: str = "--resume") -> dict[str, Any]:
 
 
 def load_model(model: nn.Module, state: dict[str, Tensor], path: Path, option: str = "--resume") -> None:
-    """Load weights that must fit exactly.
+    """Loads weights whose names and shapes must be those of the model.
 
     Raises:
         CheckpointError: keys or shapes differ; the message names the first few.
@@ -100,7 +100,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Put back what :func:`rng_state` returned."""
+    """Restores what :func:`rng_state` returned."""
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser of the whole command. Options that are not given are None: the recipe or the preset decides."""
+    """The parser of the command. Options that are not given are None: the recipe or the preset decides."""
     main_parser = argparse.ArgumentParser(prog="fasttricks", description=__doc__)
     commands = main_parser.add_subparsers(dest="command", required=True)
 
@@ -22,15 +22,15 @@ def parser() -> argparse.ArgumentParser:
     switch = argparse.BooleanOptionalAction
     where = train.add_argument_group("data and output")
     where.add_argument(
-        "--config", type=Path, metavar="FILE.yaml", help="options from a file; those of the command line come after"
+        "--config", type=Path, metavar="FILE.yaml", help="options from a file; those of the command line override them"
     )
     where.add_argument("--data", required=True, help="a directory with train/CLASS/* and val/CLASS/*, or 'digits'")
     where.add_argument("--data-dir", type=Path, help="where 'digits' is written (default: the user's cache)")
     where.add_argument("--out", type=Path, help="folder of the run (default: runs/RECIPE)")
     where.add_argument("--dry-run", action="store_true", help="print size, steps and learning rate, and stop")
-    where.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds a run already")
+    where.add_argument("--overwrite", action="store_true", help="replace the run in the folder")
     where.add_argument(
-        "--resume", nargs="?", const=True, type=Path, metavar="PATH", help="go on from PATH (default: OUT/last.pt)"
+        "--resume", nargs="?", const=True, type=Path, metavar="PATH", help="continue from PATH (default: OUT/last.pt)"
     )
     where.add_argument("--workers", type=int, help="reading processes per rank (default: 2 on CUDA, 0 on CPU)")
     where.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
@@ -71,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
     tricks.add_argument(
         "--xavier",
         action=switch,
-        help="Xavier-uniform weights and zero biases (the default), or the library's own start",
+        help="Xavier-uniform weights and zero biases (the default), or the initialisation of the library",
     )
     tricks.add_argument("--label-smoothing", type=float, metavar="EPS", help="0.1 in the paper")
     tricks.add_argument("--mixup", type=float, metavar="ALPHA", help="0.2 in the paper")
@@ -82,18 +82,20 @@ def parser() -> argparse.ArgumentParser:
         help="distil from a checkpoint, or from torchvision/NAME or timm/NAME with its published weights",
     )
     tricks.add_argument("--temperature", type=float, metavar="T", help="of the distillation (default: 20)")
-    tricks.add_argument("--ema", type=float, metavar="DECAY", help="validate the moving average of the weights")
+    tricks.add_argument(
+        "--ema", type=float, metavar="DECAY", help="keep a moving average of the weights, and validate it"
+    )
 
-    guard = train.add_argument_group("when to give up")
+    guard = train.add_argument_group("when to stop")
     guard.add_argument("--max-skipped-steps", type=int, help="overflowing steps in a row (default: 30)")
     guard.add_argument("--min-loss-scale", type=float, help="smallest loss scale (default: 2^-10)")
 
     ablate = commands.add_parser(
         "ablate",
         allow_abbrev=False,  # --seed must not match --seeds
-        help="train the lines of one of the paper's tables",
-        description="Train every line of one of the paper's tables, with several seeds. Further options are those of "
-        "fasttricks train, for every run. Runs that are finished are kept; one that was cut goes on.",
+        help="train the rows of one of the paper's tables",
+        description="Train every row of one of the paper's tables with several seeds. Further options are those of "
+        "fasttricks train, for every run. Finished runs are kept; interrupted ones resume.",
     )
     ablate.add_argument(
         "table",
@@ -102,7 +104,7 @@ def parser() -> argparse.ArgumentParser:
     )
     ablate.add_argument("--out", type=Path, help="folder of the ablation (default: runs/ablate-TABLE)")
     ablate.add_argument("--seeds", type=_at_least_one, default=3, metavar="N", help="seeds 0 to N-1 (default: 3)")
-    ablate.add_argument("--model", default="resnet50d", help="of every line (default: resnet50d); not for 'models'")
+    ablate.add_argument("--model", default="resnet50d", help="of every row (default: resnet50d); not for 'models'")
     ablate.add_argument("--teacher", help="for distillation (default: a ResNet-152-D is trained first)")
     ablate.add_argument("--jobs", type=_at_least_one, default=1, metavar="N", help="runs at a time, one per device")
     ablate.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
@@ -121,7 +123,7 @@ def _at_least_one(text: str) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns its exit status: 0, 1 with one sentence on stderr, or 130 if it was interrupted."""
+    """Runs a command. Returns the exit status: 0, 1 after one sentence on stderr, or 128 + the signal."""
     commands = parser()
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -151,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _with_config(argv: list[str]) -> list[str]:
-    """The command line with the options of --config before its own, so that its own win."""
+    """Inserts the options of --config before those of the command line, which therefore override them."""
     finder = argparse.ArgumentParser(prog="fasttricks train", add_help=False, allow_abbrev=False)
     finder.add_argument("--config", type=Path)
     path = finder.parse_known_args(argv)[0].config
@@ -162,12 +164,12 @@ def _with_config(argv: list[str]) -> list[str]:
     return [*argv[:1], *config.arguments(path), *argv[1:]]
 
 
-# What an ablation sets for each run.
+# options that an ablation sets for each run
 _SET_BY_ABLATION = ("--recipe", "--out", "--overwrite", "--resume", "--seed")
 
 
 def _check_options(options: Sequence[str]) -> None:
-    """Exits as argparse does if ``options`` are none of ``fasttricks train``, or those that an ablation sets."""
+    """Exits as argparse does if an option is unknown to ``fasttricks train`` or one that an ablation sets."""
     commands = parser()
     commands.parse_args(_with_config(["train", *options]))
     for option in options:

@@ -1,4 +1,4 @@
-"""Where the time of the training steps goes."""
+"""Time of the parts of the training steps."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ PARTS = ("data", "forward", "backward", "optimizer")
 
 
 class Clock:
-    """Seconds by part of a step. On CUDA the parts on the device are timed by events, which nothing waits for before
-    :meth:`seconds`; the time for data is what the host waited for a batch."""
+    """Sums the seconds of each part of a step.
+
+    On CUDA, events time the parts that run on the device, and only :meth:`seconds` waits for them. "data" is the time
+    that the host waits for batches."""
 
     def __init__(self, device: torch.device):
         self.cuda = device.type == "cuda"
@@ -20,14 +22,14 @@ class Clock:
         self.start()
 
     def start(self) -> None:
-        """The next part begins now."""
+        """Starts the next part."""
         self.last = time.perf_counter()
         if self.cuda:
             self.last_event = torch.cuda.Event(enable_timing=True)
             self.last_event.record()
 
     def end(self, part: str) -> None:
-        """``part`` ends now, and the next one begins."""
+        """Ends ``part`` and starts the next one."""
         begun, self.last = self.last, time.perf_counter()
         if not self.cuda or part == "data":
             self.host[part] += self.last - begun
@@ -39,7 +41,7 @@ class Clock:
             self.last_event = event
 
     def seconds(self) -> dict[str, float]:
-        """The sums so far; waits for the device."""
+        """The sums so far. Waits for the device."""
         if self.cuda:
             torch.cuda.synchronize()
             for part, begun, ended in self.events:

@@ -1,4 +1,4 @@
-"""What the commands do, between the parsed command line and the trainer."""
+"""Commands: from the parsed command line to the trainer."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .report import report as compare
 
 
 def report(runs: Sequence[Path], png: Path) -> int:
-    """``fasttricks report``: returns the exit status."""
+    """Runs ``fasttricks report``; returns the exit status."""
     console = Console()
     try:
         for folder in runs:
@@ -43,7 +43,7 @@ def report(runs: Sequence[Path], png: Path) -> int:
 
 
 def ablate(args: argparse.Namespace, options: Sequence[str]) -> int:
-    """``fasttricks ablate``: returns the exit status. ``options`` are those of every run."""
+    """Runs ``fasttricks ablate`` with ``options`` for every run; returns the exit status."""
     out = args.out or Path("runs") / f"ablate-{args.table}"
     description: dict[str, Any] = {
         "table": args.table,
@@ -61,20 +61,22 @@ def ablate(args: argparse.Namespace, options: Sequence[str]) -> int:
             return 0
         failed = ablation.run(out, jobs, description, args.jobs, console)
         if failed:
-            print(f"fasttricks ablate: {failed} of {len(jobs)} runs failed; the same command goes on", file=sys.stderr)
+            print(
+                f"fasttricks ablate: {failed} of {len(jobs)} runs failed; the same command continues", file=sys.stderr
+            )
             return 1
         ablation.report(out, console)
     except (ablation.AblationError, ReportError) as error:
         print(f"fasttricks ablate: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("fasttricks ablate: interrupted; the same command goes on", file=sys.stderr)
+        print("fasttricks ablate: interrupted; the same command continues", file=sys.stderr)
         return 130
     return 0
 
 
 def given_fields(args: argparse.Namespace) -> dict[str, Any]:
-    """What the command line sets of the recipe; the rest is decided by the recipe and the preset."""
+    """Fields of the recipe that the command line sets; the recipe and the preset decide the others."""
     given = {name: value for name, value in vars(args).items() if name in Recipe.model_fields and value is not None}
     del given["recipe"]
     if args.bias_decay is not None:
@@ -83,7 +85,7 @@ def given_fields(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def train(args: argparse.Namespace) -> int:
-    """``fasttricks train``: returns the exit status."""
+    """Runs ``fasttricks train``; returns the exit status."""
     given = given_fields(args)
     if args.device == "cuda" and not torch.cuda.is_available():
         print("fasttricks train: --device cuda: torch sees no CUDA device", file=sys.stderr)
@@ -135,13 +137,13 @@ def _train(args: argparse.Namespace, given: dict[str, Any], world: World, consol
     run = Run(data=args.data, data_dir=args.data_dir, out=out, resume=resume, **options)
     if resume is None and (out / "last.pt").exists() and not args.overwrite and not args.dry_run:
         raise TrainingError(
-            f"--out {out} holds a run already: give --resume to go on, --overwrite to start anew, or another folder"
+            f"--out {out} already holds a run; give --resume to continue it, --overwrite to replace it or another --out"
         )
 
-    # The batch is fitted to the number of images, so these are opened first, by the fields that describe them.
+    # the batch size depends on the number of images, so the data is opened before the recipe is resolved
     first = asked_fields(args.recipe, preset, given)
     with warnings.catch_warnings():
-        if not world.first:  # rank 0 writes the digits and says what it skipped
+        if not world.first:  # rank 0 writes the digits and prints the warnings
             world.barrier()
             warnings.simplefilter("ignore", DataWarning)
         train_set, val_set = open_data(
@@ -155,7 +157,7 @@ def _train(args: argparse.Namespace, given: dict[str, Any], world: World, consol
         world.barrier()
     if first.get("zero_gamma") and "zero_gamma" not in given and not _has_residual_blocks(first):
         given = {**given, "zero_gamma": False}
-        console.print(f"{first['model']} has no residual block that is known: no zero gamma", highlight=False)
+        console.print(f"{first['model']} has no known residual block: no zero gamma", highlight=False)
     recipe, notes = resolve(args.recipe, preset, given, train_images=len(train_set), device=world.device.type)
     say = partial(console.print, highlight=False, soft_wrap=True)
     for note in notes:
@@ -186,7 +188,7 @@ def _train(args: argparse.Namespace, given: dict[str, Any], world: World, consol
 
 
 def _has_residual_blocks(fields: dict[str, Any]) -> bool:
-    """Whether zero gamma means something for the model; an unknown model is left to the trainer's error."""
+    """Whether the model has blocks that zero gamma applies to. True for unknown models: the trainer reports them."""
     try:
         with torch.device("meta"):
             model = build(fields.get("model", Recipe.model_fields["model"].default), 2, fused=False)

@@ -9,19 +9,19 @@ import yaml
 
 from .recipe import Recipe, Run
 
-# Fields whose option has another name or the opposite meaning.
+# fields whose option has the opposite meaning
 _NEGATED = {"no_bias_decay": "bias_decay"}
 
 
 class ConfigError(RuntimeError):
-    """A configuration that cannot be read; the message says why."""
+    """The configuration cannot be read; the message says why."""
 
 
 def arguments(path: Path) -> list[str]:
-    """The command line that a configuration stands for.
+    """The command line that is equivalent to a configuration file.
 
-    Keys are the options without dashes in front, with ``_`` or ``-`` between words; true and false set and clear a
-    switch, null leaves an option out.
+    Keys are option names without the leading dashes, with ``_`` or ``-`` between words. true sets a switch, false
+    clears it, and null omits the option.
 
     Raises:
         ConfigError: no such file, not YAML, or not a mapping of options to single values.
@@ -31,7 +31,7 @@ def arguments(path: Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path}: {error}") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"--config {path} is no YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(config, dict):
         raise ConfigError(f"--config {path}: expected a mapping of options to values, got {type(config).__name__}")
     found = []
@@ -49,7 +49,7 @@ def arguments(path: Path) -> list[str]:
 
 
 def save(path: Path, recipe: Recipe, run: Run, preset: str, device: str) -> None:
-    """Write the options that give this run again: ``fasttricks train --config PATH --out FOLDER``."""
+    """Writes the options that repeat this run: ``fasttricks train --config PATH --out FOLDER``."""
     options: dict[str, Any] = {"data": run.data, "data_dir": run.data_dir and str(run.data_dir), "preset": preset}
     for name, value in recipe.model_dump().items():
         options[_NEGATED.get(name, name)] = not value if name in _NEGATED else value

@@ -1,4 +1,4 @@
-"""The ranks of a run: one process, or as many as torchrun started."""
+"""The ranks of a run: one process, or those that torchrun started."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class World(NamedTuple):
-    """This process among the others."""
+    """This process and its position among the ranks."""
 
     rank: int
     size: int
@@ -22,13 +22,13 @@ class World(NamedTuple):
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over all ranks, on all ranks."""
+        """The sum over all ranks."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
     def gather(self, value: Any) -> list[Any]:
-        """The values of all ranks, on all ranks."""
+        """The values of all ranks."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -36,7 +36,7 @@ class World(NamedTuple):
         return values
 
     def broadcast(self, tensors: list[Tensor]) -> None:
-        """Give every rank the tensors of rank 0."""
+        """Copies the tensors of rank 0 to all ranks."""
         if self.size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, 0)
@@ -47,7 +47,7 @@ class World(NamedTuple):
 
 
 def start(device: str) -> World:
-    """Join the ranks that torchrun announced in the environment (nccl on CUDA, gloo on the CPU), or be alone.
+    """Joins the ranks that torchrun announces in the environment, by nccl on CUDA and gloo on the CPU.
 
     Args:
         device: "cpu" or "cuda".
@@ -64,6 +64,6 @@ def start(device: str) -> World:
 
 
 def stop(world: World) -> None:
-    """Leave the ranks."""
+    """Leaves the process group."""
     if world.size > 1:
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""What a step minimises: cross entropy, with auxiliary heads and with a teacher's logits."""
+"""The training loss: cross entropy, with auxiliary heads and distillation."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ..models import build
 from . import checkpoint
 from .checkpoint import CheckpointError
 
-# Weight of an auxiliary head in the loss: Szegedy et al. 2015 (arXiv:1409.4842), section 5.
+# weight of an auxiliary head: Szegedy et al. 2015 (arXiv:1409.4842), section 5
 AUXILIARY = 0.3
 
 
 def logits_of(outputs: Tensor | tuple[Tensor | None, ...]) -> Tensor:
-    """The logits among the outputs of a model, which are a tuple if it has auxiliary heads."""
+    """The logits in the output of a model. With auxiliary heads, the output is a tuple that starts with them."""
     logits = outputs if isinstance(outputs, Tensor) else outputs[0]
     assert logits is not None
     return logits
@@ -28,11 +28,11 @@ def _at_least_fp32(x: Tensor) -> Tensor:
 
 
 class Objective(nn.Module):
-    """The loss of a batch. With p the labels, z the logits, r the teacher's and a those of the auxiliary heads:
+    """The loss of a batch, with labels p, logits z, the teacher's logits r and those of the auxiliary heads a:
 
         l(p, softmax(z)) + 0.3 sum l(p, softmax(a)) + T^2 l(softmax(r/T), softmax(z/T))
 
-    l is the cross entropy; labels are smoothed in the first two terms (He et al. 2018, sections 5.2 and 5.3).
+    l is the cross entropy. The first two terms smooth the labels (He et al. 2018, sections 5.2 and 5.3).
 
     Args:
         label_smoothing: in [0, 1).
@@ -60,15 +60,15 @@ class Objective(nn.Module):
 
 
 def load_teacher(name: str, classes: list[str]) -> nn.Module:
-    """The model to distil from, in evaluation mode and without gradients.
+    """Loads the model to distil from, in evaluation mode and without gradients.
 
     Args:
-        name: a checkpoint of this trainer, whose averaged weights are taken if it has them; or "torchvision/NAME" or
-            "timm/NAME", with the weights that the library publishes.
-        classes: those of the training set.
+        name: a checkpoint of this trainer (its averaged weights if it has them), or "torchvision/NAME" or "timm/NAME"
+            for the weights that the library publishes.
+        classes: of the training set.
 
     Raises:
-        CheckpointError, ValueError, ImportError: no such model, or one of other classes.
+        CheckpointError, ValueError, ImportError: no such model, or its classes differ.
         OSError: the weights cannot be downloaded.
     """
     path = Path(name)
@@ -89,7 +89,7 @@ def load_teacher(name: str, classes: list[str]) -> nn.Module:
 
 @torch.no_grad()
 def keep_norms_in_fp32(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """``model`` in ``dtype``, with the statistics and affine terms of batch norm in fp32, as its arithmetic."""
+    """Casts ``model`` to ``dtype``, except for the parameters and statistics of batch norm, which stay fp32."""
     model.to(dtype)
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):

@@ -16,7 +16,7 @@ _BARS = "▁▂▃▄▅▆▇█"
 
 
 def multiply_adds(recipe: Recipe, classes: int) -> int:
-    """Of the forward pass of one image, in evaluation: convolutions and matrix products of the eager model."""
+    """Multiply-adds of one image in evaluation: convolutions and matrix products of the eager model."""
     with torch.device("meta"):
         model = build(recipe.model, classes, width=recipe.width, fused=False)
     image = torch.empty(1, 3, recipe.image_size, recipe.image_size, device="meta")
@@ -26,7 +26,7 @@ def multiply_adds(recipe: Recipe, classes: int) -> int:
 
 
 def curve(values: list[float], width: int = 60) -> str:
-    """A picture of a line of text: the mean of each of ``width`` parts, from 0 to the largest, in eight heights."""
+    """A picture in one line of text: the means of ``width`` equal parts, as bars of eight heights from 0."""
     width = min(width, len(values))
     edges = [round(i * len(values) / width) for i in range(width + 1)]
     means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
@@ -35,21 +35,21 @@ def curve(values: list[float], width: int = 60) -> str:
 
 
 def show(recipe: Recipe, model: nn.Module, classes: int, rates: list[float], console: Console) -> None:
-    """Print the preview.
+    """Prints the preview.
 
     Args:
-        model: as it would be trained.
+        model: the model that would be trained.
         rates: the learning rate of each step.
     """
     madds = multiply_adds(recipe, classes)
     steps = len(rates) // recipe.epochs
     lines = [
         f"parameters          {sum(p.numel() for p in model.parameters()):,}",
-        f"multiply-adds       {madds / 1e9:.4g} G an image ({recipe.image_size}x{recipe.image_size}), forward",
-        # a backward pass takes two products for each of the forward pass
+        f"multiply-adds       {madds / 1e9:.4g} G per image ({recipe.image_size}x{recipe.image_size}), forward",
+        # the backward pass has two products for each one of the forward pass
         f"in the whole run    {3 * madds * recipe.batch_size * len(rates) / 1e15:.4g} P, forward and backward",
-        f"steps               {steps:,} an epoch, {len(rates):,} in {recipe.epochs} epochs",
-        f"learning rate       {max(rates):.4g} at most, {rates[-1]:.4g} in the last step",
+        f"steps               {steps:,} per epoch, {len(rates):,} in {recipe.epochs} epochs",
+        f"learning rate       at most {max(rates):.4g}, {rates[-1]:.4g} in the last step",
         f"                    {curve(rates)}",
     ]
     for line in lines:

@@ -1,4 +1,4 @@
-"""What a training run does: the recipes of He et al. 2018, presets for small data, and what a command line overrides.
+"""Recipes: the settings of He et al. 2018, presets for small data, and overrides from the command line.
 
     baseline    section 2.1 of the paper: batch 256, learning rate 0.1, fp32, eager modules
     efficient   section 3: batch 1024, the learning rate scaled with it, warmup of 5 epochs, zero gamma, no decay of
@@ -6,9 +6,9 @@
     refined     section 5 on top of efficient: cosine decay, label smoothing 0.1, mixup 0.2, and distillation if a
                 teacher is given
 
-All: Xavier-uniform weights, Nesterov momentum 0.9, weight decay 1e-4, 120 epochs. Without cosine decay, the learning
-rate is divided by 10 after 30, 60 and 90 epochs. A shorter run has its warmup and its milestones at the same fractions
-of the epochs. Every trick is a field of its own.
+All use Xavier-uniform weights, Nesterov momentum 0.9, weight decay 1e-4 and 120 epochs. Without cosine decay, the
+learning rate is divided by 10 after 30, 60 and 90 epochs. In shorter runs, warmup and milestones keep their
+proportions. Every trick is a field.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, 
 
 
 class RecipeError(ValueError):
-    """Settings that cannot work together; the message says which."""
+    """The settings contradict each other; the message names them."""
 
 
 class Recipe(BaseModel):
-    """Everything that decides the weights which come out. Units: epochs, images, and fractions of 1."""
+    """Everything that the trained weights depend on. Units: epochs, images, and fractions of 1."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -47,7 +47,7 @@ class Recipe(BaseModel):
     epochs: int = Field(default=120, ge=1)
     batch_size: int = Field(default=256, ge=1)  # over all ranks
     optimizer: Literal["sgd", "lars"] = "sgd"
-    lr: float = Field(default=0.1, gt=0, allow_inf_nan=False)  # at a batch of 256 where linear_lr is set
+    lr: float = Field(default=0.1, gt=0, allow_inf_nan=False)  # for a batch of 256 if linear_lr is set
     momentum: float = Field(default=0.9, ge=0, lt=1)
     nesterov: bool = True
     weight_decay: float = Field(default=1e-4, ge=0, allow_inf_nan=False)
@@ -69,7 +69,7 @@ class Recipe(BaseModel):
 
 
 class Run(BaseModel):
-    """Where a run reads and writes, and when it gives up: nothing here changes the weights."""
+    """Where a run reads and writes, how it executes and when it stops: the weights do not depend on it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -79,7 +79,7 @@ class Run(BaseModel):
     resume: Path | None = None
     workers: int = Field(default=0, ge=0)
     device: str = "cpu"
-    log_every: int = Field(default=10, ge=1)  # steps between TensorBoard points, and between looks at a GPU's loss
+    log_every: int = Field(default=10, ge=1)  # steps between TensorBoard points and, on CUDA, checks of the loss
     max_skipped_steps: int = Field(default=30, ge=1)
     min_loss_scale: float = Field(default=2.0**-10, gt=0)
 
@@ -100,14 +100,14 @@ RECIPES: dict[str, dict[str, Any]] = {
     "refined": {"recipe": "refined", **_EFFICIENT, "schedule": "cosine", "label_smoothing": 0.1, "mixup": 0.2},
 }
 
-PAPER_EPOCHS = 120  # of which the recipes' warmup is a fraction
+PAPER_EPOCHS = 120  # the warmup of the recipes is relative to it
 
 # The step schedule divides the learning rate by 10 after these fractions of the epochs.
 MILESTONES = (0.25, 0.5, 0.75)
 
 _DIGITS = {"width": 24, "image_size": 40, "augment": "digits", "epochs": 20}
 
-# Changes to a recipe for other data than ImageNet: {preset: {recipe: fields}}. digits-cpu is sized for two CPU cores.
+# changes to recipes for other data than ImageNet: {preset: {recipe: fields}}; digits-cpu is for two CPU cores
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "imagenet": {"baseline": {}, "efficient": {}, "refined": {}},
     "digits-cpu": {
@@ -118,11 +118,11 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 
-# Models made for other images than 224x224.
+# models with another image size than 224x224
 MODEL_SIZES = {"inception_v3": 299, "nasnetalarge": 331}
 
-# A recipe's batch is the paper's, for 1.28 million images. Smaller data keeps the proportion between the recipes and
-# gets at least this many steps per epoch at a batch of 1024.
+# The batch sizes of the recipes are for 1.28 million images. For smaller data sets all are halved until the largest,
+# 1024, gives at least FEWEST_STEPS per epoch.
 FEWEST_STEPS = 10
 SMALLEST_BATCH = 8
 
@@ -137,7 +137,7 @@ def asked_fields(recipe: str, preset: str, given: dict[str, Any]) -> dict[str, A
 def resolve(
     recipe: str, preset: str, given: dict[str, Any], *, train_images: int, device: str
 ) -> tuple[Recipe, list[str]]:
-    """Recipe, then preset, then what was given explicitly; then fitted to the data and the device.
+    """Applies recipe, preset and explicit settings in this order, then fits the result to the data and the device.
 
     Args:
         recipe, preset: keys of RECIPES and PRESETS.
@@ -146,12 +146,12 @@ def resolve(
         device: "cpu" or "cuda".
 
     Returns:
-        The recipe as it will run, and a sentence for each change that was not asked for.
+        The recipe as it will run, and a sentence for each change that the user did not ask for.
 
     Raises:
         pydantic.ValidationError: a field out of its range.
-        RecipeError: an explicit batch larger than the training set, a training set of fewer than 2 images, or a warmup
-            after which no epoch, or no milestone of the step schedule, is left.
+        RecipeError: the explicit batch is larger than the training set, the training set has fewer than 2 images, or no
+            epoch or no milestone of the step schedule is left after the warmup.
     """
     preset_fields = PRESETS[preset][recipe]
     asked = Recipe(**asked_fields(recipe, preset, given))
@@ -183,7 +183,7 @@ def resolve(
             f"times slower than fp32: computing in fp32 (--precision {asked.precision} forces it)"
         )
     if "warmup_epochs" not in given:
-        # The recipes' warmup is for PAPER_EPOCHS; a preset may have fewer epochs, too.
+        # the warmup of a recipe is for PAPER_EPOCHS
         changes["warmup_epochs"] = asked.warmup_epochs * asked.epochs / PAPER_EPOCHS
         if 0 < changes["warmup_epochs"] != asked.warmup_epochs:
             notes.append(
@@ -196,10 +196,10 @@ def resolve(
 
 
 def _check_warmup(recipe: Recipe) -> list[str]:
-    """A sentence if the warmup hides some milestones of the step schedule.
+    """Returns a sentence if the warmup hides some milestones of the step schedule.
 
     Raises:
-        RecipeError: it lasts as long as the run, or hides all milestones.
+        RecipeError: the warmup lasts as long as the run, or hides all milestones.
     """
     warmup, epochs = recipe.warmup_epochs, recipe.epochs
     if warmup >= epochs:
@@ -223,8 +223,7 @@ def _check_warmup(recipe: Recipe) -> list[str]:
 
 
 def fit_batch(batch: int, images: int) -> int:
-    """``batch`` halved until a batch of 1024, halved as often, leaves FEWEST_STEPS steps per epoch, but not below
-    SMALLEST_BATCH."""
+    """Halves ``batch`` as often as 1024 must be halved to give FEWEST_STEPS steps per epoch, down to SMALLEST_BATCH."""
     reference = 1024
     while reference * FEWEST_STEPS > images and batch > SMALLEST_BATCH:
         reference, batch = reference // 2, batch // 2

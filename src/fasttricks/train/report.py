@@ -1,4 +1,4 @@
-"""The log of a run (log.csv, one row per epoch) and the report that compares runs."""
+"""log.csv, which has one row per epoch, and the report that compares runs."""
 
 from __future__ import annotations
 
@@ -31,17 +31,15 @@ COLUMNS = (
 
 
 class ReportError(RuntimeError):
-    """A run that cannot be reported on; the message says why."""
+    """The run cannot be read; the message says why."""
 
 
 class CsvLog:
-    """Appends one row per epoch to ``path``; reopened after ``epochs_done`` epochs it drops the rows of later ones,
-    which belong to what was interrupted."""
+    """Appends one row per epoch to ``path``. Opening it drops the rows after ``epochs_done``."""
 
     def __init__(self, path: Path, epochs_done: int):
-        # As text, so that they stay what they were. The last row may have been cut short: it is of a later epoch.
+        # kept as text, so that resuming changes no digit; an incomplete last row is one of those that are dropped
         rows = _rows(path)[:epochs_done] if epochs_done and path.exists() else []
-        # Rewritten beside the log and renamed, so that a crash here cannot lose the rows.
         draft = path.with_name(f".{path.name}.new")
         with draft.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
@@ -60,7 +58,7 @@ def _rows(path: Path) -> list[dict[str, str]]:
         with path.open(newline="") as file:
             reader = csv.DictReader(file)
             if tuple(reader.fieldnames or ()) != COLUMNS:
-                raise ReportError(f"{path} is not a log of this trainer: its columns are {reader.fieldnames}")
+                raise ReportError(f"{path} is not a log of this trainer; its columns are {reader.fieldnames}")
             return list(reader)
     except FileNotFoundError as error:
         raise ReportError(f"{path}: no such file; give the --out folder of a training run") from error
@@ -79,7 +77,7 @@ def read_log(path: Path) -> list[dict[str, float]]:
 
 
 class Run(NamedTuple):
-    """A run folder: its name, its resolved recipe and its log."""
+    """The folder of a run: its name, recipe and log."""
 
     name: str
     recipe: dict[str, Any]
@@ -87,7 +85,7 @@ class Run(NamedTuple):
 
     @property
     def img_per_s(self) -> float:
-        """Median over the epochs, without the first, which warms up."""
+        """Median over the epochs except the first, which includes the start-up."""
         return median(row["img_per_s"] for row in self.rows[1:] or self.rows)
 
     @property
@@ -113,7 +111,7 @@ def read_run(folder: Path) -> Run:
 
 
 def table(runs: Sequence[Run]) -> Table:
-    """A column per run, a row per figure."""
+    """A table with one column per run."""
     view = Table(title="top-1 and top-5: validation, in percent")
     view.add_column("")
     for run in runs:
@@ -155,7 +153,7 @@ def _tricks(recipe: dict[str, Any]) -> list[str]:
 
 
 def draw(runs: Sequence[Run], png: Path) -> None:
-    """Curves of loss and top-1 by epoch and of top-1 by training time, written whole or not at all."""
+    """Draws loss and top-1 by epoch and top-1 by training time."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -186,7 +184,7 @@ def draw(runs: Sequence[Run], png: Path) -> None:
 
 
 def report(folders: Sequence[Path], png: Path, console: Console) -> None:
-    """Print the table of the runs and draw their curves into ``png``."""
+    """Prints the table of the runs and draws their curves to ``png``."""
     runs = [read_run(folder) for folder in folders]
     console.print(table(runs))
     draw(runs, png)

@@ -1,0 +1,87 @@
+"""--config, --dry-run and the learning rate that it shows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("torchvision")
+from train_runs import refused, same, train
+
+from fasttricks import models
+from fasttricks.train import cli, command, loop, preview
+from fasttricks.train.recipe import Recipe
+
+pytestmark = pytest.mark.filterwarnings("always::fasttricks.train.data.DataWarning")
+
+
+def test_a_configuration_with_overrides(tree: Path, tmp_path: Path, capsys: object) -> None:
+    """Options from a file, the command line above it; the saved configuration gives the run again, bit for bit."""
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        f"data: {tree}\nmodel: resnet18d\nwidth: 4\nimage_size: 32\naugment: digits\nlr: 5e-2\nbatch-size: 8\n"
+        "bias_decay: true\nlinear_lr: false\nlabel_smoothing: 0.1\nworkers: null\nepochs: 9\n"
+    )
+    assert cli.main(["train", "--config", str(path), "--epochs", "2", "--out", str(tmp_path / "a")]) == 0
+    recipe = json.loads((tmp_path / "a" / "recipe.json").read_text())
+    assert (recipe["epochs"], recipe["lr"], recipe["linear_lr"], recipe["no_bias_decay"]) == (2, 0.05, False, False)
+    saved = str(tmp_path / "a" / "config.yaml")
+    assert cli.main(["train", "--out", str(tmp_path / "b"), "--config", saved]) == 0
+    assert json.loads((tmp_path / "b" / "recipe.json").read_text()) == recipe
+    first, again = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("a", "b"))
+    assert same(first["model"], again["model"])
+    assert same(first["optimizer"], again["optimizer"])
+
+    def refused_config(text: str) -> str:
+        path.write_text(text)
+        return refused(capsys, "--config", path)
+
+    assert "expected a mapping" in refused_config("- 1")
+    assert "is not valid YAML" in refused_config("a: [")
+    assert "lr: expected one value" in refused_config("lr: [1, 2]")
+    assert "No such file" in refused(capsys, "--config", tmp_path / "none.yaml")
+    path.write_text("learning_rate: 1")
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--config", str(path), "--data", str(tree)])
+    assert "--learning-rate=1" in capsys.readouterr().err
+
+
+def test_dry_run(tree: Path, tmp_path: Path, capsys: object) -> None:
+    out = tmp_path / "run"
+    more = ["--epochs", "8", "--batch-size", "8", "--warmup-epochs", "1"]
+    assert train(tree, out, *more, "--dry-run") == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    model = models.build("resnet18d", 3, width=4)
+    assert f"parameters {sum(p.numel() for p in model.parameters()):,}" in printed
+    assert "3 per epoch, 24 in 8 epochs" in printed
+    assert not out.exists()
+    recipe = Recipe(model="resnet50d")
+    assert preview.multiply_adds(recipe, 1000) == 4_328_824_832
+    assert preview.curve([0.0, 0.5, 1.0, 0.5, 0.0]) == "▁▅█▅▁"
+    assert preview.curve([1.0] * 1000, 4) == "████"
+
+
+def test_the_learning_rates_of_the_preview_are_those_of_the_run(tree: Path, tmp_path: Path) -> None:
+    """Each step's, across a warmup that ends within an epoch."""
+    steps: list[float] = []
+    printed: list[list[float]] = []
+
+    class Watched(loop.Trainer):
+        def fit(self) -> list[dict[str, Any]]:
+            printed.append(self.learning_rates())
+            return super().fit()
+
+        def _step(self, *batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            steps.append(self.optimizer.param_groups[0]["lr"])
+            return super()._step(*batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "Trainer", Watched)
+        more = ["--epochs", "4", "--batch-size", "8", "--warmup-epochs", "0.67", "--schedule", "cosine"]
+        assert train(tree, tmp_path / "run", *more) == 0
+    assert steps == pytest.approx(printed[0], rel=1e-12)
+    assert len(set(steps)) > 6
