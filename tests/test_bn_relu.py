@@ -1,4 +1,4 @@
-"""bn_relu and bn_add_relu: values and gradients against float64, layouts, edge cases and errors, on each backend."""
+"""bn_relu and bn_add_relu: values and gradients against float64, layouts and edge cases, on each backend."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cases import (
 )
 
 import fasttricks
-from fasttricks import bn_add_relu, bn_relu
+from fasttricks import backends, bn_add_relu, bn_relu
 
 CASES = [(shape, layout) for shape in BN_SHAPES for layout in bn_layouts(shape)]
 IDS = [f"{'x'.join(map(str, s))}-{'cl' if layout != torch.contiguous_format else 'nchw'}" for s, layout in CASES]
@@ -395,6 +395,26 @@ def test_running_variance_far_below_eps_is_kept() -> None:
     var = torch.zeros(3)
     bn_relu(x, running_mean=torch.zeros(3), running_var=var, momentum=1.0)
     assert relative_error(var, x.double().var((0, 2, 3))) < 1e-6
+
+
+def test_raw_update_of_running_statistics(backend: str) -> None:
+    """The variance of one value is not unbiased, no values change nothing; any strides are written in place."""
+    if backend == "reference":
+        return  # it has no raw ops
+    update = getattr(torch.ops, backends.namespaces[backend]).bn_update_stats_
+    mean, var, one = torch.zeros(6)[::2], torch.ones(6)[::2], torch.ones(3)
+    update(mean, var, one, one, torch.tensor(1.0, dtype=torch.float64), None, 0.5)
+    assert mean.tolist() == [0.5] * 3
+    assert var.tolist() == [1.0] * 3
+    update(mean, var, one * 9, one * 9, torch.tensor(0.0, dtype=torch.float64), None, 0.5)
+    assert mean.tolist() == [0.5] * 3
+
+
+def test_negative_variance_gives_nan_as_in_torch(backend: str) -> None:
+    x, zeros, ones = torch.randn(2, 3, 4, 4), torch.zeros(3), torch.ones(3)
+    y = bn_relu(x, running_mean=zeros, running_var=-ones, training=False)
+    assert y.isnan().all()
+    assert torch.batch_norm(x, None, None, zeros, -ones, False, 0.1, 1e-5, False).isnan().all()
 
 
 @pytest.mark.parametrize("residual", [False, True], ids=["relu", "add_relu"])

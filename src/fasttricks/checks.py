@@ -52,6 +52,12 @@ def check_device(op: str, name: str, t: torch.Tensor, other: torch.Tensor, whose
         fail(op, name, f"is on {t.device}", f"the device of {whose}, {other.device}")
 
 
+def check_bool(op: str, name: str, value: Any) -> None:
+    """TypeError unless value is a bool."""
+    if not isinstance(value, bool):
+        fail(op, name, f"is {value!r}", "True, False", TypeError)
+
+
 def check_number(op: str, name: str, value: Any, least: float = -math.inf) -> float:
     """Returns value as a float; TypeError unless it is a number, ValueError unless finite and >= `least`."""
     if not isinstance(value, NUMBERS):

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..checks import check_device, check_dtype, check_shape, check_tensor
+from ..checks import check_bool, check_device, check_dtype, check_shape, check_tensor
 from ..reference.avgpool_conv1x1 import output_size
 
 
@@ -30,8 +30,7 @@ def check_forward(op: str, x: Any, weight: Any, bias: Any, stride: Any, ceil_mod
         check_shape(op, "bias", bias, (weight.shape[0],), "the Cout of weight")
     if isinstance(stride, bool) or not isinstance(stride, int) or stride not in (1, 2):
         raise ValueError(f"{op}: stride is {stride!r}; accepted: 1, 2")
-    if not isinstance(ceil_mode, bool):
-        raise TypeError(f"{op}: ceil_mode is {ceil_mode!r}; accepted: True, False")
+    check_bool(op, "ceil_mode", ceil_mode)
     if 0 in (size := output_size(x, stride, ceil_mode)):
         raise ValueError(
             f"{op}: x has shape {tuple(x.shape)}, so that the output would be {size[0]} x {size[1]}: Output size is "

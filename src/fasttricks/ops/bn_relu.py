@@ -12,6 +12,7 @@ from torch.fx import Proxy
 
 from .. import transforms
 from ..backends import loaded_namespaces, ops_for
+from ..checks import check_bool, fail
 from ..layout import layout_of
 from ..recomputation import current
 from ..reference import bn_relu as plain
@@ -145,6 +146,8 @@ def call(*given: Any) -> torch.Tensor:
 
 def _check(*given: Any) -> None:
     *arguments, group, batches = given
+    if group is not None and not isinstance(group, distributed.ProcessGroup):
+        fail(given[0], "group", f"is a {type(group).__name__}", "a process group or None", TypeError)
     check_public(*arguments, batches, group is None)  # type: ignore[call-arg]
 
 
@@ -153,6 +156,7 @@ def _run(
     running_mean: torch.Tensor | None, running_var: torch.Tensor | None, training: bool, momentum: float | None,
     eps: float, group: distributed.ProcessGroup | None, batches: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
+    check_bool(op, "training", training)
     ops = None if group is not None and training else ops_for(op, x.device)
     if ops is None or (residual is not None and (residual.dtype != x.dtype or residual.shape != x.shape)):
         _check(op, x, residual, weight, bias, running_mean, running_var, training, momentum, eps, group, batches)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import FLOATS, check_device, check_dtype, check_number, check_shape, check_tensor, fail
+from ..checks import FLOATS, check_bool, check_device, check_dtype, check_number, check_shape, check_tensor, fail
 
 
 def is_half(t: Tensor) -> bool:
@@ -168,6 +168,9 @@ class StepCall:
         options = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize", "trust_coefficient")
         for name in options:
             _check_count(op, name, getattr(self, name), len(self.group_sizes), "values")
+        for size in self.group_sizes:
+            if not isinstance(size, (int, torch.SymInt)):
+                fail(op, "group_sizes", f"has a {type(size).__name__}", "integers", TypeError)
         if min(self.group_sizes, default=0) < 0:
             fail(op, "group_sizes", f"has {min(self.group_sizes)}", "at least 0")
         if sum(self.group_sizes) != len(self.params):
@@ -177,6 +180,10 @@ class StepCall:
                 check_number(op, name, value, -math.inf if name == "dampening" else 0.0)
         for name in ("eps", "max_norm"):
             check_number(op, name, getattr(self, name), 0.0)
+        for name, values in (("nesterov", self.nesterov), ("maximize", self.maximize)):
+            for value in values:
+                check_bool(op, name, value)
+        check_bool(op, "lr_in_momentum", self.lr_in_momentum)
         if not self.params:
             return
         check_tensor(op, "params[0]", self.params[0])
