@@ -335,7 +335,8 @@ def bn_update_stats_(
 ) -> None:  # fmt: skip
     """Updates the running statistics by those of `count` values per channel; count is a number on the device."""
     check_update(running_mean, running_var, mean, var, count, num_batches_tracked, momentum)
-    _update(running_mean, running_var, mean.contiguous(), var.contiguous(), count, num_batches_tracked, momentum)
+    mean, var = (t.to(accumulate_dtype(t.dtype)).contiguous() for t in (mean, var))
+    _update(running_mean, running_var, mean, var, count, num_batches_tracked, momentum)
 
 
 def _update(

@@ -311,6 +311,25 @@ def test_functional_call_leaves_the_module_as_it_was() -> None:
     torch.testing.assert_close(got, model(x))
 
 
+@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
+def test_functionalize(mode: bool) -> None:
+    """Statistics that are no arguments of the function move, too, and so do those that are."""
+    ours, plain = (net.double().train(mode) for net in nets())
+    x = torch.randn(3, 3, 8, 8, dtype=torch.float64)
+    assert relative_error(torch.func.functionalize(ours)(x), plain(x)) < 1e-10
+    torch.testing.assert_close(ours.state_dict(), plain.state_dict())
+
+    def results(net: nn.Module) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        state = {name: t.clone() for name, t in net.state_dict().items()}
+
+        def loss(x: torch.Tensor, state: dict[str, torch.Tensor]) -> torch.Tensor:
+            return torch.func.functional_call(net, state, (x,)).square().sum()
+
+        return torch.func.functionalize(torch.func.grad(loss))(x, state), state
+
+    torch.testing.assert_close(results(ours), results(plain))
+
+
 @pytest.fixture
 def one_rank(tmp_path: Path) -> Iterator[None]:
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 
-from fasttricks.optim import FusedLARS, FusedSGD, param_groups, warmup_cosine
+from fasttricks.optim import FusedLARS, FusedSGD, LossScaler, param_groups, warmup_cosine
 
 
 def make_model() -> nn.Module:
@@ -192,3 +192,50 @@ def test_an_optimizer_with_a_process_group(kind: Any, tmp_path: Path) -> None:
         assert pickle.loads(pickle.dumps(optimizer.state_dict()))["param_groups"]
     finally:
         dist.destroy_process_group()
+
+
+# ---- what is no state_dict ----
+
+NO_STATE: list[tuple[Any, type[Exception], str]] = [
+    (None, TypeError, r"state_dict is a NoneType; accepted: the state_dict of"),
+    ([1, 2], TypeError, r"state_dict is a list; accepted: the state_dict of"),
+    ("last.pt", TypeError, r"state_dict is a str; accepted: the state_dict of"),
+]
+NO_OPTIMIZER: list[tuple[Any, type[Exception], str]] = [
+    ({}, ValueError, r"state_dict lacks state, param_groups \(it has nothing\)"),
+    ({"model": {}, "optimizer": {}}, ValueError, r"lacks state, param_groups \(it has 'model', 'optimizer'\)"),
+    (make_model().state_dict(), ValueError, r"lacks state, param_groups \(it has '0.weight', '0.bias', "),
+    ({"state": {}}, ValueError, r"lacks param_groups \(it has 'state'\)"),
+    ({"state": None, "param_groups": []}, TypeError, r"state_dict\['state'\] is a NoneType; accepted: a dict"),
+    ({"state": {}, "param_groups": {}}, TypeError, r"state_dict\['param_groups'\] is a dict.*accepted: a list of dict"),
+    ({"state": {}, "param_groups": [{"lr": 0.1}]}, TypeError, r"a list, or one of other things; accepted: a list of"),
+]
+
+
+@pytest.mark.parametrize("kind", [FusedSGD, FusedLARS])
+def test_what_is_no_state_of_an_optimizer(kind: type) -> None:
+    optimizer = kind(make_model().parameters(), lr=0.1, momentum=0.9)
+    before = snapshot(optimizer)
+    for wrong, error, message in NO_STATE + NO_OPTIMIZER:
+        with pytest.raises(error, match=rf"^{kind.__name__}\.load_state_dict: .*{message}"):
+            optimizer.load_state_dict(wrong)
+    assert_same(snapshot(optimizer), before)
+
+
+def test_what_is_no_state_of_a_scaler() -> None:
+    good = torch.amp.GradScaler("cpu", init_scale=8.0).state_dict()
+    for wrong, error, message in [
+        *NO_STATE,
+        ({**good, "scale": "8"}, TypeError, "scale is a str; accepted: a number"),
+        ({**good, "growth_factor": None}, TypeError, "growth_factor is a NoneType; accepted: a number"),
+        ({**good, "scale": float("nan")}, ValueError, "scale is nan; accepted: a finite number >= 0"),
+        ({**good, "_growth_tracker": -1}, ValueError, "_growth_tracker is -1; accepted: a finite number >= 0"),
+    ]:
+        scaler = LossScaler(2.0)
+        with pytest.raises(error, match=rf"^LossScaler\.load_state_dict: {message}"):
+            scaler.load_state_dict(wrong)
+        assert scaler.state_dict() == LossScaler(2.0).state_dict()
+    with pytest.raises(ValueError, match="state_dict lacks scale, growth_factor, backoff_factor"):
+        LossScaler().load_state_dict(LossScaler(enabled=False).state_dict())
+    scaler.load_state_dict({**good, "scale": torch.tensor(8.0)})  # as checkpoint libraries restore numbers
+    assert scaler.state_dict() == good

@@ -18,6 +18,12 @@ def active() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def functionalizes() -> bool:
+    """Whether torch.func.functionalize is among the transforms that run."""
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return any(level.key() == torch._C._functorch.TransformType.Functionalize for level in stack)
+
+
 def recorded(function: Callable[..., Any], x: fx.Proxy, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
     """The call of a function as one node of the graph that torch.fx traces."""
     return x.tracer.create_proxy("call_function", function, args, options)

@@ -94,6 +94,9 @@ class AvgPoolConv1x1(Holder):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if type(x) is not torch.Tensor and (node := self._leaf(x)) is not None:
             return node  # type: ignore[return-value]
+        return self._compute(x) if len(self._modules) == 1 else self._lent(self._compute, x)
+
+    def _compute(self, x: torch.Tensor) -> torch.Tensor:
         conv = self.held
         if not run.wants_plain_modules(x) and run.is_plain_conv1x1(conv):
             return run.avgpool_conv1x1(x, conv.weight, conv.bias, stride=self.stride, ceil_mode=self.ceil_mode)

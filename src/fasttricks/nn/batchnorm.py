@@ -108,6 +108,9 @@ class BatchNormReLU2d(_FusedBatchNorm2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if type(x) is not torch.Tensor and (node := self._leaf(x)) is not None:
             return node  # type: ignore[return-value]
+        return self._compute(x) if len(self._modules) == 1 else self._lent(self._compute, x)
+
+    def _compute(self, x: torch.Tensor) -> torch.Tensor:
         return run.norm_relu(self.held, x) if self._fuses(x) else F.relu(self.held(x))
 
 
@@ -160,6 +163,11 @@ class BatchNormAddReLU2d(_FusedBatchNorm2d):
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         if not (type(x) is type(residual) is torch.Tensor) and (node := self._leaf(x, residual)) is not None:
             return node  # type: ignore[return-value]
+        if len(self._modules) == 1:
+            return self._compute(x, residual)
+        return self._lent(self._compute, x, residual)
+
+    def _compute(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         return run.norm_add_relu(self.held, x, residual) if self._fuses(x) else F.relu(self.held(x) + residual)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.utils.parametrize import is_parametrized
 
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _SHARED = ("_parameters", "_buffers", "_non_persistent_buffers_set")
 
 
@@ -141,10 +143,28 @@ class Holder(nn.Module):
         for name, tensor in [*held._parameters.items(), *held._buffers.items()]:
             if tensor is not None:
                 state_dict[f"{prefix}{self._held_name}.{name}"] = tensor
+        # the held module does not know the other children, nor its own by these names; they load and check themselves
+        children = [f"{prefix}{name}." for name in self._modules if name != self._held_name]
+        children += [f"{prefix}{self._held_name}.{name}." for name in held._modules]
+        unexpected[:] = [key for key in unexpected if not key.startswith(tuple(children))]
 
     def _fqn_modifiers(self) -> dict[str, str]:
         """For torch.distributed.checkpoint: the names of the child's tensors are without its own name."""
         return {"": self._held_name}
+
+    # ---- parametrizations ----
+
+    def _lent(self, compute: Callable[..., torch.Tensor], *args: torch.Tensor) -> torch.Tensor:
+        """compute(*args), with the tensors that are parametrized on this module as attributes of the held one."""
+        attributes = self.held.__dict__
+        names = [name for name in ("weight", "bias", *_STATISTICS) if is_parametrized(self, name)]
+        for name in names:
+            attributes[name] = getattr(self, name)
+        try:
+            return compute(*args)
+        finally:
+            for name in names:
+                del attributes[name]
 
     # ---- copies ----
 

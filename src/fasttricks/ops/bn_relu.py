@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import distributed
 from torch.fx import Proxy
 
@@ -166,18 +167,34 @@ def _run(
         from .bn_relu_sync import synchronised
 
         return synchronised(op, x, residual, weight, bias, running_mean, running_var, momentum, eps, group, batches)
+    compiling = torch.compiler.is_compiling()
+    transformed = not compiling and transforms.active()
+    if transformed and transforms.functionalizes():
+        return _by_batch_norm(x, residual, weight, bias, running_mean, running_var, training, momentum, eps, batches)
     if ops is None:
         return plain.bn_add_relu(
             x, residual, weight, bias, running_mean, running_var, training=training, momentum=momentum, eps=eps,
             num_batches_tracked=batches,
         )  # fmt: skip
     constants = (ops, training, momentum, eps, running_mean, running_var, batches)
-    if torch.compiler.is_compiling() or transforms.active() or torch.jit.is_tracing():
+    if compiling or transformed or torch.jit.is_tracing():
         return _raw(x, residual, weight, bias, constants)[0]
     if torch.is_grad_enabled():
         return _Fused.apply(x, residual, weight, bias, constants, False)
     with torch._C._AutoDispatchBelowAutograd():
         return _raw(x, residual, weight, bias, constants)[0]
+
+
+def _by_batch_norm(
+    x: Any, residual: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any, training: bool,
+    momentum: float | None, eps: float, batches: Any,
+) -> torch.Tensor:  # fmt: skip
+    """By torch.batch_norm, which alone may change statistics that are no arguments of a functionalized function."""
+    if training and batches is not None:
+        batches.add_(1)
+        momentum = 1.0 / float(batches) if momentum is None else momentum
+    y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum or 0.0, eps)
+    return F.relu(y if residual is None else y + residual)
 
 
 def _as_one(x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -302,7 +319,7 @@ def pack_mask(passes: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """The bit mask of bn_add_relu from booleans of the shape of x."""
     dense = passes if layout_of(x) == torch.contiguous_format else passes.movedim(1, -1)
     flat = dense.reshape(-1)
-    padded = torch.nn.functional.pad(flat, (0, -flat.shape[0] % 8)).view(-1, 8)
+    padded = F.pad(flat, (0, -flat.shape[0] % 8)).view(-1, 8)
     powers = 1 << torch.arange(8, device=x.device)
     return (padded * powers).sum(1).to(torch.uint8)
 

@@ -18,6 +18,7 @@ from .distributed import full, local_grad
 from .plan import Options, Part, Plan
 from .state import (
     MasterGrads,
+    check_form,
     check_loaded,
     master_of,
     master_value,
@@ -364,9 +365,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         groups' options stay those of this optimizer.
 
         Raises:
+            TypeError: no state_dict of an optimizer.
             ValueError: the checkpoint is that of another optimizer, or has other parameters or shapes. The optimizer
                 is left unchanged.
         """
+        check_form(state_dict, type(self).__name__)
         handle = self.register_load_state_dict_pre_hook(lambda _, given: self._accept(given))
         try:
             super().load_state_dict(state_dict)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..checks import FLOATS
+from ..checks import FLOATS, check_number, fail
 from .base import FusedOptimizer
 from .check import check_grads, unscale_grads_
 
@@ -234,13 +235,21 @@ class LossScaler:
         """Loads a state_dict() of this class or of torch.amp.GradScaler.
 
         Raises:
-            ValueError: an entry is missing (a disabled scaler's state_dict is empty).
+            TypeError: no dictionary, or an entry is no number.
+            ValueError: an entry is missing (a disabled scaler's state_dict is empty) or out of range.
         """
+        if not isinstance(state_dict, Mapping):
+            given = f"is a {type(state_dict).__name__}"
+            fail("LossScaler.load_state_dict", "state_dict", given, "the state_dict of a scaler", TypeError)
         if not self._enabled:
             return
         names = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
         if missing := [name for name in names if name not in state_dict]:
             raise ValueError(f"state_dict lacks {', '.join(missing)}; accepted: the state_dict of an enabled scaler")
+        for name in names:
+            value = state_dict[name]
+            value = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+            check_number("LossScaler.load_state_dict", name, value, 0.0)
         self.growth_factor = state_dict["growth_factor"]
         self.backoff_factor = state_dict["backoff_factor"]
         self.growth_interval = state_dict["growth_interval"]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..checks import fail
 from ..ops.sgd_call import compute_dtype, is_half
 from ..reference.sgd import masters_as_seen
 
@@ -191,6 +192,22 @@ def regrouped(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[
     state = {i: state_dict["state"][keys[name]] for name, i in index.items() if keys[name] in state_dict["state"]}
     options = [{**g, "params": [index[name] for name in g["param_names"]]} for g in groups]
     return {**state_dict, "state": state, "param_groups": options}
+
+
+def check_form(state_dict: Any, kind: str) -> None:
+    """Raises unless state_dict has the form of an optimizer's: {"state": {...}, "param_groups": [{...}, ...]}."""
+    op, accepted = f"{kind}.load_state_dict", "the state_dict of an optimizer, {'state': ..., 'param_groups': ...}"
+    if not isinstance(state_dict, Mapping):
+        fail(op, "state_dict", f"is a {type(state_dict).__name__}", accepted, TypeError)
+    if missing := [name for name in ("state", "param_groups") if name not in state_dict]:
+        has = ", ".join(map(repr, list(state_dict)[:4])) or "nothing"
+        fail(op, "state_dict", f"lacks {', '.join(missing)} (it has {has})", accepted)
+    state, groups = state_dict["state"], state_dict["param_groups"]
+    if not isinstance(state, Mapping):
+        fail(op, "state_dict['state']", f"is a {type(state).__name__}", "a dict", TypeError)
+    if not isinstance(groups, (list, tuple)) or not all(isinstance(g, Mapping) and "params" in g for g in groups):
+        given = f"is a {type(groups).__name__}, or one of other things"
+        fail(op, "state_dict['param_groups']", given, "a list of dicts with 'params'", TypeError)
 
 
 def check_loaded(state_dict: dict[str, Any], groups: list[dict[str, Any]], options: Iterable[str], kind: str) -> None:

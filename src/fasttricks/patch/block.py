@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..nn import run
 from ..recomputation import recompute
@@ -213,7 +214,9 @@ def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
         return own(self, memo)
     new = type(self).__new__(type(self))
     memo[id(self)] = new
-    new.__setstate__(copy.deepcopy(_state_of(self), memo))
+    # a class that holds parametrizations refuses __getstate__: it can be copied, but not pickled
+    state = self.__dict__ if is_parametrized(self) else _state_of(self)
+    new.__setstate__(copy.deepcopy(state, memo))
     return new
 
 
