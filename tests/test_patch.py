@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from cases import relative_error
 from census import census, counted
+from networks import pools_counted
 from torch import nn
 
 import fasttricks
@@ -400,6 +401,100 @@ class PoolReadTwice(nn.Module):
 def test_a_pooled_value_that_something_else_reads_is_left() -> None:
     fused, plain = pair_of(PoolReadTwice)
     assert taken(fused, torch.randn(2, 6, 8, 8, dtype=torch.float64)) == {}
+    same(fused, plain, lambda: torch.randn(2, 6, 8, 8, dtype=torch.float64), 1e-10)
+
+
+class Transition(nn.Module):
+    """As in DenseNet: the pool comes after the convolution. Its shape is read, as a decoder would."""
+
+    def __init__(self, pool: nn.Module | None = None, after: nn.Module | None = None) -> None:
+        super().__init__()
+        self.norm, self.conv = nn.BatchNorm2d(6), nn.Conv2d(6, 4, 1)
+        self.pool = pool
+        self.after = after or nn.Identity()
+        self.classify = nn.Conv2d(4, 3, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(F.relu(self.norm(x)))
+        y = F.avg_pool2d(y, (2, 2), ceil_mode=True) if self.pool is None else self.pool(self.after(y))
+        return self.classify(y) * y.shape[-1] * y.size(2)
+
+
+TRANSITIONS: dict[str, Callable[[], nn.Module]] = {
+    "module": lambda: Transition(nn.AvgPool2d(2)),
+    "module, overhanging": lambda: Transition(nn.AvgPool2d(2, ceil_mode=True), nn.Dropout(0.0)),
+    "function": Transition,
+    "Sequential": lambda: nn.Sequential(nn.Conv2d(6, 5, 1, bias=False), nn.AvgPool2d(2, 2), nn.BatchNorm2d(5)),
+}
+
+
+def pools_taken(model: nn.Module, x: torch.Tensor) -> int:
+    """How many 1x1 convolutions with a pool after them a forward pass runs as one op."""
+    with pools_counted() as calls:
+        model(x)
+    return len(calls)
+
+
+@pytest.mark.parametrize("size", [(8, 6), (7, 9)], ids=str)
+@pytest.mark.parametrize("make", TRANSITIONS.values(), ids=list(TRANSITIONS))
+def test_a_pool_after_its_convolution(make: Callable[[], nn.Module], size: tuple[int, int]) -> None:
+    fused, plain = pair_of(make)
+    x = torch.randn(3, 6, *size, dtype=torch.float64)
+    assert pools_taken(copy.deepcopy(fused), x) == 1
+    assert fasttricks.fusions(fused).counts["avgpool_conv1x1"] == 1
+    same(fused, plain, lambda: torch.randn(3, 6, *size, dtype=torch.float64), 1e-10)
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    for model, given in zip((fused, plain), inputs, strict=True):
+        model.train()(given).square().sum().backward()
+    assert relative_error(inputs[0].grad, inputs[1].grad) < 1e-10
+    kept = fasttricks.fuse(copy.deepcopy(plain), avgpool_conv1x1=False)
+    assert pools_taken(kept, x) == 0
+
+
+TRANSITION_CHANGES: dict[str, Callable[[Any], Any]] = {
+    "a hook on the convolution": lambda m: m.conv.register_forward_hook(lambda m, args, out: out * 2),
+    "a hook on the pool": lambda m: m.pool.register_forward_pre_hook(lambda m, args: args[0] * 2),
+    "a module between them": lambda m: setattr(m, "after", nn.Softplus()),
+    "another pool": lambda m: setattr(m, "pool", nn.MaxPool2d(2)),
+    "a convolution of groups": lambda m: setattr(m, "conv", nn.Conv2d(6, 4, 1, groups=2, bias=False).double()),
+    "a stride": lambda m: setattr(m.conv, "stride", (2, 2)),
+    "a divisor": lambda m: setattr(m.pool, "divisor_override", 3),
+}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("change", TRANSITION_CHANGES.values(), ids=list(TRANSITION_CHANGES))
+def test_a_change_between_a_convolution_and_its_pool_is_honoured(change: Callable[[Any], Any], when: str) -> None:
+    fused, plain = pair_of(lambda: Transition(nn.AvgPool2d(2)))
+    for model in (fused, plain):
+        torch.manual_seed(0)
+        change(model)
+    if when == "before":
+        fasttricks.fuse(fasttricks.unfuse(fused))
+    assert pools_taken(fused, torch.randn(2, 6, 8, 8, dtype=torch.float64)) == 0
+    plain.load_state_dict(fused.state_dict())
+    same(fused, plain, lambda: torch.randn(3, 6, 8, 8, dtype=torch.float64), 1e-10)
+
+
+class ConvolutionReadTwice(Transition):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(x)
+        return self.pool(y) * y.mean()
+
+
+def test_a_convolution_that_something_else_reads_is_left() -> None:
+    fused, plain = pair_of(lambda: ConvolutionReadTwice(nn.AvgPool2d(2)))
+    x = torch.randn(2, 6, 8, 8, dtype=torch.float64)
+    assert pools_taken(fused, x) == 0
+    assert relative_error(fused(x), plain(x)) < 1e-12
+
+
+def test_a_pool_between_two_convolutions_belongs_to_the_second() -> None:
+    fused, plain = pair_of(lambda: nn.Sequential(nn.Conv2d(6, 5, 1), nn.AvgPool2d(2), nn.Conv2d(5, 4, 1)))
+    x = torch.randn(2, 6, 8, 8, dtype=torch.float64)
+    assert taken(fused, x) == {"avgpool_conv1x1": 1}
+    assert pools_taken(fused, x) == 0
+    assert [row.name for row in fasttricks.fusions(fused).fused] == ["2"]
     same(fused, plain, lambda: torch.randn(2, 6, 8, 8, dtype=torch.float64), 1e-10)
 
 

@@ -33,6 +33,8 @@ def fuse(
 ) -> Model:
     """Runs each BatchNorm with its ReLU, or addition and ReLU, and each 2x2 pool with its 1x1 convolution as one op.
 
+    A pool after a 1x1 convolution (DenseNet) is run before it, which is equal up to rounding.
+
     For training: no weight is changed or folded, every module stays the object that it is (`nn.BatchNorm2d` stays
     `nn.BatchNorm2d`), and so do the state_dict, the parameters and the hooks. Only the forward of blocks
     with such pairs changes: the class of the block becomes a subclass whose forward runs each pair as one op. If the
@@ -127,7 +129,7 @@ def fusions(model: nn.Module) -> Fusions:
     """Which pairs of a model run as one op, and why others do not; on a model that is not fused, what `fuse` would do.
 
     Returns:
-        One `Fusion` for each BatchNorm and each 2x2 pool with its convolution; prints as a table.
+        One `Fusion` for each BatchNorm and each 2x2 pool with a 1x1 convolution after or before it; prints as a table.
 
     Examples:
         >>> model = nn.Sequential(nn.BatchNorm2d(8), nn.ReLU(), nn.BatchNorm2d(8), nn.SiLU())

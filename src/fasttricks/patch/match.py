@@ -1,4 +1,6 @@
-"""Pairs in the graph of a block: BatchNorm and ReLU, BatchNorm, addition and ReLU, 2x2 pool and 1x1 convolution."""
+"""Pairs in the graph of a block: BatchNorm and ReLU, BatchNorm, addition and ReLU, 2x2 pool and 1x1 convolution, which
+may come in either order.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,10 @@ _VIEWS = (
 
 @dataclass
 class Pair:
-    """Nodes that become one op, from `first` (the BatchNorm or pool) to `last` (the ReLU or convolution)."""
+    """Nodes that become one op, from `first` (the BatchNorm or pool) to `last` (the ReLU or convolution).
+
+    With `conv_first` the convolution comes before the pool.
+    """
 
     kind: str
     name: str  # of the BatchNorm, or of the convolution
@@ -52,6 +57,12 @@ class Pair:
     value: fx.Node | None = None  # the operand of the addition that comes from the BatchNorm
     in_place: bool = False
     metadata: list[fx.Node] = field(default_factory=list)  # readers of the shape, dtype or device of a pooled value
+    conv_first: bool = False
+
+    @property
+    def pool(self) -> fx.Node:
+        """Of a pair of pool and convolution."""
+        return self.last if self.conv_first else self.first
 
 
 class Left(NamedTuple):
@@ -174,13 +185,20 @@ class Matcher:
         taken: set[fx.Node] = set()
         for node in self.graph.nodes:
             module = self.module(node)
+            result: Pair | Left | None
+            if node in taken:
+                continue
             if self.pools(node):
                 result = self._pool(node)
             elif module is None or len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node):
                 continue
             elif run.is_norm_class(type(module)):
                 result = self._norm(node, module, taken)
+            elif type(module) is nn.Conv2d and run.is_1x1_conv(module):
+                result = self._conv(node)
             else:
+                continue
+            if result is None:
                 continue
             if isinstance(result, Left):
                 if module is not None:
@@ -254,6 +272,16 @@ class Matcher:
             if n.op == "call_module" and not run.untouched(self.module(n)):  # type: ignore[arg-type]
                 return Left(AVGPOOL_CONV1X1, f"a hook on {n.target}")
         return Pair(AVGPOOL_CONV1X1, str(reader.target), node, reader, between, metadata=metadata)
+
+    def _conv(self, node: fx.Node) -> Pair | Left | None:
+        """The pair of a 1x1 convolution and the pool after it: averages of sums are sums of averages."""
+        reader, _, between = self.follow(node)
+        if reader is None or not self.pools(reader) or isinstance(self._pool(reader), Pair):
+            return None
+        for n in (node, *between, reader):
+            if n.op == "call_module" and not run.untouched(self.module(n)):  # type: ignore[arg-type]
+                return Left(AVGPOOL_CONV1X1, f"a hook on {n.target}")
+        return Pair(AVGPOOL_CONV1X1, str(node.target), node, reader, between, conv_first=True)
 
     def _follower(self, reader: fx.Node | None) -> str:
         if reader is None:
@@ -378,27 +406,29 @@ def rewrite(graph: fx.Graph, pairs: list[Pair], min_elements: int) -> None:
     An addition stays where it was, as its residual may be computed between the two.
     """
     limit: dict[str, Any] = {"min_elements": min_elements} if min_elements else {}
+    function: Callable[..., Any]
     for pair in pairs:
-        module = pair.first.op == "call_module"
         x = pair.first.args[0] if pair.first.args else pair.first.kwargs["input"]
         with graph.inserting_before(pair.add or pair.first):
-            first = graph.get_attr(str(pair.first.target)) if module else None
+            if pair.kind != AVGPOOL_CONV1X1:
+                norm = graph.get_attr(pair.name)
             if pair.kind == BN_RELU:
-                fused = graph.call_function(run.norm_relu, (first, x), dict(limit))
+                fused = graph.call_function(run.norm_relu, (norm, x), dict(limit))
             elif pair.kind == BN_ADD_RELU:
                 assert pair.add is not None  # its operands may have been replaced by earlier pairs
                 residual = next(operand for operand in pair.add.args if operand is not pair.value)
                 options = {"in_place": True, **limit} if pair.in_place else dict(limit)
-                fused = graph.call_function(run.norm_add_relu, (first, x, residual), options)
-            elif first is not None:
-                shape = graph.call_function(run.pooled_shape_of_module, (first, x)) if pair.metadata else None
-                modules = (first, graph.get_attr(pair.name))
-                fused = graph.call_function(run.avgpool_conv1x1_of_modules, (*modules, x), dict(limit))
+                fused = graph.call_function(run.norm_add_relu, (norm, x, residual), options)
+            elif pair.pool.op == "call_module":
+                pool = graph.get_attr(str(pair.pool.target))
+                shape = graph.call_function(run.pooled_shape_of_module, (pool, x)) if pair.metadata else None
+                function = run.conv1x1_avgpool_of_modules if pair.conv_first else run.avgpool_conv1x1_of_modules
+                fused = graph.call_function(function, (pool, graph.get_attr(pair.name), x), dict(limit))
             else:
-                ceil_mode = (pool_of(pair.first) or {})["ceil_mode"]
+                ceil_mode = (pool_of(pair.pool) or {})["ceil_mode"]
                 shape = graph.call_function(run.pooled_shape, (x, ceil_mode)) if pair.metadata else None
-                conv = graph.get_attr(pair.name)
-                fused = graph.call_function(run.avgpool_conv1x1_of, (conv, x, ceil_mode), dict(limit))
+                function = run.conv1x1_avgpool_of if pair.conv_first else run.avgpool_conv1x1_of
+                fused = graph.call_function(function, (graph.get_attr(pair.name), x, ceil_mode), dict(limit))
         for node in pair.metadata:
             _read_from(node, x, shape)
         pair.last.replace_all_uses_with(fused)
@@ -423,11 +453,11 @@ def modules_of(pairs: list[Pair]) -> Iterator[tuple[str, str]]:
     """(name, what it must still be) of the modules that the pairs call no longer by themselves."""
     for pair in pairs:
         if pair.kind == AVGPOOL_CONV1X1:
-            if pair.first.op == "call_module":
-                yield str(pair.first.target), "pool"
+            if pair.pool.op == "call_module":
+                yield str(pair.pool.target), "pool"
             yield pair.name, "conv"
         else:
             yield pair.name, "norm"
-        for node in (*pair.between, pair.last):
+        for node in (*pair.between, *(() if pair.kind == AVGPOOL_CONV1X1 else (pair.last,))):
             if node.op == "call_module" and node.target != pair.name:
                 yield str(node.target), "relu" if node is pair.last else "pass"

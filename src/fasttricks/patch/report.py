@@ -13,7 +13,7 @@ class Fusion:
     """One place in a model.
 
     Attributes:
-        name: of the BatchNorm, or of the 1x1 convolution after a pool.
+        name: of the BatchNorm, or of the 1x1 convolution after or before a pool.
         kind: "bn_relu", "bn_add_relu" or "avgpool_conv1x1"; "unknown": no forward that calls it is traced; None: no
             such pair.
         reason: why it does not run as one op; "" if it does.
