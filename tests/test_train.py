@@ -75,7 +75,7 @@ def test_bad_settings(tree: Path, tmp_path: Path, capsys: object) -> None:
     assert "--lr nan" in refused(capsys, *base, "--lr", "nan")
     assert "--momentum -1.0" in refused(capsys, *base, "--momentum", "-1")
     assert "larger than the training set of 24 images" in refused(capsys, *base, "--batch-size", "25")
-    assert "does not divide into at least 2 images" in refused(capsys, *base, "--batch-size", "1")
+    assert "cannot be divided into at least 2 images" in refused(capsys, *base, "--batch-size", "1")
     assert "'resnet19' is unknown" in refused(capsys, *base[:4], "--model", "resnet19", "--batch-size", "8")
     assert "no checkpoint at" in refused(capsys, *base, "--resume", tmp_path / "none.pt")
     (tmp_path / "file").write_text("")

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import csv
+import os
 import shutil
+import sys
+import threading
+import time
 from itertools import pairwise
 from pathlib import Path
+from signal import Signals
 
 import pytest
 
@@ -109,6 +114,33 @@ def test_a_failed_line_of_an_ablation_is_named(
     printed = capsys.readouterr()
     assert "first line, seed 0: failed (1): fasttricks train: --batch-size 1000 is larger" in printed.out
     assert "1 of 1 runs failed" in printed.err
+
+
+def test_a_terminated_ablation_terminates_its_runs(
+    tree: Path, tmp_path: Path, capsys: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each writes its checkpoint first; the next run does not start."""
+    started, saved = tmp_path / "started", tmp_path / "saved"
+    code = (
+        "import pathlib, signal, sys, time\n"
+        f"def stop(*_):\n    pathlib.Path({str(saved)!r}).touch()\n    sys.exit(143)\n"
+        f"signal.signal(signal.SIGTERM, stop)\npathlib.Path({str(started)!r}).touch()\ntime.sleep(60)\n"
+    )
+    monkeypatch.setattr(ablation.Job, "command", lambda self: [sys.executable, "-c", code])
+
+    def terminate() -> None:
+        while not started.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), Signals.SIGTERM)
+
+    sender = threading.Thread(target=terminate)
+    sender.start()
+    status = cli.main(["ablate", "tweaks", "--out", str(tmp_path / "out"), "--seeds", "1", "--data", str(tree)])
+    sender.join()
+    assert status == 143
+    assert "the same command continues" in capsys.readouterr().err
+    assert saved.exists()
+    assert len(list((tmp_path / "out").glob("*/seed-0"))) == 1
 
 
 def test_spread() -> None:

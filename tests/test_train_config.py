@@ -13,7 +13,7 @@ pytest.importorskip("torchvision")
 from train_runs import refused, same, train
 
 from fasttricks import models
-from fasttricks.train import cli, command, loop, preview
+from fasttricks.train import cli, command, data, loop, preview
 from fasttricks.train.recipe import Recipe
 
 pytestmark = pytest.mark.filterwarnings("always::fasttricks.train.data.DataWarning")
@@ -75,9 +75,10 @@ def test_the_learning_rates_of_the_preview_are_those_of_the_run(tree: Path, tmp_
             printed.append(self.learning_rates())
             return super().fit()
 
-        def _step(self, *batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            steps.append(self.optimizer.param_groups[0]["lr"])
-            return super()._step(*batch)
+        def _receive(self, batch: data.Batch, training: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+            if training:
+                steps.append(self.optimizer.param_groups[0]["lr"])
+            return super()._receive(batch, training)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command, "Trainer", Watched)

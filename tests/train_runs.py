@@ -47,6 +47,18 @@ def same(a: object, b: object) -> bool:
     return a == b
 
 
+def differences(one: Path, other: Path) -> list[str]:
+    """What differs in the checkpoints and logs of two runs, apart from times."""
+    found = []
+    for name in ("last.pt", "best.pt"):
+        a, b = (torch.load(out / name, weights_only=True) for out in (one, other))
+        assert a.keys() == b.keys()
+        found += [f"{name}: {part}" for part in a if not same(a[part], b[part])]
+    timing = {"img_per_s", "train_seconds"}
+    a, b = ([{k: v for k, v in row.items() if k not in timing} for row in rows(out)] for out in (one, other))
+    return found if a == b else [*found, f"log.csv: {a} {b}"]
+
+
 def refused(capsys: object, *arguments: object) -> str:
     assert cli.main(["train", *map(str, arguments)]) == 1
     printed = capsys.readouterr().err

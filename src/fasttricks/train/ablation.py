@@ -5,14 +5,16 @@ A folder of an ablation holds ablation.json (what it runs) and a folder ARM/seed
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from queue import SimpleQueue
@@ -23,6 +25,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from . import checkpoint
 from .report import ReportError, Run, read_run
 
 TABLES = ("efficient", "tweaks", "refinements", "models")
@@ -31,6 +34,24 @@ TEACHER = "teacher"  # name of the row that trains the teacher
 
 class AblationError(RuntimeError):
     """The ablation cannot run; the message says why."""
+
+
+class Terminated(BaseException):
+    """SIGTERM, raised by the handler in :func:`termination_raised`."""
+
+
+@contextlib.contextmanager
+def termination_raised() -> Iterator[None]:
+    """SIGTERM raises :class:`Terminated` in the main thread."""
+
+    def stop(*_: object) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def arms(table: str, model: str, teacher: str) -> dict[str, list[str]]:
@@ -144,10 +165,12 @@ def run(out: Path, jobs: Sequence[Job], description: dict[str, Any], at_once: in
     for place in range(at_once):
         places.put(place)
 
+    processes: set[subprocess.Popen[bytes]] = set()
+
     def work(job: Job) -> str:
         place = places.get()
         try:
-            return _train(job, place, at_once)
+            return _train(job, place, at_once, processes)
         finally:
             places.put(place)
 
@@ -167,9 +190,12 @@ def run(out: Path, jobs: Sequence[Job], description: dict[str, Any], at_once: in
                         soft_wrap=True,
                         markup=False,
                     )
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, Terminated) as stop:
                 pool.shutdown(wait=False, cancel_futures=True)
-                raise
+                if isinstance(stop, Terminated):  # the terminal sends Ctrl-C to the runs, too
+                    for process in list(processes):
+                        process.terminate()
+                raise  # leaving the pool waits for their checkpoints
             if failed:
                 break
     return failed
@@ -196,7 +222,7 @@ def check_same(out: Path, description: dict[str, Any]) -> None:
         )
 
 
-def _train(job: Job, place: int, at_once: int) -> str:
+def _train(job: Job, place: int, at_once: int, processes: set[subprocess.Popen[bytes]]) -> str:
     """Runs the job; returns an error message, or an empty string."""
     env = dict(os.environ)
     if torch.cuda.is_available():
@@ -204,8 +230,13 @@ def _train(job: Job, place: int, at_once: int) -> str:
     else:
         env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // at_once)))
     job.out.mkdir(parents=True, exist_ok=True)
-    with (job.out / "output.txt").open("a") as file:
-        code = subprocess.run(job.command(), stdout=file, stderr=subprocess.STDOUT, env=env).returncode
+    with (
+        (job.out / "output.txt").open("a") as file,
+        subprocess.Popen(job.command(), stdout=file, stderr=subprocess.STDOUT, env=env) as process,
+    ):
+        processes.add(process)
+        code = process.wait()
+        processes.discard(process)
     if code == 0:
         return ""
     lines = (job.out / "output.txt").read_text().strip().splitlines()
@@ -335,6 +366,4 @@ def _draw(lines: Sequence[Arm], png: Path) -> None:
     axes.set(xlabel="epoch", ylabel="validation top-1, %")
     axes.grid(alpha=0.3)
     axes.legend()
-    draft = png.with_name(f".{png.name}.new")
-    figure.savefig(draft, format="png", dpi=120)
-    draft.replace(png)
+    checkpoint.write(png, lambda file: figure.savefig(file, format="png", dpi=120))

@@ -3,17 +3,20 @@
 A checkpoint is a dict of tensors, numbers, strings, lists and dicts; ``torch.load(path, weights_only=True)`` reads it:
 
     format, recipe, classes, epoch (epochs done), step, best_top1, model, optimizer, scheduler,
-    scaler (None without loss scaling), ema (averaged weights; None without), rng (one entry per rank)
+    scaler (None without loss scaling), ema (averaged weights; None without), averaged_steps, bad_files,
+    rng and progress (one entry per rank; progress is that of the unfinished epoch)
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import pickle
 import random
-import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -26,20 +29,83 @@ class CheckpointError(RuntimeError):
     """The checkpoint cannot be read or is of another model or data set; the message says which."""
 
 
-def save(path: Path, state: dict[str, Any]) -> None:
-    """Write ``state`` next to ``path``, flush it to disk and rename it into place: at any moment ``path`` is the old
-    file or the new one, never half of one."""
-    handle, draft = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+def _draft(path: Path) -> Path:
+    """Where ``path`` is written before it is renamed. The next write replaces what a killed process left there."""
+    return path.with_name(f".{path.name}.new")
+
+
+def write(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
+    """Writes a file atomically: at any moment ``path`` is the previous file or the new one, both complete.
+
+    Args:
+        fill: writes the content into the open file.
+    """
+    draft = _draft(path)
     try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(state, file)
+        with draft.open("wb") as file:
+            fill(file)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(draft, 0o644)
         os.replace(draft, path)
     except BaseException:
-        os.unlink(draft)
+        draft.unlink(missing_ok=True)
         raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename itself survives a power failure
+    finally:
+        os.close(folder)
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Writes a checkpoint atomically.
+
+    Raises:
+        CheckpointError: it cannot be written, as when the disk is full.
+    """
+    try:
+        write(path, lambda file: torch.save(state, file))
+    except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).split(" (")[0]
+        kept = "; the previous file is unchanged" if path.exists() else ""
+        raise CheckpointError(f"cannot write {path}: {reason}{kept}") from error
+
+
+def check_space(folder: Path, size: int, option: str = "--out") -> None:
+    """Makes the folder, and reserves and frees the space that a run needs there at once.
+
+    Args:
+        size: bytes of a checkpoint. last.pt, best.pt and a new one are there at the same time.
+
+    Raises:
+        CheckpointError: the folder cannot be written, or the space is not there.
+    """
+    probe = _draft(folder / "space")
+    held = sum(p.stat().st_size for name in ("last.pt", "best.pt") if (p := folder / name).is_file())
+    needed = max(3 * size - held, 1)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with probe.open("wb") as file:
+            file.write(bytes(1 << 16))
+            file.flush()
+            os.posix_fallocate(file.fileno(), 0, needed)
+            os.fsync(file.fileno())
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            reason += f"; checkpoints need {needed / 1e6:.4g} MB"
+        raise CheckpointError(f"{option} {folder}: cannot write there: {reason}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()
+
+
+def size_of(model: nn.Module, masters: bool, averaged: bool) -> int:
+    """Bytes of a checkpoint of this model: weights, momentum, and fp32 masters and averages where there are."""
+    tensors = model.state_dict().values()
+    weights = sum(t.numel() * t.element_size() for t in tensors)
+    fp32 = sum(4 * p.numel() for p in model.parameters())
+    return weights + fp32 * (1 + masters) + averaged * sum(4 * t.numel() for t in tensors)
 
 
 def load(path: Path, option: str = "--resume") -> dict[str, Any]:

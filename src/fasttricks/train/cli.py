@@ -32,6 +32,9 @@ def parser() -> argparse.ArgumentParser:
     where.add_argument(
         "--resume", nargs="?", const=True, type=Path, metavar="PATH", help="continue from PATH (default: OUT/last.pt)"
     )
+    where.add_argument(
+        "--save-every", type=int, metavar="N", help="write a checkpoint every N steps, too (default: after each epoch)"
+    )
     where.add_argument("--workers", type=int, help="reading processes per rank (default: 2 on CUDA, 0 on CPU)")
     where.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     where.add_argument("--log-every", type=int, help="steps between points in TensorBoard (default: 10)")
@@ -53,7 +56,9 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--image-size", type=int, help="edge of the images in pixels")
     what.add_argument("--augment", choices=["imagenet", "digits"])
     what.add_argument("--epochs", type=int)
-    what.add_argument("--batch-size", type=int, help="images per step, over all processes")
+    what.add_argument("--batch-size", type=int, help="images per forward and backward pass, over all processes")
+    what.add_argument("--accumulate", type=int, metavar="N", help="passes per step, whose gradients are averaged")
+    what.add_argument("--sync-bn", action=switch, help="statistics of batch norm over all processes")
     what.add_argument("--precision", choices=["fp32", "fp16", "bf16"], help="fp16 and bf16 keep fp32 master weights")
     what.add_argument("--optimizer", choices=["sgd", "lars"])
     what.add_argument("--lr", type=float, help="learning rate; at a batch of 256 with --linear-lr")
@@ -84,6 +89,12 @@ def parser() -> argparse.ArgumentParser:
     tricks.add_argument("--temperature", type=float, metavar="T", help="of the distillation (default: 20)")
     tricks.add_argument(
         "--ema", type=float, metavar="DECAY", help="keep a moving average of the weights, and validate it"
+    )
+
+    speed = train.add_argument_group("execution")
+    speed.add_argument("--compile", action=switch, help="torch.compile the model")
+    speed.add_argument(
+        "--cuda-graph", action=switch, help="launch each step as one CUDA graph (default: on CUDA, if possible)"
     )
 
     guard = train.add_argument_group("when to stop")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -18,10 +19,11 @@ from rich.console import Console
 from ..models import build
 from ..nn import zero_init_last
 from . import ablation, config, distributed, preview
-from .checkpoint import CheckpointError
+from .checkpoint import CheckpointError, write
 from .data import DataError, DataWarning, open_data, worker_deaths_explained
 from .distributed import World
-from .loop import Trainer, TrainingError
+from .errors import Interrupted, TrainingError
+from .loop import Trainer
 from .recipe import Recipe, RecipeError, Run, asked_fields, resolve
 from .report import ReportError
 from .report import report as compare
@@ -59,7 +61,8 @@ def ablate(args: argparse.Namespace, options: Sequence[str]) -> int:
             ablation.check_same(out, description)
             ablation.show_plan(jobs, args.jobs, console)
             return 0
-        failed = ablation.run(out, jobs, description, args.jobs, console)
+        with ablation.termination_raised():
+            failed = ablation.run(out, jobs, description, args.jobs, console)
         if failed:
             print(
                 f"fasttricks ablate: {failed} of {len(jobs)} runs failed; the same command continues", file=sys.stderr
@@ -69,9 +72,9 @@ def ablate(args: argparse.Namespace, options: Sequence[str]) -> int:
     except (ablation.AblationError, ReportError) as error:
         print(f"fasttricks ablate: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, ablation.Terminated) as stop:
         print("fasttricks ablate: interrupted; the same command continues", file=sys.stderr)
-        return 130
+        return 143 if isinstance(stop, ablation.Terminated) else 130
     return 0
 
 
@@ -109,11 +112,14 @@ def train(args: argparse.Namespace) -> int:
             option = "--" + "-".join(str(part) for part in fault["loc"]).replace("_", "-")
             print(f"fasttricks train: {option} {fault['input']}: {fault['msg']}", file=sys.stderr)
         return 1
+    except Interrupted as error:
+        print(f"fasttricks train: {error}", file=sys.stderr)
+        return 128 + error.signal
     except (DataError, RecipeError, CheckpointError, TrainingError, OSError) as error:
         print(f"fasttricks train: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("fasttricks train: interrupted; --resume goes on after the last whole epoch", file=sys.stderr)
+        print("fasttricks train: interrupted; --resume continues from the last checkpoint, if any", file=sys.stderr)
         return 130
     finally:
         warnings.showwarning = shown
@@ -124,18 +130,13 @@ def train(args: argparse.Namespace) -> int:
 def _train(args: argparse.Namespace, given: dict[str, Any], world: World, console: Console) -> None:
     preset = args.preset or ("digits-cpu" if args.data == "digits" else "imagenet")
     out = args.out or Path("runs") / args.recipe
-    resume = None if args.resume is None else out / "last.pt" if args.resume is True else args.resume
-    options = {
-        "workers": args.workers,
-        "log_every": args.log_every,
-        "max_skipped_steps": args.max_skipped_steps,
-        "min_loss_scale": args.min_loss_scale,
-    }
-    options = {name: value for name, value in options.items() if value is not None}
+    resume, replace = _what_to_resume(args, out)
+    fields = set(Run.model_fields) - {"data", "data_dir", "out", "resume", "device"}
+    options = {name: value for name, value in vars(args).items() if name in fields and value is not None}
     if world.device.type == "cuda":
         options.setdefault("workers", 2)
     run = Run(data=args.data, data_dir=args.data_dir, out=out, resume=resume, **options)
-    if resume is None and (out / "last.pt").exists() and not args.overwrite and not args.dry_run:
+    if resume is None and (out / "last.pt").exists() and not replace and not args.dry_run:
         raise TrainingError(
             f"--out {out} already holds a run; give --resume to continue it, --overwrite to replace it or another --out"
         )
@@ -168,23 +169,46 @@ def _train(args: argparse.Namespace, given: dict[str, Any], world: World, consol
         if world.first:
             preview.show(recipe, trainer.model, len(train_set.classes), trainer.learning_rates(), console)
         return
-    out.mkdir(parents=True, exist_ok=True)
     if world.first:
+        trainer.check_output()
         config.save(out / "config.yaml", recipe, run, preset, args.device)
-        (out / "recipe.json").write_text(json.dumps(recipe.model_dump(), indent=2) + "\n")
+        text = json.dumps(recipe.model_dump(), indent=2) + "\n"
+        write(out / "recipe.json", lambda file: file.write(text.encode()))
         if resume is None:
-            for name in ("last.pt", "best.pt", "log.csv"):
+            for name in ("last.pt", "best.pt", "log.csv", "not-finite.pt"):
                 (out / name).unlink(missing_ok=True)
     size, parameters = recipe.image_size, sum(p.numel() for p in trainer.model.parameters())
     say(
         f"{recipe.model}, {parameters / 1e6:.2f} M parameters, {'fused' if recipe.fused else 'eager'} modules; "
         f"{len(train_set)} training and {len(val_set)} validation images of {len(train_set.classes)} classes at "
-        f"{size}x{size}; recipe {recipe.recipe}: batch {recipe.batch_size}, {trainer.steps_per_epoch} steps per epoch, "
+        f"{size}x{size}; recipe {recipe.recipe}: batch {_batch(recipe, world)}, {trainer.steps_per_epoch} steps per "
+        f"epoch, "
         f"{recipe.precision}, {world.size} process{'es' if world.size > 1 else ''} on {world.device.type}"
     )
     with worker_deaths_explained():
         trainer.fit()
     say(f"best top-1 {trainer.best_top1:.2f}; log and checkpoints in {out}")
+
+
+def _what_to_resume(args: argparse.Namespace, out: Path) -> tuple[Path | None, bool]:
+    """The checkpoint to continue from, or None, and whether a new run may replace the one in ``out``."""
+    last = out / "last.pt"
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:  # torchrun restarted this run after a failure
+        return (last, True) if last.exists() else (None, True)
+    if args.resume is not True:
+        return args.resume, args.overwrite
+    # without a checkpoint, a run that was started here starts again
+    return None if (out / "config.yaml").exists() and not last.exists() else last, True
+
+
+def _batch(recipe: Recipe, world: World) -> str:
+    """The images per step, and how they are divided."""
+    if recipe.accumulate == 1 and world.size == 1:
+        return str(recipe.effective_batch)
+    factors = [str(recipe.batch_size // world.size)]
+    factors += [f"{recipe.accumulate} passes"] * (recipe.accumulate > 1)
+    factors += [f"{world.size} processes"] * (world.size > 1)
+    return f"{recipe.effective_batch} = {' x '.join(factors)}"
 
 
 def _has_residual_blocks(fields: dict[str, Any]) -> bool:

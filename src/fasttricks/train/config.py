@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from . import checkpoint
 from .recipe import Recipe, Run
 
 # fields whose option has the opposite meaning
@@ -54,5 +55,6 @@ def save(path: Path, recipe: Recipe, run: Run, preset: str, device: str) -> None
     for name, value in recipe.model_dump().items():
         options[_NEGATED.get(name, name)] = not value if name in _NEGATED else value
     options |= {"device": device, "workers": run.workers, "log_every": run.log_every}
+    options |= {"compile": run.compile, "cuda_graph": run.cuda_graph, "save_every": run.save_every}
     options |= {"max_skipped_steps": run.max_skipped_steps, "min_loss_scale": run.min_loss_scale}
-    path.write_text(yaml.safe_dump(options, sort_keys=False))
+    checkpoint.write(path, lambda file: file.write(yaml.safe_dump(options, sort_keys=False).encode()))

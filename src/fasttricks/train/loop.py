@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 import math
 import random
 import time
 import warnings
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
 import numpy as np
@@ -16,36 +17,47 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.transforms import v2
 
 from .. import optim
-from ..models import build, names, xavier_
-from ..nn import zero_init_last
-from . import checkpoint
+from . import checkpoint, distributed, graph, parts
+from .average import Average
 from .checkpoint import CheckpointError
 from .clock import Clock
 from .data import Batch, DataWarning, Images, TrainSampler, ValSampler, loader
 from .distributed import World
-from .objective import Objective, keep_norms_in_fp32, load_teacher, logits_of
-from .recipe import DTYPES, MILESTONES, Recipe, Run
+from .errors import Interrupted, TrainingError
+from .faults import BadBatch
+from .objective import Objective
+from .recipe import DTYPES, Recipe, Run
 from .report import CsvLog
+from .sampling import PartialEpoch
+from .signals import Stop, leave_signals_to_the_trainer
+from .step import Step
 
 
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says why, and what was kept."""
+@dataclasses.dataclass
+class Partial:
+    """What this rank has done of the current epoch."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    loss: float = 0.0  # sum over the images
+    hits: int = 0
+    skipped: int = 0
+    in_a_row: int = 0  # steps skipped since the last one that was not
 
 
 class Trainer:
     """One run of a recipe on a training and a validation set.
 
-    Writes into ``run.out``: log.csv (a row per epoch), tensorboard/, last.pt (after every epoch) and best.pt (the epoch
-    of the best top-1 so far).
+    Writes to ``run.out``: log.csv (a row per epoch), tensorboard/, last.pt (after every epoch and every
+    ``run.save_every`` steps) and best.pt (the epoch with the best top-1).
 
     Raises:
-        TrainingError: the batch does not divide among the ranks, or training went wrong.
-        CheckpointError: ``run.resume`` is no checkpoint of this model and these classes.
+        TrainingError: the batch cannot be divided among the ranks, or training failed.
+        CheckpointError: ``run.resume`` is not a checkpoint of this model and these classes.
     """
 
     def __init__(self, recipe: Recipe, run: Run, train_set: Images, val_set: Images, world: World, console: Console):
@@ -53,162 +65,147 @@ class Trainer:
         self.device = world.device
         if recipe.batch_size % world.size or recipe.batch_size // world.size < 2:
             raise TrainingError(
-                f"batch {recipe.batch_size} does not divide into at least 2 images for each of "
+                f"batch {recipe.batch_size} cannot be divided into at least 2 images for each of "
                 f"{world.size} processes; give another --batch-size"
             )
-        local_batch = recipe.batch_size // world.size
+        self.local_batch = recipe.batch_size // world.size
         self.classes = train_set.classes
-
-        pin = self.device.type == "cuda"
-        self.train_sampler = TrainSampler(
-            train_set, world.size, world.rank, shuffle=True, seed=recipe.seed, drop_last=True
-        )
-        val_sampler = ValSampler(len(val_set), world.rank, world.size)
-        self.train_loader = loader(
-            train_set, self.train_sampler, local_batch, workers=run.workers, drop_last=True, pin=pin
-        )
-        self.val_loader = loader(
-            val_set, val_sampler, max(local_batch, 64), workers=run.workers, drop_last=False, pin=pin
-        )
-        self.steps_per_epoch = len(self.train_loader)
+        self._open_loaders(train_set, val_set)
         self.epoch = self.step = 0
+        self.partial = Partial()
         self.best_top1 = -1.0
         self.bad_files: set[str] = set()
 
-        # The same weights on every rank, then generators of its own for each.
+        # the same weights on all ranks, then other random numbers on each
         torch.manual_seed(recipe.seed)
-        self.model = self._build_model()
+        self.model = parts.model_of(recipe, len(self.classes), self.device)
+        if recipe.sync_bn and world.size > 1:
+            self.model = distributed.synchronised(self.model)
         self._seed(recipe.seed + world.rank)
-        self.optimizer = self._build_optimizer()
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._schedule())
+        self.optimizer = parts.optimizer_of(recipe, self.model)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, parts.schedule_of(recipe, self.steps_per_epoch)
+        )
         self.scaler = optim.LossScaler() if recipe.precision == "fp16" else None
         self.mixup = v2.MixUp(alpha=recipe.mixup, num_classes=len(self.classes)) if recipe.mixup > 0 else None
-        self.criterion = Objective(recipe.label_smoothing, recipe.temperature)
-        self.teacher = self._load_teacher(recipe.teacher) if recipe.teacher is not None else None
-        self.ema = self._average() if recipe.ema > 0 else None
+        self.ema = Average(self.model, recipe.ema) if recipe.ema > 0 else None
         self.clock = Clock(self.device)
+        # the host waits for the device when it looks at the loss
+        self.look_every = 1 if self.device.type == "cpu" else run.log_every
+        teacher = parts.teacher_of(recipe, self.classes, self.device)
         if run.resume is not None:
             self._restore(run.resume)
-        # After the weights are final: it hands rank 0's to the others.
-        self.replica: nn.Module = self.model
-        if world.size > 1:
+        replica: nn.Module = self.model
+        if world.size > 1:  # after _restore: it copies the weights of rank 0 to the others
             devices = [self.device.index] if self.device.type == "cuda" else None
-            self.replica = DistributedDataParallel(self.model, device_ids=devices)
+            replica = DistributedDataParallel(self.model, device_ids=devices)
+        self.training_step = Step(
+            torch.compile(replica) if run.compile else replica,
+            Objective(recipe.label_smoothing, recipe.temperature),
+            self.optimizer,
+            scaler=self.scaler,
+            teacher=teacher,
+            average=self.ema,
+            ranks=world.size > 1,
+            device=self.device,
+        )
+        self.training_step.mark = self.clock.end
+        self.graphed = self._graphed()
+
+    def _open_loaders(self, train_set: Images, val_set: Images) -> None:
+        recipe, run, world = self.recipe, self.run, self.world
+        pin = self.device.type == "cuda"
+        sampler = TrainSampler(train_set, world.size, world.rank, shuffle=True, seed=recipe.seed, drop_last=True)
+        per_step = self.local_batch * recipe.accumulate
+        self.steps_per_epoch = len(sampler) // per_step
+        if not self.steps_per_epoch:
+            raise TrainingError(
+                f"--batch-size {recipe.batch_size} with --accumulate {recipe.accumulate} takes "
+                f"{recipe.effective_batch} images per step; the training set has {len(train_set)}"
+            )
+        self.train_sampler = PartialEpoch(sampler, self.steps_per_epoch * per_step)
+        self.train_loader = loader(
+            train_set, self.train_sampler, self.local_batch, workers=run.workers, drop_last=True, pin=pin
+        )
+        val_sampler = ValSampler(len(val_set), world.rank, world.size)
+        self.val_loader = loader(
+            val_set, val_sampler, max(self.local_batch, 64), workers=run.workers, drop_last=False, pin=pin
+        )
+        for each in (self.train_loader, self.val_loader):
+            # its own generator: how often a loader draws from it depends on the number of workers
+            each.generator = torch.Generator()
+            each.worker_init_fn = leave_signals_to_the_trainer
+
+    def _graphed(self) -> graph.GraphedStep | None:
+        if self.run.cuda_graph is False or (self.run.cuda_graph is None and self.device.type != "cuda"):
+            return None
+        reason = graph.unsupported(self.device, self.world.size, self.optimizer)
+        if reason is not None:
+            self._say(f"no CUDA graph: {reason}")
+            return None
+        return graph.GraphedStep(self.training_step, graph.CUDARecorder(), self._say)
 
     @staticmethod
     def _seed(seed: int) -> None:
-        """Every generator that a transform or a model may draw from: torch's, numpy's and Python's."""
+        """Seeds the generators that transforms and models may use: those of torch, numpy and Python."""
         torch.manual_seed(seed)
-        np.random.seed(seed)  # noqa: NPY002  (its global generator is what transforms of others use)
+        np.random.seed(seed)  # noqa: NPY002  (transforms of other libraries use the global generator)
         random.seed(seed)
 
-    def _build_model(self) -> nn.Module:
-        recipe = self.recipe
-        try:
-            model = build(recipe.model, len(self.classes), width=recipe.width, fused=recipe.fused, aux_logits=True)
-        except (ValueError, ImportError) as error:
-            raise TrainingError(f"--model: {error}") from error
-        self._check_image_size(model)
-        if recipe.xavier and recipe.model not in names():  # own models start so by themselves
-            xavier_(model)
-        if recipe.zero_gamma:
-            try:
-                zero_init_last(model)
-            except ValueError as error:
-                raise TrainingError(f"--zero-gamma: {recipe.model}: {error}") from error
-        if recipe.precision != "fp32":
-            keep_norms_in_fp32(model, DTYPES[recipe.precision])
-        if recipe.channels_last:
-            model.to(memory_format=torch.channels_last)
-        return model.to(self.device)
-
-    def _check_image_size(self, model: nn.Module) -> None:
-        """A step without data: many models have a smallest image, and some only one size."""
-        size = self.recipe.image_size
-        try:
-            copy.deepcopy(model).to("meta").train()(torch.empty(2, 3, size, size, device="meta"))
-        except (RuntimeError, ValueError, AssertionError) as error:
-            raise TrainingError(
-                f"--model {self.recipe.model} does not take images of {size}x{size}: {error}"
-            ) from error
-
-    def _load_teacher(self, name: str) -> nn.Module:
-        try:
-            teacher = load_teacher(name, self.classes)
-        except (ValueError, ImportError, OSError) as error:
-            raise TrainingError(f"--teacher {name}: {error}") from error
-        if self.recipe.precision != "fp32":
-            keep_norms_in_fp32(teacher, DTYPES[self.recipe.precision])
-        if self.recipe.channels_last:
-            teacher.to(memory_format=torch.channels_last)
-        return teacher.to(self.device)
-
-    def _average(self) -> AveragedModel:
-        """The moving average of weights and running statistics, in fp32, in which small changes are not lost."""
-        decay = self.recipe.ema
-
-        def mean(average: Tensor, new: Tensor, steps: Tensor | int) -> Tensor:
-            # torch's own function would round the new weights to their half precision once more
-            return average.lerp(new.to(average.dtype), 1 - decay) if average.is_floating_point() else new
-
-        average = AveragedModel(self.model, avg_fn=mean, use_buffers=True)
-        average.module.float()
-        return average
-
-    def _build_optimizer(self) -> torch.optim.Optimizer:
-        recipe = self.recipe
-        groups = optim.param_groups(self.model, recipe.weight_decay, no_bias_decay=recipe.no_bias_decay)
-        lr = optim.linear_scaled_lr(recipe.lr, recipe.batch_size) if recipe.linear_lr else recipe.lr
-        options: dict[str, Any] = {"lr": lr, "momentum": recipe.momentum, "nesterov": recipe.nesterov}
-        if recipe.optimizer == "lars":
-            return optim.FusedLARS(groups, **options)
-        if recipe.fused or recipe.precision != "fp32":  # half weights need the masters of FusedSGD
-            return optim.FusedSGD(groups, **options)
-        return torch.optim.SGD(groups, **options)
-
-    def _schedule(self) -> Any:
-        recipe = self.recipe
-        total, warmup = recipe.epochs * self.steps_per_epoch, round(recipe.warmup_epochs * self.steps_per_epoch)
-        if recipe.schedule == "cosine":
-            return optim.warmup_cosine(warmup, total)
-        return optim.warmup_step(warmup, [int(total * fraction) for fraction in MILESTONES])
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        return float(self.scheduler.base_lrs[0]) * self.scheduler.lr_lambdas[0](step)
 
     def learning_rates(self) -> list[float]:
-        """The learning rate of each step of the whole run."""
-        factor, rate = self.scheduler.lr_lambdas[0], float(self.scheduler.base_lrs[0])
-        return [rate * factor(step) for step in range(self.recipe.epochs * self.steps_per_epoch)]
+        """The learning rates of all steps of the run."""
+        return [self.learning_rate(step) for step in range(self.recipe.epochs * self.steps_per_epoch)]
+
+    def check_output(self) -> None:
+        """Makes the output folder.
+
+        Raises:
+            CheckpointError: it cannot be written, or there is no space for the checkpoints.
+        """
+        size = checkpoint.size_of(self.model, self.recipe.precision != "fp32", self.ema is not None)
+        checkpoint.check_space(self.run.out, size)
 
     def fit(self) -> list[dict[str, Any]]:
-        """Train until ``recipe.epochs`` epochs are done. Returns the rows that went into log.csv.
+        """Trains until ``recipe.epochs`` epochs are done. Returns the new rows of log.csv.
 
         Raises:
             TrainingError: the loss or the weights are not finite, too many steps in a row were skipped, or the loss
-                scale collapsed. last.pt and best.pt stay those of the last good epoch.
+                scale collapsed. last.pt and best.pt are not overwritten.
+            Interrupted: SIGINT or SIGTERM arrived; last.pt holds the last step.
         """
         out, rows, started = self.run.out, [], time.perf_counter()
         log = tensorboard = None
         if self.world.first:
             log = CsvLog(out / "log.csv", self.epoch)
-            tensorboard = SummaryWriter(str(out / "tensorboard"), purge_step=self.step if self.epoch else None)
+            tensorboard = SummaryWriter(str(out / "tensorboard"), purge_step=self.step or None)
         try:
-            while self.epoch < self.recipe.epochs:
-                row = self.train_epoch(tensorboard)
-                if not checkpoint.all_finite(self.model):
-                    raise self._failure("a weight or a running statistic is not finite")
-                row |= self.validate()
-                self.epoch += 1
-                row["epoch"], row["bad_files"] = self.epoch, self._count_bad_files()
-                rows.append(row)
-                # The row first: if the process ends before the checkpoint is written, a resumed run drops it again.
-                if log:
-                    log.append(row)
-                self._save(row["val_top1"], row["val_loss"])
-                if tensorboard:
-                    for name, value in row.items():
-                        if name not in ("epoch", "step"):
-                            tensorboard.add_scalar(f"epoch/{name}", value, self.epoch)
-                    tensorboard.flush()
-                    self._print(row, self._remaining(len(rows), time.perf_counter() - started))
+            with Stop(self.world) as self.stop:
+                while self.epoch < self.recipe.epochs:
+                    row = self.train_epoch(tensorboard)
+                    if not checkpoint.all_finite(self.model):
+                        raise self._failure("a weight or a running statistic is not finite")
+                    row |= self.validate()
+                    self.epoch += 1
+                    self.partial = Partial()
+                    row["epoch"], row["bad_files"] = self.epoch, len(self._all_bad_files())
+                    rows.append(row)
+                    # The row comes first, and a resumed run drops it: without it, a process that ends between the two
+                    # would leave a checkpoint of an epoch that has no row.
+                    if log:
+                        log.append(row)
+                    self._save_epoch(row["val_top1"], row["val_loss"])
+                    if tensorboard:
+                        for name, value in row.items():
+                            if name not in ("epoch", "step"):
+                                tensorboard.add_scalar(f"epoch/{name}", value, self.epoch)
+                        tensorboard.flush()
+                        self._print(row, self._remaining(len(rows), time.perf_counter() - started))
+                    if self.epoch < self.recipe.epochs:
+                        self._stop_if_requested()
             if rows:
                 self._summarise(rows, time.perf_counter() - started)
         finally:
@@ -217,90 +214,108 @@ class Trainer:
         return rows
 
     def train_epoch(self, tensorboard: SummaryWriter | None) -> dict[str, Any]:
-        """One pass over the training set; returns its columns of the log."""
-        self.train_sampler.set_epoch(self.epoch)
-        self.replica.train()
-        # Sums stay on the device: loss, hits, images; steps skipped, skipped in a row; whether a loss was not finite.
-        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
-        skipped = torch.zeros((), dtype=torch.int64, device=self.device)
-        in_a_row, not_finite = skipped.clone(), torch.zeros((), dtype=torch.bool, device=self.device)
-        look_every = 1 if self.device.type == "cpu" else self.run.log_every
-        lr = self.scheduler.get_last_lr()[0]
-        started = time.perf_counter()
+        """One pass over the training set, or the rest of one; returns its columns of the log."""
+        recipe, done, accumulate = self.recipe, self.partial, self.recipe.accumulate
+        self.train_sampler.start(self.epoch, done.steps * self.local_batch * accumulate)
+        self.training_step.model.train()
+        images_per_step = self.local_batch * accumulate
+        # these stay on the device: sums of loss and hits, skipped steps, and those skipped in a row
+        loss_sum = torch.full((), done.loss, dtype=torch.float64, device=self.device)
+        hits_sum = torch.full((), done.hits, dtype=torch.int64, device=self.device)
+        skipped = torch.full((), done.skipped, dtype=torch.int64, device=self.device)
+        in_a_row = torch.full((), done.in_a_row, dtype=torch.int64, device=self.device)
+        bad_batch = BadBatch(every_step=self.look_every == 1)
+        started = time.perf_counter() - done.seconds
+        begun_at = done.steps
+
+        def account(steps: int) -> None:
+            self.partial = Partial(
+                steps, time.perf_counter() - started, loss_sum.item(), int(hits_sum), int(skipped), int(in_a_row)
+            )
+
         with self._progress() as progress:
-            task = progress.add_task("", total=self.steps_per_epoch, info="")
+            task = progress.add_task("", total=self.steps_per_epoch, completed=begun_at, info="")
+            received = (self._receive(batch) for batch in self.train_loader)
             self.clock.start()
-            for i, batch in enumerate(self.train_loader, 1):
-                images, labels = self._receive(batch)
+            for i, batches in enumerate(zip(*[received] * accumulate, strict=True), begun_at + 1):
                 self.clock.end("data")
-                lr = self.scheduler.get_last_lr()[0]
-                loss, logits = self._step(images, labels)
+                last, look = i == self.steps_per_epoch, i % self.look_every == 0 or i == self.steps_per_epoch
+                if self.graphed is not None:
+                    loss, hits = self.graphed(batches)
+                    self.clock.end("graph" if self.graphed.captured else "optimizer")
+                    bad_batch.look(self.step + 1, batches, loss)
+                    if look:
+                        self._check_loss(bad_batch)
+                else:
+                    loss, hits = self.training_step.gradients(batches)
+                    bad_batch.look(self.step + 1, batches, loss)
+                    if look:  # before the update: the weights that are kept are those that gave the loss
+                        self._check_loss(bad_batch)
+                    self.training_step.update()
+                self.scheduler.step()
                 self.step += 1
-                hits = (logits.argmax(1) == (labels if labels.ndim == 1 else labels.argmax(1))).sum()
-                sums += torch.stack([loss.double() * len(images), hits.double(), sums.new_tensor(len(images))])
-                not_finite |= ~torch.isfinite(loss)
+                loss_sum += loss.double() * images_per_step
+                hits_sum += hits
                 if self.scaler is not None:
                     overflow = self.scaler.found_inf > 0
                     skipped += overflow
                     in_a_row = torch.where(overflow, in_a_row + 1, 0)
-                if i % look_every == 0 or i == self.steps_per_epoch:
-                    self._check(bool(not_finite), int(in_a_row))
-                if self.world.first and (i % self.run.log_every == 0 or i == self.steps_per_epoch):
-                    speed = i * self.recipe.batch_size / (time.perf_counter() - started)
+                    if look:
+                        self._check_scale(int(in_a_row))
+                if self.world.first and (i % self.run.log_every == 0 or last):
+                    speed = (i - begun_at) * recipe.effective_batch / (time.perf_counter() - started - done.seconds)
                     progress.update(task, completed=i, info=f"loss {loss.item():.3f}  {speed:.0f} img/s")
                     if tensorboard:
                         tensorboard.add_scalar("step/loss", loss.item(), self.step)
-                        tensorboard.add_scalar("step/lr", lr, self.step)
+                        tensorboard.add_scalar("step/lr", self.learning_rate(self.step - 1), self.step)
                         if self.scaler is not None:
                             tensorboard.add_scalar("step/loss_scale", self.scaler.get_scale(), self.step)
+                due = self.run.save_every and self.step % self.run.save_every == 0
+                stop = self.stop.requested()
+                if due or stop:
+                    account(i)
+                    self._save()
+                if stop:
+                    raise self._interruption(stop)
                 self.clock.start()
-        seconds = time.perf_counter() - started
-        total_loss, hit, count = self.world.sum(sums).tolist()
+        account(self.steps_per_epoch)
+        self.clock.seconds()  # frees the events of the epoch
+        done = self.partial
+        totals = torch.tensor([done.loss, done.hits], dtype=torch.float64, device=self.device)
+        total_loss, hits_of_all = self.world.sum(totals).tolist()
+        count = self.steps_per_epoch * recipe.effective_batch
         return {
             "step": self.step,
-            "lr": lr,
+            "lr": self.learning_rate(self.step - 1),
             "train_loss": total_loss / count,
-            "train_top1": 100 * hit / count,
-            "img_per_s": count / seconds,
-            "train_seconds": seconds,
+            "train_top1": 100 * hits_of_all / count,
+            "img_per_s": count / done.seconds,
+            "train_seconds": done.seconds,
             "loss_scale": self.scaler.get_scale() if self.scaler is not None else 1.0,
-            "skipped_steps": int(skipped),
+            "skipped_steps": done.skipped,
         }
 
-    def _step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Forward, backward and update; returns the loss and the logits, detached, in fp32."""
-        self.optimizer.zero_grad(set_to_none=True)
-        outputs = self.replica(images)
-        taught = None
-        if self.teacher is not None:
-            with torch.no_grad():
-                taught = self.teacher(images)
-        loss = self.criterion(outputs, labels, taught)
-        self.clock.end("forward")
-        if self.scaler is None:
-            loss.backward()
-            self.clock.end("backward")
-            self.optimizer.step()
-        else:
-            self.scaler.scale(loss).backward()
-            self.clock.end("backward")
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        self.scheduler.step()
-        if self.ema is not None:
-            self.ema.update_parameters(self.model)
-        self.clock.end("optimizer")
-        return loss.detach(), logits_of(outputs).detach().float()
+    def _stop_if_requested(self) -> None:
+        if signal := self.stop.requested():
+            raise self._interruption(signal)
+
+    def _interruption(self, signal: int) -> Interrupted:
+        where = f"step {self.step}" if self.partial.steps else f"epoch {self.epoch}"
+        return Interrupted(
+            f"stopped by {Signals(signal).name} after {where}; the same command with --resume continues from "
+            f"{self.run.out / 'last.pt'}",
+            signal,
+        )
 
     def _receive(self, batch: Batch, training: bool = True) -> tuple[Tensor, Tensor]:
-        """Report the files that could not be read; images and labels on the device, mixed up in training."""
+        """Reports unreadable files; returns images and labels on the device, after mixup in training."""
         for fault in batch.bad:
             path = fault.partition(": ")[0]
             if path not in self.bad_files:
                 self.bad_files.add(path)
                 instead = "the next image takes its place" if training else "left out of the accuracy"
                 warnings.warn(f"cannot read {fault}; {instead}", DataWarning, stacklevel=2)
-        averaged = not training and self.ema is not None  # its weights are fp32
+        averaged = not training and self.ema is not None  # the averages are fp32
         dtype = torch.float32 if averaged else DTYPES[self.recipe.precision]
         images = batch.images.to(self.device, dtype, non_blocking=True)
         labels = batch.labels.to(self.device, non_blocking=True)
@@ -310,32 +325,51 @@ class Trainer:
             images, labels = self.mixup(images, labels)
         return images, labels
 
-    def _check(self, not_finite: bool, in_a_row: int) -> None:
-        """Stop if continuing is pointless. A forward pass that is not finite has entered the running statistics
-        already, so a smaller loss scale does not help; an overflow of the backward pass alone is skipped."""
-        if not_finite:
-            raise self._failure("the loss is not finite")
-        if self.scaler is None:
+    def _check_loss(self, bad_batch: BadBatch) -> None:
+        """Stops if the loss is not finite. A smaller loss scale would not help: the forward pass itself overflowed,
+        and the running statistics include it."""
+        if not bool(self.training_step.broken > 0):
             return
+        steps = [step for step, mine in self.world.gather((bad_batch.step, bad_batch.mine)) if mine]
+        step = min(steps, default=self.step + 1)
+        name = "not-finite.pt" if self.world.size == 1 else f"not-finite-{self.world.rank}.pt"
+        kept = ""
+        if bad_batch.mine:
+            bad_batch.save(
+                self.run.out / name,
+                epoch=self.epoch,
+                recipe=self.recipe.model_dump(),
+                classes=self.classes,
+                model=self.model.state_dict(),
+                loss_scale=self.scaler.get_scale() if self.scaler is not None else 1.0,
+            )
+            kept = f"; its batch and the weights are in {self.run.out / name}"
+        raise self._failure(f"the loss of step {step} is not finite{kept}", step)
+
+    def _check_scale(self, in_a_row: int) -> None:
+        """Stops if the loss scale cannot recover."""
+        assert self.scaler is not None
         if in_a_row >= self.run.max_skipped_steps:
-            raise self._failure(f"{in_a_row} steps in a row were skipped for gradients that are not finite")
+            raise self._failure(f"{in_a_row} steps in a row were skipped because gradients were not finite")
         scale = self.scaler.get_scale()
         if scale < self.run.min_loss_scale:
             raise self._failure(f"the loss scale fell to {scale:g}, below {self.run.min_loss_scale:g}")
 
-    def _failure(self, what: str) -> TrainingError:
-        kept = f"{self.run.out / 'last.pt'} holds epoch {self.epoch}" if self.epoch else "no epoch had ended yet"
+    def _failure(self, what: str, step: int | None = None) -> TrainingError:
+        step = self.step if step is None else step
+        last = self.run.out / "last.pt"
+        kept = f"{last} holds an earlier state" if last.exists() else "there is no checkpoint yet"
         return TrainingError(
-            f"{what} in epoch {self.epoch + 1}, step {self.step}, at learning rate "
-            f"{self.scheduler.get_last_lr()[0]:g}; {kept}. Try a smaller --lr or a longer --warmup-epochs"
+            f"{what} (epoch {self.epoch + 1}, step {step}, learning rate {self.learning_rate(max(step - 1, 0)):g}); "
+            f"{kept}. Try a smaller --lr or a longer --warmup-epochs"
             + (", or --precision fp32" if self.recipe.precision != "fp32" else "")
         )
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Loss, top-1 and top-5 (percent) over the validation images of all ranks; of the averaged weights if the
-        recipe keeps an average."""
-        self.world.broadcast(list(self.model.buffers()))  # running statistics: rank 0's are those that are saved
+        """Loss, top-1 and top-5 in percent over the validation images of all ranks, with the averaged weights if there
+        are any."""
+        self.world.broadcast(list(self.model.buffers()))  # the running statistics of rank 0 are those of checkpoints
         model: nn.Module = self.model
         if self.ema is not None:
             model = self.ema.module
@@ -352,18 +386,25 @@ class Trainer:
             sums += torch.stack([loss.double(), hits[:, 0].sum(), hits.sum(), sums.new_tensor(len(images))])
         loss_sum, top1, top5, count = self.world.sum(sums).tolist()
         if count == 0:
-            raise TrainingError("no image of the validation set can be read any more")
+            raise TrainingError("no image of the validation set can be read")
         return {"val_loss": loss_sum / count, "val_top1": 100 * top1 / count, "val_top5": 100 * top5 / count}
 
-    def _count_bad_files(self) -> int:
-        return len(set().union(*self.world.gather(self.bad_files)))
+    def _all_bad_files(self) -> set[str]:
+        return set().union(*self.world.gather(self.bad_files))
 
-    def _save(self, top1: float, loss: float) -> None:
-        """last.pt, and best.pt if this epoch is the best and its loss is a number."""
+    def _save_epoch(self, top1: float, loss: float) -> None:
+        """Writes last.pt after an epoch, and best.pt if the epoch is the best and its loss is finite."""
         better = math.isfinite(loss) and top1 > self.best_top1
         if better:
             self.best_top1 = top1
+        self._save(best=better)
+
+    def _save(self, best: bool = False) -> None:
+        """Writes last.pt, and best.pt before it: after a crash between the two, the epoch is repeated and both are
+        written again."""
         rng = self.world.gather(checkpoint.rng_state())
+        progress = self.world.gather(dataclasses.asdict(self.partial))
+        bad_files = sorted(self._all_bad_files())
         if not self.world.first:
             return
         state = {
@@ -378,17 +419,18 @@ class Trainer:
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict() if self.scaler is not None else None,
             "ema": self.ema.module.state_dict() if self.ema is not None else None,
-            "averaged_steps": int(self.ema.n_averaged) if self.ema is not None else 0,
+            "averaged_steps": self.ema.steps if self.ema is not None else 0,
+            "bad_files": bad_files,
             "rng": rng,
+            "progress": progress,
         }
-        checkpoint.save(self.run.out / "last.pt", state)
-        if better:
-            checkpoint.save(self.run.out / "best.pt", state)
+        for name in ("best.pt", "last.pt") if best else ("last.pt",):
+            checkpoint.save(self.run.out / name, state)
 
     def _restore(self, path: Path) -> None:
-        """Put everything back to the end of the checkpoint's epoch."""
+        """Restores the state of the run when the checkpoint was written."""
         state = checkpoint.load(path)
-        # A checkpoint of an earlier version lacks the newer fields, which are off by default.
+        # checkpoints of earlier versions lack newer fields, whose defaults turn them off
         mine, theirs = self.recipe.model_dump(), Recipe(**state["recipe"]).model_dump()
         for name in ("model", "width", "precision", "optimizer"):
             if mine[name] != theirs[name]:
@@ -409,21 +451,44 @@ class Trainer:
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
-            # A run that kept no average yet starts it from the checkpoint's weights.
+            # without an average in the checkpoint, it starts from the weights
             checkpoint.load_model(self.ema.module, state.get("ema") or state["model"], path)
-            self.ema.n_averaged.fill_(state.get("averaged_steps", 0))
+            self.ema.steps = state.get("averaged_steps", 0)
         self.epoch, self.step, self.best_top1 = state["epoch"], state["step"], state["best_top1"]
+        self.bad_files = set(state.get("bad_files", ()))
+        progress = [Partial(**each) for each in state.get("progress", [{}] * len(state["rng"]))]
+        self._restore_progress(progress, path, theirs)
         if len(state["rng"]) == self.world.size:
             checkpoint.set_rng_state(state["rng"][self.world.rank])
         else:
             self._say(
                 f"resuming {len(state['rng'])} processes with {self.world.size}: "
-                "not bit for bit what the uninterrupted run would give"
+                "the results will differ from those of the uninterrupted run"
             )
-        self._say(f"resumed {path} after epoch {self.epoch}")
+        steps = f" and {self.partial.steps} steps of the next" if self.partial.steps else ""
+        self._say(f"resumed {path} after epoch {self.epoch}{steps}")
+
+    def _restore_progress(self, progress: list[Partial], path: Path, theirs: dict[str, Any]) -> None:
+        """The position within the epoch, which must be one of this run's steps."""
+        if not progress[0].steps:
+            return
+        for name in ("batch_size", "accumulate", "seed"):
+            if getattr(self.recipe, name) != theirs[name]:
+                raise CheckpointError(
+                    f"--resume: {path} is in the middle of an epoch with {name} {theirs[name]}, this run has "
+                    f"{getattr(self.recipe, name)}; change it between epochs"
+                )
+        if len(progress) == self.world.size:
+            self.partial = progress[self.world.rank]
+            return
+        # another number of ranks: the first carries the sums of all
+        sums = {name: sum(getattr(each, name) for each in progress) for name in ("loss", "hits")}
+        if not self.world.first:
+            sums = dict.fromkeys(sums, 0)
+        self.partial = dataclasses.replace(progress[0], **sums)
 
     def _restore_optimizer(self, state: dict[str, Any]) -> None:
-        """Moments and masters from the checkpoint, the settings of this run (--lr, --momentum, ... given anew)."""
+        """Restores momentum and master weights, and keeps the settings of this run (--lr, --momentum, ...)."""
         names = ("initial_lr", "momentum", "nesterov", "weight_decay")
         settings = [{name: group[name] for name in names} for group in self.optimizer.param_groups]
         rates = list(self.scheduler.base_lrs)
@@ -448,14 +513,14 @@ class Trainer:
         )
 
     def _remaining(self, epochs: int, seconds: float) -> str:
-        """When the run will end, as ``epochs`` of it took ``seconds``."""
+        """An estimate of the remaining time, from ``epochs`` that took ``seconds``."""
         return _duration((self.recipe.epochs - self.epoch) * seconds / epochs)
 
     def _summarise(self, rows: list[dict[str, Any]], seconds: float) -> None:
-        """Where the time of this process went. On CUDA the host waits for data while the device computes."""
-        parts = self.clock.seconds()
+        """Prints the time of the parts of this process. On CUDA, the host waits for data while the device computes."""
+        spent_on = self.clock.seconds()
         training = sum(row["train_seconds"] for row in rows)
-        shares = ", ".join(f"{name} {100 * spent / training:.0f}%" for name, spent in parts.items())
+        shares = ", ".join(f"{name} {100 * spent / training:.0f}%" for name, spent in spent_on.items() if spent)
         self._say(
             f"{_duration(seconds)} for {len(rows)} epoch{'s' if len(rows) > 1 else ''}: training {_duration(training)} "
             f"({shares}), validation and checkpoints {_duration(seconds - training)}"

@@ -45,7 +45,8 @@ class Recipe(BaseModel):
     augment: Augment = "imagenet"
 
     epochs: int = Field(default=120, ge=1)
-    batch_size: int = Field(default=256, ge=1)  # over all ranks
+    batch_size: int = Field(default=256, ge=1)  # of one forward and backward pass, over all ranks
+    accumulate: int = Field(default=1, ge=1)  # passes per step
     optimizer: Literal["sgd", "lars"] = "sgd"
     lr: float = Field(default=0.1, gt=0, allow_inf_nan=False)  # for a batch of 256 if linear_lr is set
     momentum: float = Field(default=0.9, ge=0, lt=1)
@@ -64,8 +65,14 @@ class Recipe(BaseModel):
     temperature: float = Field(default=20.0, gt=0, allow_inf_nan=False)
     ema: float = Field(default=0.0, ge=0, lt=1)  # decay of the average per step; 0 keeps no average
     xavier: bool = True
+    sync_bn: bool = False
 
     seed: int = Field(default=0, ge=0)
+
+    @property
+    def effective_batch(self) -> int:
+        """Images per step."""
+        return self.batch_size * self.accumulate
 
 
 class Run(BaseModel):
@@ -79,6 +86,9 @@ class Run(BaseModel):
     resume: Path | None = None
     workers: int = Field(default=0, ge=0)
     device: str = "cpu"
+    compile: bool = False
+    cuda_graph: bool | None = None  # None: on CUDA, if possible
+    save_every: int | None = Field(default=None, ge=1)  # steps between checkpoints within an epoch
     log_every: int = Field(default=10, ge=1)  # steps between TensorBoard points and, on CUDA, checks of the loss
     max_skipped_steps: int = Field(default=30, ge=1)
     min_loss_scale: float = Field(default=2.0**-10, gt=0)
@@ -161,9 +171,10 @@ def resolve(
     if train_images < 2:
         raise RecipeError(f"the training set has {train_images} image(s); batch normalisation needs at least 2")
     if "batch_size" in given:
-        if asked.batch_size > train_images:
+        if asked.effective_batch > train_images:
+            times = f" with --accumulate {asked.accumulate}" if asked.accumulate > 1 else ""
             raise RecipeError(
-                f"--batch-size {asked.batch_size} is larger than the training set of {train_images} images: "
+                f"--batch-size {asked.batch_size}{times} is larger than the training set of {train_images} images: "
                 f"no step would run; give at most {train_images}"
             )
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 from collections.abc import Sequence
@@ -12,6 +13,8 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
+
+from . import checkpoint
 
 COLUMNS = (
     "epoch",
@@ -40,12 +43,11 @@ class CsvLog:
     def __init__(self, path: Path, epochs_done: int):
         # kept as text, so that resuming changes no digit; an incomplete last row is one of those that are dropped
         rows = _rows(path)[:epochs_done] if epochs_done and path.exists() else []
-        draft = path.with_name(f".{path.name}.new")
-        with draft.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
-        draft.replace(path)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+        checkpoint.write(path, lambda file: file.write(text.getvalue().encode()))
         self.path = path
 
     def append(self, row: dict[str, Any]) -> None:
@@ -178,9 +180,7 @@ def draw(runs: Sequence[Run], png: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend()
     png.parent.mkdir(parents=True, exist_ok=True)
-    draft = png.with_name(f".{png.name}.new")
-    figure.savefig(draft, format="png", dpi=120)
-    draft.replace(png)
+    checkpoint.write(png, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
 def report(folders: Sequence[Path], png: Path, console: Console) -> None:
