@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Callable
+import pickle
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -75,6 +76,19 @@ def assert_same(got: Course, want: Course, tolerance: float) -> None:
     assert relative_error(got.evaluated, want.evaluated) < tolerance
 
 
+def total_error(got: Iterable[torch.Tensor], want: Iterable[torch.Tensor]) -> float:
+    """The relative error of all values as one vector."""
+    return relative_error(torch.cat([t.flatten() for t in got]), torch.cat([t.flatten() for t in want]))
+
+
+def assert_close_in_float32(fused: nn.Module, plain: nn.Module, batches: list[torch.Tensor]) -> None:
+    """As assert_same, but rounding decides on which side of zero some inputs of ReLUs are, which of two is larger."""
+    got, want = train(fused, batches), train(plain, batches)
+    assert got.gradients.keys() == want.gradients.keys()
+    assert total_error(got.outputs, want.outputs) < 1e-2
+    assert total_error(got.gradients.values(), want.gradients.values()) < 0.1
+
+
 def twins(make: Callable[[], nn.Module]) -> tuple[nn.Module, nn.Module]:
     """A model in float64 that is fused, and the same one that is not; no two of its BatchNorm's channels are alike."""
     plain = make().double()
@@ -98,3 +112,16 @@ def saved_and_loaded(value: Any) -> Any:
     torch.save(value, file)
     file.seek(0)
     return torch.load(file, weights_only=isinstance(value, dict))
+
+
+def assert_survives_copies(fused: nn.Module, x: torch.Tensor) -> None:
+    """An evaluated model gives the same after deepcopy, pickle and torch.save, and is fused then or again."""
+    want = fused(x)
+    twin = copy.deepcopy(fused)
+    assert relative_error(twin(x), want) == 0
+    assert taken(twin, x) == taken(fused, x) > 0
+    for load in (lambda model: pickle.loads(pickle.dumps(model)), saved_and_loaded):
+        loaded = load(fused)
+        assert [type(m) for m in loaded.modules()] == [type(m) for m in fasttricks.unfuse(twin).modules()]
+        assert relative_error(loaded(x), want) < 1e-10
+        assert relative_error(fasttricks.fuse(loaded)(x), want) == 0

@@ -1,13 +1,27 @@
-"""fasttricks.fuse on every model of torchvision and timm with a BatchNorm: all counts, on the meta device."""
+"""fasttricks.fuse on every model of torchvision and timm with a BatchNorm.
+
+The pairs are counted on the meta device, at full size. Then each model trains on small images, fused and not.
+"""
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from census import census, counted
+from courses import (
+    Case,
+    assert_close_in_float32,
+    assert_same,
+    assert_survives_copies,
+    batches_of,
+    taken,
+    train,
+    twins,
+)
 from torch import nn
 
 import fasttricks
@@ -89,3 +103,56 @@ def test_all_of_timm() -> None:
     assert shares["bn_add_relu"] > 0.995, partly
     assert shares["avgpool_conv1x1"] >= 0.90, partly
     assert taken == fused
+
+
+# ---- each model's numbers ----
+
+# models of more parameters train in float32, so that two of them fit into memory
+MOST_IN_FLOAT64 = 150_000_000
+# batch and edge of the images: the first of these on which all statistics are of 16 values or more, or else the last
+BATCHES = ((4, 64), (4, 96), (16, 64), (4, 128), (16, 96), (16, 128))
+
+
+def names() -> list[str]:
+    of_torchvision = [f"torchvision/{name}" for name, _, _ in torchvision_models()]
+    return of_torchvision + [f"timm/{name}" for name, _, _ in timm_models()]
+
+
+def least_values(model: nn.Module, batch: int, edge: int) -> int:
+    """The least number of values that a BatchNorm's statistics are of; 0 if the model cannot take such images."""
+    counts = []
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    handles = [m.register_forward_pre_hook(lambda m, a: counts.append(a[0].numel() // a[0].shape[1])) for m in norms]
+    try:
+        model(torch.empty(batch, 3, edge, edge, device="meta"))
+    except (RuntimeError, ValueError, AssertionError):
+        return 0
+    finally:
+        for handle in handles:
+            handle.remove()
+    return min(counts)
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_model_trains_as_it_did(name: str) -> None:
+    def make() -> nn.Module:
+        return fasttricks.models.build(name, 5, fused=False)
+
+    model = on_meta(make)
+    if not fasttricks.fusions(fasttricks.fuse(model)).fused:
+        pytest.skip("no pairs")
+    batch, edge = next((size for size in BATCHES if least_values(model, *size) >= 16), BATCHES[-1])
+    case = Case(make, edge, batch)
+    batches = batches_of(case, 3)
+    fused, plain = twins(make)
+    pairs = len(fasttricks.fusions(fused).fused)
+    if sum(p.numel() for p in model.parameters()) > MOST_IN_FLOAT64:
+        fused, plain = fused.float(), plain.float()
+        batches = [x.float() for x in batches[:1]]
+        single = fused, plain
+    else:
+        single = copy.deepcopy(fused).float(), copy.deepcopy(plain).float()
+        assert_same(train(fused, batches), train(plain, batches), 1e-10)
+    assert_close_in_float32(*single, batches[:1])
+    assert taken(fused.train(), batches[0]) >= pairs
+    assert_survives_copies(fused.eval(), batches[0])
