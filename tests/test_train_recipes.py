@@ -25,6 +25,7 @@ def test_recipes_are_the_papers() -> None:
     assert recipe.linear_lr
     assert recipe.zero_gamma
     assert recipe.no_bias_decay
+    assert recipe.channels_last
     assert notes == []
     recipe, notes = resolve("baseline", "imagenet", {}, train_images=1_281_167, device="cuda")
     assert (recipe.batch_size, recipe.precision, recipe.lr, recipe.epochs) == (256, "fp32", 0.1, 120)
@@ -65,6 +66,7 @@ def test_small_data_and_cpus_change_the_recipe_and_say_so() -> None:
     assert recipe.precision == "fp32"
     assert len(notes) == 2
     assert "several times slower than fp32" in notes[1]
+    assert not recipe.channels_last
     recipe, notes = resolve("efficient", "imagenet", {"precision": "fp16"}, train_images=1000, device="cpu")
     assert recipe.precision == "fp16"
     with pytest.raises(RecipeError, match="no step would run"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +23,11 @@ class Average:
 
     def __init__(self, model: nn.Module, decay: float):
         self.module = copy.deepcopy(model).float().requires_grad_(False)
-        self.decay, self.steps = decay, 0
-        self._pairs = list(zip(_tensors(self.module), _tensors(model), strict=True))
+        self.model, self.decay, self.steps = model, decay, 0
+
+    @functools.cached_property
+    def _pairs(self) -> list[tuple[Tensor, Tensor]]:
+        return list(zip(_tensors(self.module), _tensors(self.model), strict=True))
 
     @torch.no_grad()
     def update(self) -> None:

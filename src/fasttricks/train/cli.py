@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     )
     what.add_argument("--width", type=int, help="channels of the first stage, for own models (64 for ResNet)")
     what.add_argument("--fused", action=switch, help="fused modules and optimizer, or eager ones")
-    what.add_argument("--channels-last", action=switch, help="NHWC instead of NCHW")
+    what.add_argument("--channels-last", action=switch, help="NHWC instead of NCHW (default: on CUDA)")
     what.add_argument("--image-size", type=int, help="edge of the images in pixels")
     what.add_argument("--augment", choices=["imagenet", "digits"])
     what.add_argument("--epochs", type=int)

@@ -87,6 +87,8 @@ class Trainer:
             self.optimizer, parts.schedule_of(recipe, self.steps_per_epoch)
         )
         self.scaler = optim.LossScaler() if recipe.precision == "fp16" else None
+        if self.scaler is not None:
+            self.scaler.scale(torch.zeros((), device=self.device))  # moves it to the device
         self.mixup = v2.MixUp(alpha=recipe.mixup, num_classes=len(self.classes)) if recipe.mixup > 0 else None
         self.ema = Average(self.model, recipe.ema) if recipe.ema > 0 else None
         self.clock = Clock(self.device)

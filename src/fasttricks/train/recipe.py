@@ -187,6 +187,8 @@ def resolve(
                 changes["lr"] = asked.lr * batch / asked.batch_size
                 note += f" and the learning rate in proportion, {changes['lr']:g}"
             notes.append(note)
+    if device == "cuda" and "channels_last" not in given:
+        changes["channels_last"] = True  # tensor cores compute convolutions in this layout
     if device == "cpu" and asked.precision != "fp32" and "precision" not in given:
         changes["precision"] = "fp32"
         notes.append(
