@@ -85,19 +85,25 @@ def _one(value: Any) -> Any:
     return value[0] if isinstance(value, (tuple, list)) and len(set(value)) == 1 else value
 
 
-def _is_2x2(value: Value) -> bool:
+def _is_pool(value: Value) -> bool:
+    """Whether it is a 2x2 average pool."""
+    if value.function != "avg_pool2d":
+        return False
     names = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
     given = {**dict(zip(names, value.args[1:], strict=False)), **value.kwargs}
     sizes = (_one(given["kernel_size"]), _one(given.get("stride") or 2), _one(given.get("padding", 0)))
-    return value.function == "avg_pool2d" and sizes == (2, 2, 0) and given.get("divisor_override") is None
+    return sizes == (2, 2, 0) and given.get("divisor_override") is None
 
 
-def _is_1x1(value: Value) -> bool:
+def _is_conv(value: Value) -> bool:
+    """Whether it is a 1x1 convolution."""
+    if value.function != "conv2d":
+        return False
     names = ("bias", "stride", "padding", "dilation", "groups")
     given = {**dict(zip(names, value.args[2:], strict=False)), **value.kwargs}
     weight = given.get("weight", value.args[1] if len(value.args) > 1 else None)
     plain = (_one(given.get("stride", 1)), _one(given.get("padding", 0)), given.get("groups", 1))
-    return value.function == "conv2d" and tuple(weight.shape[2:]) == (1, 1) and plain in ((1, 0, 1), (1, "valid", 1))
+    return tuple(weight.shape[2:]) == (1, 1) and plain in ((1, 0, 1), (1, "valid", 1))
 
 
 def census(model: nn.Module, *inputs: Any) -> dict[str, list[set[str]]]:
@@ -119,8 +125,12 @@ def census(model: nn.Module, *inputs: Any) -> dict[str, list[set[str]]]:
                 if id(user) not in added:
                     found["bn_add_relu"].append(added.setdefault(id(user), set()))
                 added[id(user)].add(value.module)
-        elif value.function == "avg_pool2d" and _is_2x2(value) and user.function == "conv2d" and _is_1x1(user):
+        elif _is_pool(value) and _is_conv(user):
             found["avgpool_conv1x1"].append({user.module})
+        elif _is_conv(value) and _is_pool(user):
+            after = user.only_user()
+            if after is None or not _is_conv(after):  # else the pool is that convolution's
+                found["avgpool_conv1x1"].append({value.module})
     return found
 
 

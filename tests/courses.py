@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from cases import relative_error
 from census import counted
-from networks import pools_counted
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
@@ -102,9 +101,9 @@ def twins(make: Callable[[], nn.Module]) -> tuple[nn.Module, nn.Module]:
 
 def taken(model: nn.Module, x: torch.Tensor) -> int:
     """How many fused calls a forward makes."""
-    with counted() as counts, pools_counted() as pools:
+    with counted() as counts:
         model(x)
-    return sum(counts.values()) + len(pools)
+    return sum(counts.values())
 
 
 def saved_and_loaded(value: Any) -> Any:

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterator
-from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 
 import fasttricks
-from fasttricks.nn import run
 
 
 def torchvision_net() -> nn.Module:
@@ -52,20 +47,6 @@ def randomised(model: nn.Module) -> nn.Module:
             nn.init.normal_(module.weight, 1.0, 0.3)
             nn.init.normal_(module.bias, 0.0, 0.3)
     return model
-
-
-@contextlib.contextmanager
-def pools_counted() -> Iterator[list[int]]:
-    """A list that grows by one for each 1x1 convolution with a pool after it that runs as one op."""
-    calls: list[int] = []
-    op = run._commuted
-
-    def counting(*args: Any, **kwargs: Any) -> torch.Tensor:
-        calls.append(1)
-        return op(*args, **kwargs)
-
-    with mock.patch.object(run, "_commuted", counting):
-        yield calls
 
 
 def twins(model: nn.Module, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, nn.Module]:

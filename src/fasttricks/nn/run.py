@@ -198,15 +198,10 @@ def avgpool_conv1x1_of(conv: nn.Conv2d, x: torch.Tensor, ceil_mode: bool, min_el
     return avgpool_conv1x1(x, conv.weight, conv.bias, stride=2, ceil_mode=ceil_mode)
 
 
-# DenseNet's transitions pool after the convolution. Both are linear, so that the pool may come first: the convolution
-# then has a quarter of the pixels.
-_commuted = avgpool_conv1x1
-
-
 def conv1x1_avgpool_of_modules(
     pool: nn.AvgPool2d, conv: nn.Conv2d, x: torch.Tensor, min_elements: int = 0
 ) -> torch.Tensor:
-    """pool(conv(x)) of a 1x1 convolution and a 2x2 pool."""
+    """pool(conv(x)) of a 1x1 convolution and a 2x2 pool: both are linear, so the pool may come first."""
     if type(pool) is not nn.AvgPool2d and (x.shape[-2] % 2 or x.shape[-1] % 2):  # the op pads no edge with zeros
         return pool(conv(x))
     return conv1x1_avgpool_of(conv, x, pool.ceil_mode, min_elements)
@@ -216,7 +211,7 @@ def conv1x1_avgpool_of(conv: nn.Conv2d, x: torch.Tensor, ceil_mode: bool, min_el
     """avg_pool2d(conv(x), 2, ceil_mode=ceil_mode) of a 1x1 convolution."""
     if x.dim() != 4 or (min_elements and is_small(x, min_elements)):
         return F.avg_pool2d(conv(x), 2, ceil_mode=ceil_mode)
-    return _commuted(x, conv.weight, conv.bias, stride=2, ceil_mode=ceil_mode)
+    return avgpool_conv1x1(x, conv.weight, conv.bias, stride=2, ceil_mode=ceil_mode)
 
 
 def pooled_shape_of_module(pool: nn.AvgPool2d, x: torch.Tensor) -> torch.Size:
