@@ -1,5 +1,4 @@
-// The plan and the offsets of csrc/cuda/avgpool_conv1x1*: tests/test_cuda_avgpool_conv1x1.py compiles them with the
-// host's compiler, and the emulator's headers.
+// The launch plans and offsets of csrc/cuda/avgpool_conv1x1* for ctypes; see tests/test_cuda_avgpool_conv1x1.py.
 #include "cuda/avgpool_conv1x1_plan.h"
 
 #include <iterator>
@@ -23,6 +22,7 @@ AvgPoolShape shape_of(const int64_t* s) {
 }
 }  // namespace
 
+#pragma GCC visibility push(default)  // ctypes finds them
 extern "C" {
 
 int64_t avgpool_images_of(int64_t ho, int64_t wo) { return avgpool_images(ho, wo); }
@@ -47,8 +47,8 @@ int64_t avgpool_bias_splits_of(const int64_t* sizes, int64_t sm_count) {
   return avgpool_bias_splits(shape_of(sizes), int(sm_count));
 }
 
-// Of one pixel of the output and one channel: its window's corner in x in NHWC, in NCHW (the same for the pixel half a
-// vector further); its place in a gradient in NHWC, in NCHW. The first two without the channel.
+// Offsets for one pixel of the output and one channel: the corner of its window in x (NHWC; NCHW; NCHW as the first and
+// as the second half of a vector, all without the channel), and its element of dy (NHWC; NCHW).
 void avgpool_offsets_of(const int64_t* sizes, int64_t pixel, int64_t channel, int64_t* out) {
   const AvgPoolShape s = shape_of(sizes);
   const int q = int(pixel), c = int(channel);

@@ -7,6 +7,7 @@ import importlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
 import torch
 
 import fasttricks
-from fasttricks.backends import not_loaded
+from fasttricks.backends import namespaces, not_loaded
 
 # Triton's interpreter replaces its compiler for a whole process: there the suite runs on it alone
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -32,17 +33,29 @@ if not BACKENDS:  # without a backend every test would pass
     raise pytest.UsageError(f"no backend is there to test: {not_loaded}")
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The name of the backend that ops run on during this test; on a card, new tensors are on it."""
-    name, _, where = request.param.partition("-")
+@contextlib.contextmanager
+def run_on(choice: str) -> Iterator[str]:
+    """Context manager in which ops run on this element of BACKENDS; returns the name of the backend."""
+    name, _, where = choice.partition("-")
     if where == "emulated":
-        import emulated
-
-        emulated.load()
+        importlib.import_module("emulated").load()
     place = torch.device("cuda") if where == "on_card" else contextlib.nullcontext()
     with place, fasttricks.backend(name):
         yield name
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The name of the backend that ops run on during this test; on a card, new tensors are on it."""
+    with run_on(request.param) as name:
+        yield name
+
+
+@pytest.fixture(params=[name for name in BACKENDS if not name.startswith("reference")])
+def raw_ops(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """The namespace of the raw ops of each backend that has some: all but the reference."""
+    with run_on(request.param) as name:
+        yield getattr(torch.ops, namespaces[name])
 
 
 @pytest.fixture(autouse=True)

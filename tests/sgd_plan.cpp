@@ -1,8 +1,9 @@
-// csrc/cuda/sgd_plan.h for ctypes: tests/test_sgd_plan.py compiles it with the host's compiler.
+// csrc/cuda/sgd_plan.h for ctypes; see tests/test_sgd_plan.py.
 #include "cuda/sgd_plan.h"
 
 using namespace fasttricks::cuda;
 
+#pragma GCC visibility push(default)  // ctypes finds them
 extern "C" {
 
 int64_t sgd_block() { return kSgdBlock; }
@@ -17,8 +18,8 @@ void sgd_offsets(int64_t entries, int64_t groups, int64_t pointers, int64_t* out
   std::copy(std::begin(all), std::end(all), out);
 }
 
-// For each launch its numbers of entries, groups, blocks and bytes, its entries (5 numbers each) and its group starts.
-// Returns how many numbers there are; writes them if there is room.
+// Writes for each launch the counts of its entries, groups, blocks and bytes, then its entries (5 numbers each) and the
+// starts of its groups. Returns how many numbers there are, and writes nothing if they do not fit.
 int64_t sgd_plan_of(const int64_t* numels, const int64_t* keys, int64_t n, int64_t pointers, int64_t limit,
                     int64_t* out, int64_t room) {
   std::vector<SgdTensor> tensors(n);

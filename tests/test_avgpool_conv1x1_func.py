@@ -13,7 +13,6 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
-from fasttricks import backends
 from fasttricks.nn import AvgPoolConv1x1
 from fasttricks.ops.avgpool_conv1x1 import avgpool_conv1x1
 
@@ -121,45 +120,35 @@ def test_batched_gradients(backend: str) -> None:
     torch.testing.assert_close(*results)
 
 
-def raw(backend: str) -> Any:
-    return getattr(torch.ops, backends.namespaces[backend.split("-")[0]])
-
-
 @pytest.mark.parametrize("name", transforms())
-def test_torch_func_on_the_raw_op(backend: str, name: str) -> None:
+def test_torch_func_on_the_raw_op(raw_ops: Any, name: str) -> None:
     """torch takes the tangent of an op without a rule to be zero."""
-    if backend == "reference":
-        return  # it has no raw ops
     a = arguments()
 
     def op(x, weight, bias=None) -> torch.Tensor:
-        return raw(backend).avgpool_conv1x1_forward(x, weight, bias, 2, True)
+        return raw_ops.avgpool_conv1x1_forward(x, weight, bias, 2, True)
 
     ours, theirs = transforms()[name](op, a), transforms()[name](lambda *b: unfused(*b, ceil_mode=True), a)
     torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
-def test_forward_mode_on_the_raw_backward(backend: str, requires_grad: bool) -> None:
-    if backend == "reference":
-        return
+def test_forward_mode_on_the_raw_backward(raw_ops: Any, requires_grad: bool) -> None:
     x, weight, _ = arguments()
     dy, v = torch.randn(2, 4, 2, 2).double(), torch.randn_like(x)
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(x.clone().requires_grad_(requires_grad), v)
-        _, dweight, _ = raw(backend).avgpool_conv1x1_backward(dy, dual, weight, 2, False, False, True, False)
+        _, dweight, _ = raw_ops.avgpool_conv1x1_backward(dy, dual, weight, 2, False, False, True, False)
         tangent = forward_ad.unpack_dual(dweight).tangent
     want = torch.einsum("nohw,nchw->oc", dy, F.avg_pool2d(v, 2))
     assert tangent is not None
     torch.testing.assert_close(tangent[:, :, 0, 0], want)
 
 
-def test_raw_backward_can_be_differentiated(backend: str) -> None:
-    if backend == "reference":
-        return
+def test_raw_backward_can_be_differentiated(raw_ops: Any) -> None:
     x, weight, _ = arguments()
     dy = torch.randn(2, 4, 2, 2, dtype=torch.float64, requires_grad=True)
-    dx, dweight, _ = raw(backend).avgpool_conv1x1_backward(dy, x, weight.requires_grad_(), 2, False, True, True, False)
+    dx, dweight, _ = raw_ops.avgpool_conv1x1_backward(dy, x, weight.requires_grad_(), 2, False, True, True, False)
     ours = torch.autograd.grad(dx.pow(2).sum() + dweight.pow(2).sum(), (dy, weight))
     leaf = x.clone().requires_grad_()
     gradients = torch.autograd.grad(unfused(leaf, weight), (leaf, weight), dy, create_graph=True)

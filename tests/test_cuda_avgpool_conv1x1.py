@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import os
-import shlex
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
-HERE = Path(__file__).resolve().parent
-CSRC = HERE.parent / "csrc"
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("nothing of Triton is in it", allow_module_level=True)
 
-import emulated  # noqa: E402
+import emulated
 
-import fasttricks  # noqa: E402
+import fasttricks
 
 FORWARD, INPUT, WEIGHT = range(3)
 # multiprocessors, shared bytes of one and of a block (CUDA Programming Guide, "Compute Capabilities")
@@ -50,14 +46,9 @@ class SlabPlan:
 class Planner:
     """csrc/cuda/avgpool_conv1x1_plan.h, compiled for the host."""
 
-    def __init__(self, folder: Path, compiler: list[str]) -> None:
-        library = folder / "avgpool_conv1x1_plan.so"
-        flags = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", "-DCUDA_ON_CPU"]
-        flags += [f"-I{p}" for p in (HERE / "emulator/cuda_on_cpu", CSRC, CSRC / "cuda")]
-        flags += ["-Wno-unknown-pragmas", "-isystem", str(Path(torch.__file__).parent / "include")]
-        source = str(HERE / "avgpool_conv1x1_plan.cpp")
-        subprocess.run([*compiler, *flags, source, "-o", str(library)], check=True)
-        self.library = ctypes.CDLL(str(library))
+    def __init__(self) -> None:
+        source = Path(__file__).parent / "avgpool_conv1x1_plan.cpp"
+        self.library = ctypes.CDLL(str(emulated.Build(ops=(), sources=(source,), name="avgpool_conv1x1_plan").make()))
         self.library.avgpool_images_of.restype = self.library.avgpool_bias_splits_of.restype = ctypes.c_int64
 
     def _ask(self, name: str, sizes: tuple[int, ...], *more: int) -> list[int]:
@@ -86,8 +77,8 @@ class Planner:
 
 
 @pytest.fixture(scope="module")
-def planner(tmp_path_factory: pytest.TempPathFactory) -> Planner:
-    return Planner(tmp_path_factory.mktemp("plan"), shlex.split(os.environ.get("CXX", "g++")))
+def planner() -> Planner:
+    return Planner()
 
 
 def out_size(sizes: tuple[int, ...]) -> tuple[int, int]:

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import os
 import random
-import shlex
-import shutil
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import emulated
 import pytest
 import torch
 
 from fasttricks.optim import param_groups
 
-HERE = Path(__file__).resolve().parent
 LIMIT, OLD_LIMIT = 32764, 4096  # bytes of kernel parameters, from CUDA 12.1 on and before
 CHECK, STEP_FP32, STEP_HALF = 1, 4, 5  # pointers of an entry: gradient; parameter, momentum, count; master
 
@@ -43,11 +39,9 @@ class Launch:
 class Planner:
     """csrc/cuda/sgd_plan.h, compiled for the host."""
 
-    def __init__(self, folder: Path, compiler: list[str]) -> None:
-        library = folder / "sgd_plan.so"
-        flags = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", f"-I{HERE.parent / 'csrc'}"]
-        subprocess.run([*compiler, *flags, str(HERE / "sgd_plan.cpp"), "-o", str(library)], check=True)
-        self.library = ctypes.CDLL(str(library))
+    def __init__(self) -> None:
+        source = Path(__file__).parent / "sgd_plan.cpp"
+        self.library = ctypes.CDLL(str(emulated.Build(ops=(), sources=(source,), name="sgd_plan").make()))
         for name in ("sgd_block", "sgd_piece", "sgd_plan_of", "sgd_find_first"):
             getattr(self.library, name).restype = ctypes.c_int64
         self.block, self.piece = self.library.sgd_block(), self.library.sgd_piece()
@@ -79,11 +73,8 @@ class Planner:
 
 
 @pytest.fixture(scope="module")
-def planner(tmp_path_factory: pytest.TempPathFactory) -> Planner:
-    chosen = os.environ.get("CXX")
-    found = shlex.split(chosen) if chosen else [p for p in map(shutil.which, ("g++", "c++", "clang++")) if p][:1]
-    assert found, "no C++ compiler, which the package needs, too"
-    return Planner(tmp_path_factory.mktemp("planner"), found)
+def planner() -> Planner:
+    return Planner()
 
 
 def check(planner: Planner, numels: list[int], keys: list[int], pointers: int, limit: int) -> list[Launch]:
