@@ -1,9 +1,9 @@
-"""avgpool_conv1x1 against F.avg_pool2d + F.conv2d: forward and backward of ResNet-50-D's shortcuts, float32, batch 32.
+"""avgpool_conv1x1 against F.avg_pool2d + F.conv2d: forward and backward at ResNet-50-D's shortcuts, float32, batch 32.
 
     pytest benchmarks/bench_avgpool_conv1x1.py --benchmark-only -s
 
-Both sides run in turn in one process, so that a ratio compares like with like. It prints the best of the rounds, the
-ratio, and GFLOP/s of the three products (2 N H' W' C Cout each).
+Both sides run in turn in one process, so that ratios compare equal conditions. Prints the best round, the ratio, and
+GFLOP/s over the three products (2 N H' W' C Cout each).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def test_forward_backward(benchmark, c: int, o: int, size: int, layout: str) -> 
 
 
 def test_geometric_mean(benchmark) -> None:
-    """Records the mean of the ratios above; the timed function only computes it."""
+    """Records the mean of the ratios above; the time is that of computing it."""
     mean = benchmark(lambda: math.exp(sum(map(math.log, ratios.values())) / len(ratios)))
     benchmark.extra_info["geometric_mean"] = mean
     print(f"\ngeometric mean over {len(ratios)} cases: {mean:.2f}x eager")

@@ -2,9 +2,9 @@
 
     pytest benchmarks/bench_bn_relu.py --benchmark-only -s
 
-The shapes are those of ResNet-50's BatchNorms. All sides run in turn in one process, so that a ratio compares like with
-like. It prints the best of the rounds, the ratios, and the bytes that the formula needs (forward 3N or 4N, backward
-5N or 6N) over our time.
+The shapes are those of ResNet-50's BatchNorms. All sides run in turn in one process, so that ratios compare equal
+conditions. Prints the best round, the ratios, and the bytes of the formula (forward 3N or 4N, backward 5N or 6N) per
+second.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def measure(benchmark, c: int, size: int, layout: str, add: bool) -> None:
 
     def peers_round() -> tuple[tuple, dict]:
         for name, module in peers.items():
-            step(module, inputs, dy)  # every side's timed step follows one of its own: no side warms another's caches
+            step(module, inputs, dy)  # not timed: each timed step then finds the caches as its own side left them
             start = time.perf_counter()
             step(module, inputs, dy)
             times[name].append(time.perf_counter() - start)
@@ -90,7 +90,7 @@ def test_bn_add_relu(benchmark, c: int, size: int, layout: str) -> None:
 
 @pytest.mark.parametrize("peer", ratios)
 def test_geometric_mean(benchmark, peer: str) -> None:
-    """Records the mean of the ratios above; the timed function only computes it."""
+    """Records the mean of the ratios above; the time is that of computing it."""
     seen = ratios[peer]
     mean = benchmark(lambda: math.exp(sum(map(math.log, seen.values())) / len(seen)))
     benchmark.extra_info["geometric_mean"] = mean

@@ -1,9 +1,9 @@
-"""The host time of a call: ours against eager on tensors so small that the kernels take no time, with one thread.
+"""Host time per call: ours against eager on tiny tensors, whose kernels take next to no time, with one thread.
 
     python benchmarks/bench_host.py [--rounds 300]
 
-Ours and the peer run in turn in one process, a few calls each per round; printed are the smallest and the median time
-of a call over the rounds, and the ratios ours / peer (at most 1 is the aim).
+Ours and the peer run in turn in one process, a few calls each per round. Prints the smallest and the median time per
+call over the rounds, and the ratios ours / peer, which should be at most 1.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import fasttricks
 from fasttricks.nn import AvgPoolConv1x1, BatchNormAddReLU2d, BatchNormReLU2d
 from fasttricks.optim import FusedSGD, LossScaler
 
-CALLS = 10  # of one side before the other's turn
+CALLS = 10  # per side and round
 Call = Callable[[], object]
 
 
@@ -78,7 +78,7 @@ def optimizer_cases() -> Iterator[tuple[str, Call, Call]]:
     )
     ours, eager = FusedSGD(parameters(), **options), torch.optim.SGD(parameters(), fused=True, **options)
     scaler, grad_scaler = LossScaler(), torch.amp.GradScaler("cpu")
-    one = torch.ones(())  # of the first loss a scaler takes its device
+    one = torch.ones(())  # a scaler takes its device from the first loss
     scaler.scale(one), grad_scaler.scale(one)
 
     def scaled() -> None:
@@ -100,7 +100,7 @@ def per_call(call: Call) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="The host time of a call, ours against eager.")
+    parser = argparse.ArgumentParser(description="Host time per call, ours against eager.")
     parser.add_argument("--rounds", type=int, default=300)
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)

@@ -1,9 +1,9 @@
-"""Bytes kept for the backward pass, and the time of a step: fused, recomputed, eager and checkpointed.
+"""Bytes kept for the backward pass, and the time per step: fused, recomputed, eager and checkpointed.
 
     python benchmarks/bench_recompute.py [--image 160] [--batch 8] [--rounds 5]
 
-All take their steps in turn, round after round. Bytes are compared with eager; times with the fused model's of the same
-round, of which the median ratio is shown: other programs on the machine disturb it least.
+All models step in turn in every round. Bytes are compared with eager. Times are compared with the fused model in the
+same round; the median of these ratios is robust against other load on the machine.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ def kept_bytes(model: Callable[[Tensor], Tensor], x: Tensor) -> int:
 
 
 def in_segments(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """model with torch.utils.checkpoint around each quarter of its top-level children."""
+    """The model with torch.utils.checkpoint around each quarter of its top-level children."""
     children = (
         [*model.features, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), model.classifier]
         if hasattr(model, "features")
         else [*list(model.children())[:-1], nn.Flatten(), list(model.children())[-1]]
     )
     layers = nn.Sequential(*children)
-    for module in layers.modules():  # a segment must not change what the one before it returned
+    for module in layers.modules():  # a segment must not modify its input
         if isinstance(module, nn.ReLU):
             module.inplace = False
     return lambda x: checkpoint_sequential(layers, 4, x, use_reentrant=False)

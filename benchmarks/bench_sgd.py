@@ -1,7 +1,7 @@
-"""sgd_step on ResNet-50's tensors, compared with what it replaces and with the machine's copy bandwidth.
+"""sgd_step on ResNet-50's parameters, against torch's optimizers and the copy bandwidth of the machine.
 
-pytest benchmarks/bench_sgd.py                        each case, timed by pytest-benchmark
-pytest benchmarks/bench_sgd.py -s -k ratios           ratios from rounds that interleave all cases in one run
+pytest benchmarks/bench_sgd.py                        times each case with pytest-benchmark
+pytest benchmarks/bench_sgd.py -s -k ratios           prints ratios from rounds in which all cases run in turn
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def fused_fp32() -> Callable[[], None]:
 
 
 def eager_fp16() -> Callable[[], None]:
-    """The same as fused_fp16 by torch.optim.SGD(foreach=True) on fp32 masters, as an FP16_Optimizer does it."""
+    """As fused_fp16, with torch.optim.SGD(foreach=True) on fp32 masters, like Apex's FP16_Optimizer."""
     params = parameters(torch.float16)
     masters = [p.detach().float().requires_grad_() for p in params]
     optimizer = torch.optim.SGD(masters, lr=LR, momentum=MOMENTUM, weight_decay=DECAY, foreach=True)
@@ -86,7 +86,7 @@ def eager_fp16() -> Callable[[], None]:
 
 
 def in_place_fp16() -> Callable[[], None]:
-    """The same with hand-written foreach operations, in place in persistent buffers: about 70 bytes per parameter."""
+    """As fused_fp16, with foreach operations in place in persistent buffers: about 70 bytes per parameter."""
     params = parameters(torch.float16)
     masters = [p.detach().float() for p in params]
     buffers = [torch.zeros_like(m) for m in masters]
@@ -115,7 +115,7 @@ def torch_fused_fp32() -> Callable[[], None]:
 
 
 def copy() -> Callable[[], None]:
-    """A copy that moves as many bytes: half of them read, half written."""
+    """A copy that moves as many bytes as fused_fp16: half of them read, half written."""
     source, target = torch.ones(COUNT * BYTES // 8), torch.empty(COUNT * BYTES // 8)
     return lambda: target.copy_(source)
 
@@ -133,7 +133,7 @@ def test_case(benchmark: Callable[..., None], case: str) -> None:
 
 
 def ratios(rounds: int = 9) -> dict[str, float]:
-    """Median seconds of every case, from rounds in which each case runs once after the other."""
+    """Median seconds of every case, over rounds in which the cases run in turn."""
     torch.set_num_threads(2)
     runs = {name: make() for name, make in CASES.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}

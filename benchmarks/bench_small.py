@@ -1,9 +1,9 @@
-"""A training step of one residual block, fused and not, at tensors so small that the calls themselves are the cost.
+"""A training step of one residual block, fused and unfused, on small tensors, where the cost of calls dominates.
 
     pytest benchmarks/bench_small.py --benchmark-only -s
 
-The block is torchvision's BasicBlock in float32, with one thread. Both sides run in turn in one process, so that a
-ratio is of one machine state; printed is the median over the rounds of fused over unfused: below 1 fusing pays.
+The block is torchvision's BasicBlock in float32, with one thread. Both sides run in turn in one process. Prints the
+median over the rounds of fused / unfused: below 1, fusing is faster.
 """
 
 from __future__ import annotations

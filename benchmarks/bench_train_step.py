@@ -2,8 +2,8 @@
 
     pytest benchmarks/bench_train_step.py --benchmark-only -s
 
-Both networks start from the same weights and run in turn in one process; it prints the best of the rounds and the
-ratio. BATCH is what a step of some seconds allows on two cores.
+Both networks start from the same weights and run in turn in one process. Prints the best round and the ratio. With
+this BATCH a step takes some seconds on two cores.
 """
 
 from __future__ import annotations

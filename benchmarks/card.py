@@ -1,8 +1,8 @@
-"""Every op on a card, on each backend, compared with its peers; python benchmarks/card.py [--device cuda] [--out DIR].
+"""Every op on a GPU, on each backend, against its peers: python benchmarks/card.py [--device cuda] [--out DIR].
 
-A row is one case on one side: median milliseconds, how many times faster it is than eager torch, and, for sides
-with a byte formula, the fraction of the card's measured copy bandwidth. All sides of a case run in turn in each of the
-rounds, so that a ratio compares like with like. Writes DIR/<card>.json and DIR/<card>.png.
+A row is one case on one side: median milliseconds, the speedup over eager torch and, for sides with a formula of
+bytes, the fraction of the measured copy bandwidth. All sides of a case run in turn in every round, so that ratios
+compare equal conditions. Writes DIR/<card>.json and DIR/<card>.png.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Sides = dict[str, Callable[[], object]]
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured: (C, H = W) of ResNet-50's BatchNorms, (C, Cout, H = W) of ResNet-50-D's shortcuts."""
+    """Sizes to measure: (C, H = W) of ResNet-50's BatchNorms, (C, Cout, H = W) of ResNet-50-D's shortcuts."""
 
     batch: int
     bn: tuple[tuple[int, int], ...] = ((64, 112), (256, 56), (512, 28), (2048, 7))
@@ -40,7 +40,7 @@ class Sizes:
     image: int = 224
     copy_bytes: int = 1 << 30
     compiled: bool = True
-    seconds: float = 0.1  # of one measurement
+    seconds: float = 0.1  # per measurement
 
 
 SMOKE = Sizes(2, ((16, 7),), ((16, 32, 6),), step_batch=2, image=64, copy_bytes=1 << 22, compiled=False, seconds=1e-3)
@@ -57,7 +57,7 @@ class Row:
 
 
 def backends(device: torch.device) -> list[str]:
-    """Those with kernels for this device."""
+    """The backends with kernels for this device."""
     return [name for name in ("cuda", "triton", "cpu") if why_not(name, device) is None]
 
 
@@ -70,13 +70,13 @@ def on(backend: str, run: Callable[[], object]) -> Callable[[], object]:
 
 
 def median_seconds(sides: Sides, sizes: Sizes) -> dict[str, float]:
-    """Of every side, from rounds in which each runs once after the other."""
+    """Median seconds of every side, over rounds in which the sides run in turn."""
     seen: dict[str, list[float]] = {name: [] for name in sides}
     timers = {
         name: Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads()) for name, run in sides.items()
     }
     for timer in timers.values():
-        timer.timeit(2)  # compiles, and fills caches
+        timer.timeit(2)  # compiles and fills caches
     for _ in range(ROUNDS):
         for name, timer in timers.items():
             seen[name].append(timer.blocked_autorange(min_run_time=sizes.seconds).median)
@@ -84,13 +84,13 @@ def median_seconds(sides: Sides, sizes: Sizes) -> dict[str, float]:
 
 
 def copy_bandwidth(sizes: Sizes) -> float:
-    """Bytes per second that a copy larger than any cache reads and writes."""
+    """Bytes per second, read and written, of a copy larger than any cache."""
     source, target = torch.empty(2, sizes.copy_bytes, dtype=torch.uint8).unbind()
     return 2 * sizes.copy_bytes / median_seconds({"copy": lambda: target.copy_(source)}, sizes)["copy"]
 
 
 def gradients(run: Callable[..., torch.Tensor], leaves: list[torch.Tensor]) -> Callable[[], object]:
-    """Forward and backward of `run`."""
+    """A function that runs forward and backward of `run`."""
     dy = torch.randn_like(run(*leaves))
     return lambda: torch.autograd.grad(run(*leaves), leaves, dy)
 
@@ -118,12 +118,12 @@ def bn_cases(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Iterator
 
                 leaves = [x, weight, bias, *residual]
                 sides: Sides = {"eager": gradients(eager, leaves)}
-                if sizes.compiled and size == sizes.bn[-1][1]:  # a compile takes a quarter of a minute
+                if sizes.compiled and size == sizes.bn[-1][1]:  # compiling takes 15 seconds
                     sides["compiled"] = gradients(torch.compile(eager, dynamic=False), leaves)
                 for name in backends(device):
                     with fasttricks.backend(name):
                         sides[name] = on(name, gradients(ours, leaves))
-                # forward 3N, backward 5N; with residual 4N and 6N, and one bit per element, written once and read twice
+                # forward 3N, backward 5N; with residual 4N and 6N, and a mask bit per element written once, read twice
                 moved = (10 * x.element_size() + 3 / 8 if add else 8 * x.element_size()) * x.numel()
                 yield ("bn_add_relu" if add else "bn_relu"), f"{c}x{size}x{size} {layout} {dtype}", sides, moved
 
@@ -140,12 +140,12 @@ def avgpool_conv1x1_cases(
                 with fasttricks.backend(name):
                     sides[name] = on(name, gradients(fasttricks.avgpool_conv1x1, leaves))
             y = sizes.batch * out * (size // 2) ** 2
-            moved = (3 * x.numel() + 3 * y) * x.element_size()  # forward x, y; backward dy, x, dx and dy again
+            moved = (3 * x.numel() + 3 * y) * x.element_size()  # forward: x, y; backward: dy twice, x, dx
             yield "avgpool_conv1x1", f"{c}->{out} {size}x{size} {layout} {dtype}", sides, moved
 
 
 def sgd_cases(device: torch.device) -> Iterator[tuple[str, str, Sides, float]]:
-    """fp16 parameters of ResNet-50 with masters: check and step."""
+    """ResNet-50's parameters: check and step in fp16 with masters, step in fp32."""
     sides: Sides = {"eager": bench_sgd.eager_fp16(), "in place": bench_sgd.in_place_fp16()}
     for name in backends(device):
         sides[name] = on(name, bench_sgd.fused_fp16())
@@ -202,7 +202,7 @@ def measure(sizes: Sizes, device: torch.device) -> tuple[list[Row], float]:
 
 
 def draw(rows: list[Row], title: str, path: Path) -> None:
-    """A panel per op: each backend's speed against eager torch, by case."""
+    """Draws a panel per op: the speedup of each side over eager torch, by case."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -231,10 +231,10 @@ def draw(rows: list[Row], title: str, path: Path) -> None:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--device", default="cuda", help="cuda, or cpu to try this script out")
+    options.add_argument("--device", default="cuda", help="cuda, or cpu to try this script")
     options.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options.add_argument("--batch", type=int, default=256)
-    options.add_argument("--smoke", action="store_true", help="tiny sizes: whether everything runs, not how fast")
+    options.add_argument("--smoke", action="store_true", help="tiny sizes: checks that everything runs, not how fast")
     given = options.parse_args()
     device = torch.device(given.device)
     sizes = SMOKE if given.smoke else Sizes(given.batch)

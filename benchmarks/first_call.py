@@ -1,9 +1,9 @@
-"""What the first step of ResNet-50-D costs with the kernels in Triton: compiling, and loading from Triton's cache.
+"""The cost of the first step of ResNet-50-D with Triton: compiling kernels, or loading them from Triton's cache.
 
     PYTHONPATH=tests/static python benchmarks/first_call.py [--target 90]
 
-No card is needed: the launches of a training step (fp16, NHWC and NCHW, batch 256, 224 x 224) are recorded and
-compiled ahead of time, first with an empty cache, then with a full one. Written to results/first_call.json.
+Needs no GPU: records the launches of a training step (fp16, NHWC and NCHW, batch 256, 224 x 224) and compiles them
+ahead of time, with an empty cache and with a full one. Writes results/first_call.json.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import triton
 from fasttricks.kernels import avgpool_conv1x1, bn_relu
 
 LAYOUTS = {"NHWC": torch.channels_last, "NCHW": torch.contiguous_format}
-# channels and height (= width) of the BatchNorms, and of the shortcuts with a pool, to twice the channels
+# (channels, height = width) of the BatchNorms, and of the shortcuts with a pool, which double the channels
 BN = (
     (32, 112), (64, 112), (64, 56), (256, 56), (128, 56), (128, 28), (512, 28), (256, 28), (256, 14), (1024, 14),
     (512, 14), (512, 7), (2048, 7),
@@ -34,7 +34,7 @@ BATCH = 256
 
 
 def step(layout: torch.memory_format) -> None:
-    """The kernels of one training step, on meta tensors."""
+    """Runs the ops of one training step on meta tensors."""
     for channels, size in BN:
         x = aot.meta((BATCH, channels, size, size), torch.float16, layout)
         w, b = (torch.empty(channels, device="meta") for _ in range(2))
@@ -52,14 +52,14 @@ def step(layout: torch.memory_format) -> None:
 
 
 def variants(layout: torch.memory_format) -> list[Any]:
-    """The launches that Triton compiles once each: the default tiles only."""
+    """The launches to compile, without duplicates, with the default tiles."""
     with pytest.MonkeyPatch.context() as patch:
         return aot.taken_down(lambda: step(layout), patch, every_choice_of_tiles=False)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--target", type=int, default=90, help="compute capability of the card, such as 90")
+    parser.add_argument("--target", type=int, default=90, help="compute capability of the GPU, such as 90")
     target = parser.parse_args().target
 
     made: dict[str, Any] = {"triton": triton.__version__, "target": f"sm_{target}", "cores": os.cpu_count()}

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# On a machine with a card: builds, checks and measures everything in under 9 minutes, with no network.
+# Builds, tests and measures everything on a machine with a GPU, in under 9 minutes and without network.
 #   bash benchmarks/gpu.sh [OUT]        needs python3 (or $PYTHON) with torch, setuptools and pytest; nvcc
-# Writes OUT/<card>.json, OUT/<card>.png and OUT/log/*; OUT is benchmarks/results by default. A libfasttricks_cuda.so that is in
-# src/fasttricks/lib already (unpacked from a wheel) is taken as it is. Ends with 1 if any part failed; the later parts run all the same.
+# Writes OUT/<card>.json, OUT/<card>.png and OUT/log/*; OUT is benchmarks/results by default. If src/fasttricks/lib
+# already has a libfasttricks_cuda.so, say from a wheel, it is used. A failed part does not stop the later ones; the
+# exit status is then 1.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
@@ -24,7 +25,7 @@ part() { # part NAME SECONDS COMMAND...
 }
 
 arch=$("$python" -c 'import torch; print("{}.{}".format(*torch.cuda.get_device_capability()))') || {
-  echo "gpu.sh: $python has no torch that sees a card"
+  echo "gpu.sh: the torch of $python finds no GPU"
   exit 1
 }
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
@@ -33,13 +34,13 @@ if [ ! -e src/fasttricks/lib/libfasttricks_cuda.so ]; then
 fi
 "$python" -m fasttricks.info | tee "$out/log/info.txt"
 
-# the same tests as on the CPU, on the card's tensors, with each of its backends
+# the tests of the ops on CUDA tensors, with each backend
 ops="tests/test_bn_relu.py tests/test_avgpool_conv1x1.py tests/test_sgd.py tests/test_sgd_check.py tests/test_nn_batchnorm.py"
 part tests 150 "$python" -m pytest -q -x --maxfail=20 -k "on_card" -p no:cacheprovider $ops tests/test_optim_devices.py
 part triton 120 "$python" -m pytest -q --maxfail=20 -p no:cacheprovider tests/test_triton_*.py
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
 if [ -n "$sanitizer" ]; then
-  for check in memcheck racecheck synccheck; do # of our kernels: their mangled names hold the namespace
+  for check in memcheck racecheck synccheck; do # only our kernels: their mangled names contain the namespace
     part "$check" 45 "$sanitizer" --tool "$check" --kernel-name kns=fasttricks --error-exitcode 1 \
       "$python" tests/wheel_smoke.py cuda
   done

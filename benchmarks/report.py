@@ -1,12 +1,13 @@
-"""Condenses benchmark results, and writes the tables and pictures that README.md and docs/ show.
+"""Condenses benchmark results, and writes the tables and pictures of README.md and docs/.
 
-    python benchmarks/report.py RAW.json RESULT.json     condenses a pytest-benchmark file, then does the next two
-    python benchmarks/report.py                          rewrites the marked tables and draws the pictures again
-    python benchmarks/report.py --runs RUN...            first takes the curves of runs into results/digits.json
+    python benchmarks/report.py                          rewrites the tables and draws the pictures
+    python benchmarks/report.py RAW.json RESULT.json     the same, after condensing a pytest-benchmark file
+    python benchmarks/report.py --runs RUN...            the same, after storing the curves of runs in digits.json
 
-Kept for every case: the best time in milliseconds and the case's own figures (ratios to its peers, bytes or FLOP per
-second); for the machine: processor, cores, torch. A table is the text between ``<!-- NAME -->`` and ``<!-- /NAME -->``
-in a page; a picture carries the digest of the figures that it was drawn from, and tests/test_docs.py compares both.
+A condensed file has for each case the best time in milliseconds and the figures that the case recorded (ratios to its
+peers, bytes or FLOP per second), and for the machine the processor, the cores and torch's version. A table is the text
+between ``<!-- NAME -->`` and ``<!-- /NAME -->`` in a page. A picture contains the digest of the file that it was drawn
+from. tests/test_docs.py checks that both are up to date.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ BLUE, ORANGE, GREY = "#3b6fb6", "#e0882f", "#9a9a9a"
 
 
 class Comparison(NamedTuple):
-    """One op against one peer: how many times faster it is, by case."""
+    """The speedups of one op over one peer, by case."""
 
     op: str
     peer: str
@@ -58,7 +59,7 @@ def condense(raw: dict) -> dict:
 
 
 def condense_runs(folders: Sequence[Path]) -> dict:
-    """Loss and accuracy by epoch of each run, and its recipe; no times, which belong to one machine in one hour."""
+    """The recipe of each run, and its losses and accuracy by epoch; no times, which depend on the machine."""
     runs = {}
     for folder in folders:
         with (folder / "log.csv").open(newline="") as file:
@@ -129,7 +130,7 @@ def _times(value: float) -> str:
 
 
 def speed_table() -> str:
-    """Op, peer, geometric mean and range, one row per comparison; the machine above it."""
+    """The machine, and a row per comparison: op, peer, geometric mean and range."""
     result = load("cpu.json")
     machine = result["machine"]
     rows = []
@@ -146,7 +147,7 @@ def speed_table() -> str:
 
 
 def case_table() -> str:
-    """Every case of bn_relu, bn_add_relu and avgpool_conv1x1 with its time and its ratios."""
+    """Time and speedups for every case of bn_relu, bn_add_relu and avgpool_conv1x1."""
     rows = []
     for name, figures in load("cpu.json")["cases"].items():
         match = re.fullmatch(r"bench_\w+\.py::test_(bn_relu|bn_add_relu|forward_backward)\[(.+)-(NCHW|NHWC)\]", name)
@@ -168,7 +169,7 @@ def case_table() -> str:
 
 
 def traffic_table() -> str:
-    """Bytes moved by the kernels of CUDA and Triton over the bytes of the formulas, the range over the shapes."""
+    """Bytes moved by the CUDA and Triton kernels over those of the formulas: the range over the shapes."""
     seen: dict[str, dict[str, list[float]]] = {}
     launches: dict[str, dict[str, set[int]]] = {}
     for row in load("traffic.json"):
@@ -189,7 +190,7 @@ def traffic_table() -> str:
 
 
 def accuracy_table() -> str:
-    """The runs of results/digits.json, one column per run."""
+    """A column per run of results/digits.json."""
     runs = load("digits.json")
     recipes = [run["recipe"] for run in runs.values()]
 
@@ -211,7 +212,7 @@ TABLES = {"speed": speed_table, "cases": case_table, "traffic": traffic_table, "
 
 
 def rendered(page: str) -> str:
-    """The page with every marked table written anew."""
+    """The page with up-to-date tables."""
     for name, table in TABLES.items():
         marks = f"<!-- {name} -->", f"<!-- /{name} -->"
         if marks[0] in page:
@@ -227,7 +228,7 @@ def rendered(page: str) -> str:
 
 
 def draw_speed(figure: Any) -> None:
-    """A bar per op: speedup over eager torch, the geometric mean, with the range over the cases."""
+    """A bar per op: geometric mean of the speedup over eager torch, with the range over the cases."""
     shown = [c for c in comparisons(load("cpu.json")["cases"]) if "compile" not in c.peer]
     figure.set_size_inches(9, 3.6)
     axes = figure.subplots()
@@ -247,7 +248,7 @@ def draw_speed(figure: Any) -> None:
 
 
 def draw_cases(figure: Any) -> None:
-    """A panel per op, a pair of bars per shape: milliseconds of fasttricks and of eager torch, both layouts."""
+    """A panel per op with a pair of bars per case: milliseconds of fasttricks and of eager torch."""
     groups: dict[str, list[tuple[str, float, float]]] = {"bn_relu": [], "bn_add_relu": [], "avgpool_conv1x1": []}
     for name, figures in load("cpu.json")["cases"].items():
         match = re.fullmatch(r"bench_\w+\.py::test_(bn_relu|bn_add_relu|forward_backward)\[(.+)-(NCHW|NHWC)\]", name)
@@ -292,7 +293,7 @@ def draw_curves(figure: Any) -> None:
 
 
 class Picture(NamedTuple):
-    """A picture's result file and what draws it."""
+    """The result file of a picture, and the function that draws it."""
 
     result: str
     draw: Callable[[Any], None]

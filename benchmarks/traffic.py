@@ -1,19 +1,19 @@
-"""Bytes that the kernels move and their launches, without a card, next to the formulas: make bench-traffic.
+"""Bytes moved and launches of the CUDA and Triton kernels, without a GPU, against the formulas: make bench-traffic.
 
-The CUDA kernels run on the CPU in the emulator, those in Triton in its interpreter (a process of its own), and every
-load and store is counted (tests/emulator, tests/triton_meter.py). Written to results/traffic.json. The formulas, with N
-the bytes of an activation, E its elements, and reads = 1 where the planner keeps the tensor on the chip (one
-cooperative launch, of CUDA only), else 2:
+The CUDA kernels run in the emulator, the Triton kernels in Triton's interpreter (in a process of its own); both count
+every load and store (tests/emulator, tests/triton_meter.py). Writes results/traffic.json. The formulas, where N is the
+bytes of an activation, E its elements, and reads is 1 if the plan keeps x in shared memory (one cooperative launch,
+CUDA only), else 2:
 
     bn_relu      forward (reads + 1) N,  backward (2 reads + 1) N;  evaluation 2 N
     bn_add_relu  forward (reads + 2) N + E/8,  backward (2 reads + 2) N + reads E/8;  all gammas zero: forward 3 N + E/8
     sgd          step 22 per value (gradient 2, fp16 parameter 2 + 2, master 4 + 4, momentum 4 + 4), check 2; fp32: 20
-    avgpool      each tensor once: the least that any kernel could move. What blocks read again is meant for the L2
-                 cache; tests/test_cuda_avgpool_conv1x1.py and test_triton_avgpool_conv1x1.py have formulas with tiles
+    avgpool      each tensor once, a lower bound for any kernel. Tiles are read again, mostly from the L2 cache: see
+                 tests/test_cuda_avgpool_conv1x1.py and test_triton_avgpool_conv1x1.py for formulas with tiles
 
-The formulas exclude what is one number per channel or per tensor (parameters, statistics, partial sums, addresses). It
-is counted for CUDA. For Triton, whose many small programs read it again from the caches, it is reported separately.
-Batches are smaller than in training, so its share is larger.
+The formulas exclude numbers per channel and per tensor (parameters, statistics, partial sums, addresses). For CUDA the
+bytes moved include them. For Triton, whose many small programs read them again from the caches, they are in a column
+of their own. Their share is larger than in training, since batches are smaller.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ import torch
 
 EPS = 1e-5
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
-# shapes of ResNet-50 with fewer samples (and channels, for the interpreter): some exceed the shared memory of the
-# emulated card (4 multiprocessors), others do not
+# shapes of ResNet-50 with fewer samples (for the interpreter, also fewer channels); some of them exceed the shared
+# memory of the emulated GPU (4 multiprocessors)
 BN_SHAPES = {
     "cuda": ((4, 64, 56, 56), (8, 256, 28, 28), (16, 256, 14, 14), (32, 512, 7, 7), (64, 32, 7, 7)),
     "triton": ((1, 64, 28, 28), (1, 64, 14, 14), (2, 64, 7, 7)),
 }
-# channels, and height and width of two images
+# (channels, height = width) of two images
 AVGPOOL_CONV1X1_SHAPES = {"cuda": ((256, 56), (512, 28)), "triton": ((128, 28), (256, 14))}
-# the tensors of one bottleneck of ResNet-50's second stage
+# the parameters of a bottleneck in ResNet-50's second stage
 SGD_SHAPES = ((128, 512, 1, 1), (128,), (128,), (128, 128, 3, 3), (128,), (128,), (512, 128, 1, 1), (512,), (512,))
 
 
 @dataclass(frozen=True)
 class Moved:
-    """Bytes of the tensors of a formula; of the rest, where it is counted apart; launches, and cooperative ones."""
+    """bytes: of the tensors in the formula; rest: of others, if counted separately; cooperative: in one such launch."""
 
     bytes: int
     rest: int
@@ -62,7 +62,7 @@ class Row:
     formula: int
     rest: int
     launches: int
-    bounded: bool = True  # whether the formula is what a call should move, or only the least that any could
+    bounded: bool = True  # False: the formula is a lower bound
 
     @property
     def ratio(self) -> float:
@@ -70,7 +70,7 @@ class Row:
 
 
 class Cuda:
-    """The CUDA kernels in the emulator."""
+    """Runs the CUDA kernels in the emulator."""
 
     name = "cuda"
 
@@ -81,7 +81,7 @@ class Cuda:
         self.ops = torch.ops.fasttricks_emulated
 
     def measured(self, run: Callable[[], Any], *tensors: torch.Tensor) -> tuple[Any, Moved]:
-        """The result of `run`, and what it moved."""
+        """The result of `run`, and the bytes that it moved."""
         with self.library.metered() as meter:
             result = run()
         launches = meter.launches + meter.cooperative_launches
@@ -89,7 +89,7 @@ class Cuda:
 
 
 class Triton:
-    """The kernels in Triton's interpreter."""
+    """Runs the Triton kernels in Triton's interpreter."""
 
     name = "triton"
 
@@ -104,7 +104,7 @@ class Triton:
         self.ops = torch.ops.fasttricks_triton
 
     def measured(self, run: Callable[[], Any], *tensors: torch.Tensor) -> tuple[Any, Moved]:
-        """The result of `run`, and what it moved of `tensors` and of results no smaller than an eighth of the first."""
+        """The result of `run`, and the bytes moved of `tensors` and of results with >= numel/8 of the first one."""
         from triton_meter import metered
 
         with metered() as meter:
@@ -172,7 +172,7 @@ def sgd_rows(machine: Cuda | Triton) -> Iterator[Row]:
             ops.sgd_step(*lists, [len(SGD_SHAPES)], [lr], *tail)
 
         for name, run, each in (("sgd_check", check, check_bytes), ("sgd_step", step, step_bytes)):
-            run()  # the first call on these addresses writes Triton's table of them
+            run()  # the first call writes Triton's table of addresses
             _, moved = machine.measured(run, *params, *grads, *masters, *buffers)
             case = f"a bottleneck, {dtype_name(dtype)}"
             yield Row(machine.name, name, case, moved.bytes, each * count, moved.rest, moved.launches)
@@ -203,7 +203,7 @@ def avgpool_rows(machine: Cuda | Triton) -> Iterator[Row]:
 
 
 def rows() -> list[Row]:
-    """Those of CUDA, or in a process with TRITON_INTERPRET=1 those of Triton."""
+    """The rows of CUDA; with TRITON_INTERPRET=1, those of Triton."""
     machine = Triton() if os.environ.get("TRITON_INTERPRET") == "1" else Cuda()
     return [*bn_rows(machine), *sgd_rows(machine), *avgpool_rows(machine)]
 

@@ -1,4 +1,4 @@
-"""Shapes, layouts, dtypes and tolerances of the tests, one section per op; every backend runs the same ones."""
+"""Shapes, layouts, dtypes and tolerances that the tests of all backends share."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import torch
 
 from fasttricks import backends
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # an element then costs a thousand times as much
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # each element takes a thousand times as long
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float32, torch.float64, *HALF)
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 
 
 def relative_error(out: torch.Tensor, exact: np.ndarray | torch.Tensor) -> float:
-    """||out - exact|| / ||exact||, in the precision of `exact` or float64; of an exact zero, ||out||."""
+    """||out - exact|| / ||exact||, or ||out|| if exact is zero, in the dtype of a NumPy `exact`, else in float64."""
     want = exact if isinstance(exact, np.ndarray) else exact.detach().double().numpy()
     got = out.detach().double().numpy().astype(want.dtype)
     norm = np.sqrt((want**2).sum())
@@ -34,7 +34,7 @@ def allowed(torch_error: float, dtype: torch.dtype) -> float:
 
 
 def sums_in_float32() -> bool:
-    """Whether this test's backend sums float32 and half values in float32, as the kernels for cards do.
+    """Whether this test's backend sums float32 and half values in float32, as GPU kernels do.
 
     CPU kernels, torch's included, sum in float64, so torch's error is no bound for float32 sums that cancel.
     """
@@ -42,7 +42,7 @@ def sums_in_float32() -> bool:
 
 
 def triton_device() -> torch.device:
-    """The device on which Triton kernels run in this process; skips the calling module if none can."""
+    """The device on which this process runs Triton kernels; skips the calling module if there is none."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if reason := backends.why_not("triton", device):
         pytest.skip(f"triton: {reason}", allow_module_level=True)
@@ -50,9 +50,9 @@ def triton_device() -> torch.device:
 
 
 def fill_with(byte: int | None) -> None:
-    """Makes glibc's malloc fill new memory with this byte, or leave it as it is; other C libraries do not fill."""
+    """Makes glibc's malloc fill new memory with this byte; None: it does not. Other C libraries cannot."""
     if platform.libc_ver()[0] == "glibc":
-        M_PERTURB = -6  # as in malloc.h; the bytes are the complement of its value
+        M_PERTURB = -6  # from malloc.h; malloc fills with the complement of its argument
         ctypes.CDLL(None).mallopt(M_PERTURB, 0 if byte is None else ~byte & 0xFF)
 
 
@@ -60,8 +60,8 @@ def fill_with(byte: int | None) -> None:
 def poisoned_memory() -> Iterator[None]:
     """Context manager in which new tensors hold NaN (integers: their largest value), to expose unwritten elements.
 
-    torch does not fill the small results of the CPU library; malloc fills them with a byte that makes 3e38 in float32
-    and bfloat16, NaN in float16 and 1e306 in float64.
+    torch does not fill tensors that the CPU library allocates. malloc does, with a byte that gives 3e38 in float32 and
+    bfloat16, NaN in float16 and 1e306 in float64.
     """
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
@@ -77,7 +77,8 @@ def poisoned_memory() -> Iterator[None]:
 
 # ---- avgpool_conv1x1 ----
 
-# (N, C, H, W, Cout): odd sizes, channels that fill no register, one pixel rows and columns, sums longer than one block
+# (N, C, H, W, Cout): odd sizes, channels that do not fill a register, rows and columns of one pixel, sums over several
+# blocks
 AVGPOOL_CONV1X1_SHAPES = (
     (4, 3, 5, 4, 40),
     (3, 33, 7, 9, 65),
@@ -92,14 +93,14 @@ AVGPOOL_CONV1X1_MODES = ((1, False), (2, False), (2, True))
 
 
 def avgpool_conv1x1_fits(shape: tuple[int, ...], stride: int, ceil_mode: bool) -> bool:
-    """Whether the output has a pixel: floor drops a single row or column."""
+    """Whether the output has at least one pixel: without ceil_mode a single row or column is dropped."""
     return stride == 1 or ceil_mode or min(shape[2:4]) > 1
 
 
 def avgpool_conv1x1_exact(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dy: torch.Tensor, stride: int, ceil_mode: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """(y, dx, dweight, dbias) from the formulas, in numpy's long double (80 bits on x86): an oracle for float64 too."""
+    """(y, dx, dweight, dbias) by the formulas in NumPy's long double (80 bits on x86), exact enough for float64 too."""
 
     def long(t: torch.Tensor) -> np.ndarray:
         return t.detach().double().numpy().astype(np.longdouble)
@@ -109,7 +110,7 @@ def avgpool_conv1x1_exact(
 
     n, c, h, w = x.shape
     ho, wo = ((s + (stride - 1 if ceil_mode else 0)) // stride for s in (h, w))
-    # every pixel's window, and every window's number of pixels inside the image
+    # the window of each pixel, and how many pixels of each window lie inside the image
     rows, columns = np.arange(h) // stride, np.arange(w) // stride
     inside = (rows < ho)[:, None] & (columns < wo)[None, :]
     count = np.zeros((ho, wo), dtype=np.longdouble)
@@ -139,8 +140,7 @@ def avgpool_conv1x1_exact(
 
 # ---- bn_relu, bn_add_relu ----
 
-# (N, C, ...): channels of no register's size, one pixel, one row, slabs longer than one chunk of the reductions, 2 to 5
-# dimensions
+# (N, C, ...): channels that do not fill a register, one pixel, one row, several chunks per reduction, 2 to 5 dimensions
 BN_SHAPES = (
     (4, 6, 7, 9),
     (2, 65, 10, 10),

@@ -1,4 +1,4 @@
-"""Ground truth for `fasttricks.fuse`: the pairs of a model, found by watching the functions that a forward calls."""
+"""Ground truth for `fasttricks.fuse`: the pairs of a model, found from the functions that its forward pass calls."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Value:
 
 
 class _Watch(TorchFunctionMode):
-    """Which value each function reads; values live as long as the watch, so that no id is used twice."""
+    """Records which values each function reads. It keeps them alive, so that no id is reused."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class _Watch(TorchFunctionMode):
 
 
 def watch(model: nn.Module, *inputs: Any) -> list[Value]:
-    """The values of one forward, with the name of the innermost module that made each."""
+    """The values of one forward pass, each with the name of the innermost module that computed it."""
     watcher = _Watch()
     handles = []
     for name, module in model.named_modules():
@@ -107,9 +107,9 @@ def _is_conv(value: Value) -> bool:
 
 
 def census(model: nn.Module, *inputs: Any) -> dict[str, list[set[str]]]:
-    """Kind -> for each pair that runs, the module (the BatchNorm, or the convolution) whose call it is.
+    """For each op the pairs that it could replace, each as the names of modules that may call it.
 
-    An addition of the results of two BatchNorms is one pair, with either of them.
+    The module is the BatchNorm or the convolution; if the outputs of two BatchNorms are added, either one.
     """
     found: dict[str, list[set[str]]] = {"bn_relu": [], "bn_add_relu": [], "avgpool_conv1x1": []}
     added: dict[int, set[str]] = {}
@@ -136,7 +136,7 @@ def census(model: nn.Module, *inputs: Any) -> dict[str, list[set[str]]]:
 
 @contextlib.contextmanager
 def counted() -> Iterator[dict[str, int]]:
-    """How many calls of each fused op the modules and blocks made within this context."""
+    """Context manager that counts the calls of each fused op by modules and fused blocks."""
     counts = {"bn_relu": 0, "bn_add_relu": 0, "avgpool_conv1x1": 0}
 
     def counting_pools(*args: Any, **kwargs: Any) -> Any:

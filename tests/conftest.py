@@ -1,4 +1,4 @@
-"""The backends that this machine can test, as one fixture; every op's tests are written once and run on each."""
+"""The fixtures of the tests: those with `backend` run once on every backend that this machine can test."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-# the processes of `pytest -n` share the cores; tests of several threads set the thread count themselves
+# the processes of `pytest -n` share the cores; tests of threading set the number of threads themselves
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
@@ -20,7 +20,7 @@ import torch
 import fasttricks
 from fasttricks.backends import namespaces, not_loaded
 
-# Triton's interpreter replaces its compiler for a whole process: there the suite runs on it alone
+# Triton's interpreter replaces its compiler in the whole process, which then tests no other backend
 if os.environ.get("TRITON_INTERPRET") == "1":
     BACKENDS = ["triton"]
     importlib.import_module("triton_interpreter").correct()
@@ -29,8 +29,8 @@ else:
     if torch.cuda.is_available():
         BACKENDS += [f"{name}-on_card" for name in ("cuda", "triton", "reference")]
 BACKENDS = [name for name in BACKENDS if name not in not_loaded]
-if not BACKENDS:  # without a backend every test would pass
-    raise pytest.UsageError(f"no backend is there to test: {not_loaded}")
+if not BACKENDS:  # else no test would run, and the suite would pass
+    raise pytest.UsageError(f"no backend is loaded: {not_loaded}")
 
 
 @contextlib.contextmanager
@@ -60,7 +60,7 @@ def raw_ops(request: pytest.FixtureRequest) -> Iterator[Any]:
 
 @pytest.fixture(autouse=True)
 def _fresh_inputs(request: pytest.FixtureRequest) -> None:
-    """New random inputs on every run; the seed is printed with a failure, and --seed repeats it."""
+    """Seeds torch anew on every run; the report's header prints the seed, and --seed repeats it."""
     seed = request.config.getoption("--seed")
     torch.manual_seed(seed)
     request.node.user_properties.append(("seed", seed))
@@ -76,7 +76,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, default=torch.seed() % 2**31, help="seed of the random inputs")
 
 
-# files with tests of half a minute
+# files with tests that take half a minute
 LONGEST_FIRST = (
     "test_cuda_sass.py",
     "test_traffic.py",
@@ -90,7 +90,7 @@ LONGEST_FIRST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Starts with the longest tests, so that no process is left alone with one at the end."""
+    """Runs the longest tests first, so that no process is still busy with one at the end."""
     items.sort(key=lambda item: item.path.name not in LONGEST_FIRST)
 
 

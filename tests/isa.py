@@ -1,4 +1,4 @@
-"""Runs a file's tests on one instruction set of the CPU library, forced in a process of its own."""
+"""Runs the tests of a file in a process that forces one instruction set of the CPU library."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 
 def instruction_sets() -> list[str]:
-    """The instruction sets of this CPU; all other tests run on the last one."""
+    """The instruction sets that this CPU has, the best one last: all other tests run on it."""
     sets = ["generic"]
     if platform.machine().lower() in ("x86_64", "amd64"):
         best = torch.backends.cpu.get_cpu_capability()
@@ -22,7 +22,7 @@ def instruction_sets() -> list[str]:
 
 
 def run_on(isa: str, file: str, chosen: str, seed: int) -> None:
-    """The tests of `file` that the expression `chosen` names pass on `isa`; the library says that it ran it."""
+    """Asserts that the tests of `file` selected by `-k chosen` pass on `isa`, and that the library uses it."""
     env = dict(os.environ, FASTTRICKS_CPU_ISA=isa, FASTTRICKS_BACKEND="cpu")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file, "-k", chosen, f"--seed={seed}"]
     done = subprocess.run(command, cwd=Path(__file__).parent, env=env, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Small networks of the blocks of torchvision and timm, which `fasttricks.fuse` changes, and their unfused twins."""
+"""Small networks of torchvision's and timm's blocks, fused and unfused."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import fasttricks
 
 
 def torchvision_net() -> nn.Module:
-    """Blocks with and without a shortcut of their own."""
+    """Blocks with identity shortcuts and with convolutional ones."""
     resnet = pytest.importorskip("torchvision.models.resnet")
     shortcut = nn.Sequential(nn.Conv2d(6, 10, 1, 2, bias=False), nn.BatchNorm2d(10))
     return nn.Sequential(
@@ -25,13 +25,13 @@ def torchvision_net() -> nn.Module:
 def timm_net() -> nn.Module:
     """All three kinds of pairs, with the 2x2 pools of ResNet-D."""
     resnet = pytest.importorskip("timm.models.resnet")
-    # output_stride: images of a few pixels keep several at the end
+    # output_stride: small images keep several pixels up to the last stage
     options = {"stem_type": "deep", "stem_width": 6, "avg_down": True, "channels": (6, 6, 10, 10), "output_stride": 8}
     return resnet.ResNet(resnet.BasicBlock, (1, 1, 1, 1), num_classes=5, zero_init_last=False, **options)
 
 
 def synchronised_net() -> nn.Module:
-    """Every BatchNorm has its ReLU: torch's nn.SyncBatchNorm does not run on the CPU, the fused ops do."""
+    """Each BatchNorm is followed by a ReLU: unlike the fused ops, nn.SyncBatchNorm does not run on the CPU."""
     resnet = pytest.importorskip("torchvision.models.resnet")
     layers = pytest.importorskip("timm.layers")
     return nn.Sequential(
@@ -41,7 +41,7 @@ def synchronised_net() -> nn.Module:
 
 
 def randomised(model: nn.Module) -> nn.Module:
-    """No BatchNorm is as it starts, so that one that is left out is noticed."""
+    """Randomises the affine parameters of every BatchNorm, so that leaving one out changes the output."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.weight, 1.0, 0.3)
@@ -50,6 +50,6 @@ def randomised(model: nn.Module) -> nn.Module:
 
 
 def twins(model: nn.Module, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, nn.Module]:
-    """The model fused, and as it was."""
+    """(a fused copy of the randomised model, the model)."""
     plain = randomised(model).to(dtype)
     return fasttricks.fuse(copy.deepcopy(plain)), plain

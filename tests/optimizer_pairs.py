@@ -1,4 +1,4 @@
-"""The same parameters under FusedSGD and under torch.optim.SGD(foreach=False, fused=False)."""
+"""Equal parameters under FusedSGD and torch.optim.SGD(foreach=False, fused=False)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HAS_FMA = torch.backends.cpu.get_cpu_capability() != "DEFAULT"
 
 
 def make_params(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
-    """Of many kinds: matrices, channels-last filters, a slice, an empty one, a scalar."""
+    """Matrices, channels-last filters, a slice, an empty tensor, a scalar, a transposed matrix."""
     last = torch.channels_last
     made = [torch.randn(5, 3), torch.randn(7), torch.randn(4, 3, 3, 3).contiguous(memory_format=last)]
     made += [torch.randn(8, 9)[::2, 1:8], torch.randn(0, 3), torch.randn(()), torch.randn(6, 4).t()]
@@ -41,7 +41,7 @@ def same(mine: list[nn.Parameter], theirs: list[nn.Parameter], backend: str = "c
 
 
 class Pair:
-    """The same parameters under both optimizers."""
+    """Equal parameters under both optimizers, which receive equal gradients."""
 
     def __init__(self, make: Callable[[type, list[nn.Parameter]], Any] | None = None, **options: Any) -> None:
         self.mine = make_params()

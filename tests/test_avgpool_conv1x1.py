@@ -1,4 +1,4 @@
-"""avgpool_conv1x1: values and gradients of every backend against the formula; layouts, strides, edges, odd values."""
+"""avgpool_conv1x1: values and gradients against the formula; layouts, strides, windows at edges, special values."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def output_like(tensors, stride, ceil_mode) -> torch.Tensor:
 
 
 def check(tensors, dy, stride, ceil_mode, what: object) -> list[torch.Tensor]:
-    """Ours within twice torch's own error of the exact values; returns ours."""
+    """Asserts that the op errs at most twice as much as torch; returns its output and gradients."""
     exact = avgpool_conv1x1_exact(*tensors, dy, stride, ceil_mode)
     theirs = run(reference, tensors, dy, stride, ceil_mode)
     with poisoned_memory():
@@ -57,7 +57,7 @@ def check(tensors, dy, stride, ceil_mode, what: object) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", AVGPOOL_CONV1X1_SHAPES, ids=str)
-def test_values(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_values_and_gradients(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     for (stride, ceil_mode), layout in itertools.product(AVGPOOL_CONV1X1_MODES, LAYOUTS):
         if not avgpool_conv1x1_fits(shape, stride, ceil_mode):
             continue
@@ -71,8 +71,8 @@ def test_values(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> Non
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_one_channel_one_pixel(backend: str, dtype: torch.dtype) -> None:
-    """Sizes of one, on integers so small that every sum is exact in bfloat16: means of multiples of 4 are integers."""
+def test_one_channel_and_one_pixel_are_exact(backend: str, dtype: torch.dtype) -> None:
+    """Dimensions of size one. Small integers make every sum exact in bfloat16; means of multiples of 4 are integers."""
 
     def integers(t: torch.Tensor) -> torch.Tensor:
         return t.round().clamp(-3, 3)
@@ -90,8 +90,8 @@ def test_one_channel_one_pixel(backend: str, dtype: torch.dtype) -> None:
                     assert got.double().numpy().tolist() == want.astype("float64").tolist(), (name, shape, layout)
 
 
-def test_any_number_of_threads(backend: str) -> None:
-    """Few pixels are divided along the channels, few channels along the pixels: all the ways to divide the work."""
+def test_any_number_of_threads_gives_the_same_bits(backend: str) -> None:
+    """Work is divided along the pixels, or along the channels if there are few pixels."""
     before = torch.get_num_threads()
     large = () if backend == "triton" else ((1, 40, 30, 30, 20), (2, 300, 6, 6, 500))
     try:
@@ -108,8 +108,8 @@ def test_any_number_of_threads(backend: str) -> None:
         torch.set_num_threads(before)
 
 
-def test_windows_at_odd_edges(backend: str) -> None:
-    """Worked by hand: windows that overhang the edge are averaged over the pixels inside the image."""
+def test_windows_at_odd_edges_average_the_pixels_inside(backend: str) -> None:
+    """Windows that overhang the edge; the expected values were computed by hand."""
     x = torch.arange(25.0).reshape(1, 1, 5, 5).requires_grad_()
     one = torch.ones(1, 1, 1, 1)
     y = avgpool_conv1x1(x, one, ceil_mode=True)
@@ -149,7 +149,7 @@ def strided_inputs() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", sorted(strided_inputs()))
-def test_any_strides_of_x(backend: str, name: str) -> None:
+def test_any_strides_of_x_are_accepted(backend: str, name: str) -> None:
     x = strided_inputs()[name]
     tensors = [x, torch.randn(40, x.shape[1], 1, 1), torch.randn(40)]
     for stride, ceil_mode in AVGPOOL_CONV1X1_MODES:
@@ -158,8 +158,8 @@ def test_any_strides_of_x(backend: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_any_strides_of_dy(backend: str, layout: torch.memory_format) -> None:
-    """Gradients that arrive with stride 0, transposed, from a concatenation, or in the other layout."""
+def test_any_strides_of_dy_are_accepted(backend: str, layout: torch.memory_format) -> None:
+    """dy expanded, from a concatenation, transposed, in the other layout, or sliced."""
     tensors = draw((2, 6, 8, 8, 4), torch.float32, layout)
     other = LAYOUTS[layout is LAYOUTS[0]]
     losses = {
@@ -192,7 +192,7 @@ def weights() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", sorted(weights()))
-def test_any_strides_of_weight(backend: str, name: str) -> None:
+def test_any_strides_of_weight_are_accepted(backend: str, name: str) -> None:
     weight = weights()[name]
     tensors = [torch.randn(3, weight.shape[1], 6, 5), weight, torch.randn(12)]
     ours = check(tensors, output_like(tensors, 2, False), 2, False, name)
@@ -200,8 +200,8 @@ def test_any_strides_of_weight(backend: str, name: str) -> None:
         assert ours[2].stride() == weight.stride()
 
 
-def test_weight_grad_has_the_strides_of_weight(backend: str) -> None:
-    """Autograd then keeps it as it is, and DistributedDataParallel neither copies nor warns."""
+def test_weight_gradient_has_the_strides_of_weight(backend: str) -> None:
+    """Otherwise DistributedDataParallel copies the gradient and warns."""
     for layout in LAYOUTS:
         weight = torch.randn(8, 6, 1, 1).contiguous(memory_format=layout).requires_grad_()
         avgpool_conv1x1(torch.randn(2, 6, 4, 4).contiguous(memory_format=layout), weight).sum().backward()
@@ -210,7 +210,7 @@ def test_weight_grad_has_the_strides_of_weight(backend: str) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_empty_batch(backend: str, layout: torch.memory_format) -> None:
+def test_empty_batch_has_zero_gradients(backend: str, layout: torch.memory_format) -> None:
     x = torch.randn(0, 6, 4, 5).contiguous(memory_format=layout).requires_grad_()
     weight, bias = torch.randn(3, 6, 1, 1, requires_grad=True), torch.randn(3, requires_grad=True)
     with poisoned_memory():
@@ -225,9 +225,7 @@ def test_empty_batch(backend: str, layout: torch.memory_format) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_nan_and_infinity_go_where_they_go_in_torch(
-    backend: str, layout: torch.memory_format, dtype: torch.dtype
-) -> None:
+def test_nan_and_infinity_propagate_as_in_torch(backend: str, layout: torch.memory_format, dtype: torch.dtype) -> None:
     for special in (float("nan"), float("inf"), float("-inf")):
         tensors = draw((2, 37, 8, 8, 35), dtype, layout)
         tensors[0][0, 3, 2, 5] = special
@@ -240,8 +238,8 @@ def test_nan_and_infinity_go_where_they_go_in_torch(
             assert torch.equal(got[got.isinf()], want[want.isinf()]), name
 
 
-def test_half_between_pool_and_convolution(backend: str) -> None:
-    """The mean 1 + 2^-12 is no float16, but 1024 of it less 1024 is 0.25: tensor cores take it rounded."""
+def test_half_means_are_rounded_except_on_the_cpu(backend: str) -> None:
+    """The mean 1 + 2^-12 is not a float16: times 1024, minus 1024, it is 0.25, or 0 if rounded for tensor cores."""
     x = torch.ones(1, 2, 2, 2, dtype=torch.float16)
     x[0, 0, 0, 0] = 1 + 2**-10
     weight = torch.tensor([1024.0, -1024.0], dtype=torch.float16).reshape(1, 2, 1, 1)

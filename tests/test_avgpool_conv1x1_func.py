@@ -1,4 +1,4 @@
-"""avgpool_conv1x1 under torch.func, forward-mode AD, counters of flops and dynamic shapes, against its unfused form."""
+"""avgpool_conv1x1 under torch.func, forward-mode AD, FLOP counters, dynamic shapes and torch.jit.trace."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ def transforms() -> dict[str, Callable[[Op, tuple[torch.Tensor, ...]], object]]:
     def loss(op: Op) -> Callable[..., torch.Tensor]:
         return lambda *tensors: op(*tensors).pow(3).sum()
 
-    def ones(tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    def tangents(tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         return tuple(t.flip(0) for t in tensors)
 
     every = (0, 1, 2)
     return {
         "grad": lambda op, a: grad(loss(op), every)(*a),
         "vjp": lambda op, a: (lambda y, pull: (y, pull(y.sin())))(*vjp(op, *a)),
-        "jvp": lambda op, a: jvp(op, a, ones(a)),
-        "jvp of weight only": lambda op, a: jvp(lambda w: op(a[0], w, a[2]), (a[1],), (ones(a)[1],)),
-        "jvp of jvp": lambda op, a: jvp(lambda *b: jvp(loss(op), b, ones(a))[1], a, ones(a)),
+        "jvp": lambda op, a: jvp(op, a, tangents(a)),
+        "jvp of weight only": lambda op, a: jvp(lambda w: op(a[0], w, a[2]), (a[1],), (tangents(a)[1],)),
+        "jvp of jvp": lambda op, a: jvp(lambda *b: jvp(loss(op), b, tangents(a))[1], a, tangents(a)),
         "jacrev": lambda op, a: jacrev(op, every)(*a),
         "jacfwd": lambda op, a: jacfwd(op, every)(*a),
         "hessian": lambda op, a: hessian(loss(op), (1, 2))(*a),
@@ -56,7 +56,7 @@ def transforms() -> dict[str, Callable[[Op, tuple[torch.Tensor, ...]], object]]:
 
 @pytest.mark.parametrize(("stride", "ceil_mode"), AVGPOOL_CONV1X1_MODES)
 @pytest.mark.parametrize("name", transforms())
-def test_torch_func(backend: str, name: str, stride: int, ceil_mode: bool) -> None:
+def test_torch_func_equals_unfused(backend: str, name: str, stride: int, ceil_mode: bool) -> None:
     a = arguments()
     ours, theirs = (
         transforms()[name](lambda *tensors, op=op: op(*tensors, stride=stride, ceil_mode=ceil_mode), a)
@@ -65,7 +65,7 @@ def test_torch_func(backend: str, name: str, stride: int, ceil_mode: bool) -> No
     torch.testing.assert_close(ours, theirs)
 
 
-def test_torch_func_on_the_module(backend: str) -> None:
+def test_torch_func_on_the_module_equals_autograd(backend: str) -> None:
     x = torch.randn(2, 3, 6, 6)
     module = AvgPoolConv1x1(3, 4, bias=True)
     state = {k: v.detach() for k, v in module.named_parameters()}
@@ -75,8 +75,8 @@ def test_torch_func_on_the_module(backend: str) -> None:
         torch.testing.assert_close(gradients[name], parameter.grad)
 
 
-def test_forward_mode(backend: str) -> None:
-    """Dual numbers without torch.func; and reverse over forward, forward over reverse."""
+def test_forward_mode_equals_unfused(backend: str) -> None:
+    """Dual tensors without torch.func, with and without reverse mode over them."""
     x, weight, bias = arguments()
     v = torch.randn_like(x)
     for requires_grad in (False, True):
@@ -94,8 +94,8 @@ def test_forward_mode(backend: str) -> None:
     assert torch.autograd.gradcheck(avgpool_conv1x1, (x.requires_grad_(), weight, bias), check_forward_ad=True)
 
 
-def test_forward_over_reverse(backend: str) -> None:
-    """The graph is recorded before a level of forward-mode AD is entered, the gradient that arrives is dual."""
+def test_forward_over_reverse_equals_unfused(backend: str) -> None:
+    """The graph is recorded outside the forward-mode level; dy is a dual tensor."""
     x, weight, bias = arguments()
     tangents = []
     for op in (avgpool_conv1x1, unfused):
@@ -109,7 +109,7 @@ def test_forward_over_reverse(backend: str) -> None:
     torch.testing.assert_close(*tangents)
 
 
-def test_batched_gradients(backend: str) -> None:
+def test_batched_gradients_equal_unfused(backend: str) -> None:
     x, weight, bias = arguments()
     weight.requires_grad_()
     results = []
@@ -121,8 +121,8 @@ def test_batched_gradients(backend: str) -> None:
 
 
 @pytest.mark.parametrize("name", transforms())
-def test_torch_func_on_the_raw_op(raw_ops: Any, name: str) -> None:
-    """torch takes the tangent of an op without a rule to be zero."""
+def test_torch_func_on_the_raw_op_equals_unfused(raw_ops: Any, name: str) -> None:
+    """Without a rule of its own the op would have a zero tangent."""
     a = arguments()
 
     def op(x, weight, bias=None) -> torch.Tensor:
@@ -133,7 +133,7 @@ def test_torch_func_on_the_raw_op(raw_ops: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
-def test_forward_mode_on_the_raw_backward(raw_ops: Any, requires_grad: bool) -> None:
+def test_raw_backward_has_a_forward_mode_derivative(raw_ops: Any, requires_grad: bool) -> None:
     x, weight, _ = arguments()
     dy, v = torch.randn(2, 4, 2, 2).double(), torch.randn_like(x)
     with forward_ad.dual_level():
@@ -156,8 +156,7 @@ def test_raw_backward_can_be_differentiated(raw_ops: Any) -> None:
     torch.testing.assert_close(ours, theirs)
 
 
-def test_no_graph_of_what_needs_none(backend: str) -> None:
-    """Nothing is kept for the backward pass, and nothing hangs on to x."""
+def test_no_graph_is_recorded_if_no_input_requires_grad(backend: str) -> None:
     x, weight, bias = arguments()
     assert avgpool_conv1x1(x, weight, bias).grad_fn is None
     with torch.no_grad():
@@ -205,8 +204,8 @@ def test_dynamic_batch_sizes_compile_at_most_twice(backend: str) -> None:
         assert len(compiles) <= 2, dynamic
 
 
-def test_dynamic_sizes_of_images(backend: str) -> None:
-    """SymInt sizes through the fakes: aot_autograd traces forward and backward with them."""
+def test_dynamic_image_sizes_compile(backend: str) -> None:
+    """aot_autograd traces forward and backward with SymInt sizes."""
     torch._dynamo.reset()
     compiled = torch.compile(avgpool_conv1x1, fullgraph=True, dynamic=True, backend="aot_eager")
     for n, h, w in ((2, 6, 6), (3, 9, 7), (5, 12, 11)):
@@ -220,7 +219,7 @@ def test_dynamic_sizes_of_images(backend: str) -> None:
             torch.testing.assert_close(ours, theirs)
 
 
-def test_compiled_transforms(backend: str) -> None:
+def test_transforms_compile(backend: str) -> None:
     a = arguments()
     for name in ("grad", "jvp", "vmap"):
         torch._dynamo.reset()
@@ -228,8 +227,8 @@ def test_compiled_transforms(backend: str) -> None:
         torch.testing.assert_close(ours, transforms()[name](unfused, a))
 
 
-def test_the_traced_op_is_one_node(backend: str) -> None:
-    """torch.jit.trace, whose graph would hold a Python function and could not be saved."""
+def test_jit_trace_records_an_op_and_no_python_function(backend: str) -> None:
+    """A graph with a Python function could not be saved."""
     x, weight, bias = (t.detach() for t in arguments())
     traced = torch.jit.trace(lambda x: avgpool_conv1x1(x, weight, bias), x)
     torch.testing.assert_close(traced(x + 1), unfused(x + 1, weight, bias))

@@ -1,4 +1,4 @@
-"""avgpool_conv1x1 on the instruction sets that no other test runs on, each forced in a process of its own."""
+"""avgpool_conv1x1 on the other instruction sets of this CPU, each forced in a process of its own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from isa import instruction_sets, run_on
 
 @pytest.mark.long
 @pytest.mark.parametrize("isa", instruction_sets()[:-1])
-def test_values_on(isa: str, request: pytest.FixtureRequest) -> None:
+def test_values_on_instruction_set(isa: str, request: pytest.FixtureRequest) -> None:
     run_on(
         isa,
         "test_avgpool_conv1x1.py",

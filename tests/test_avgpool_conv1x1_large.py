@@ -1,4 +1,4 @@
-"""avgpool_conv1x1 on tensors whose elements a 32-bit number cannot count."""
+"""avgpool_conv1x1 on more than 2^31 elements."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ KERNELS = [
     (name, device)
     for device in DEVICES
     for name in ("cpu", "cuda", "triton")
-    if why_not(name, torch.device(device)) is None and (name, device) != ("triton", "cpu")  # interpreted: for hours
+    if why_not(name, torch.device(device)) is None and (name, device) != ("triton", "cpu")  # interpreted: hours
 ]
 
 
 def free(device: str) -> int:
-    """Bytes of memory."""
+    """Bytes of free memory."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -32,9 +32,9 @@ def free(device: str) -> int:
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize(("name", "device"), KERNELS)
 def test_more_than_2_to_the_31_elements(name: str, device: str, layout: torch.memory_format) -> None:
-    """The last sample lies past element 2^31 of x and dx; the others are zero, on the CPU never written pages."""
+    """The last sample lies beyond element 2^31 of x and dx. The others are zero, pages that the CPU never writes."""
     if free(device) < (needed := (8 if device == "cpu" else 16) << 30):
-        pytest.skip(f"needs {needed >> 30} GiB of free memory, {free(device) / 2**30:.1f} are there")
+        pytest.skip(f"needs {needed >> 30} GiB of free memory, has {free(device) / 2**30:.1f}")
     n, c, h, w = 33, 32, 1024, 2048
     assert n * c * h * w > 2**31
     with torch.device(device):

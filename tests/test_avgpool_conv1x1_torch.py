@@ -1,4 +1,4 @@
-"""avgpool_conv1x1 under autograd, torch.compile and autocast; the module."""
+"""avgpool_conv1x1 under autograd, torch.compile and autocast; AvgPoolConv1x1."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_gradcheck(backend: str, layout: torch.memory_format, stride: int, ceil_
     assert torch.autograd.gradgradcheck(op, arguments(layout=layout, **sizes), fast_mode=True)
 
 
-def test_only_the_gradients_that_are_asked_for(backend: str) -> None:
+def test_only_requested_gradients_are_computed(backend: str) -> None:
     for wanted in itertools.product((True, False), repeat=3):
         if not any(wanted):
             continue
@@ -56,8 +56,8 @@ def test_only_the_gradients_that_are_asked_for(backend: str) -> None:
                 assert ours.grad is None
 
 
-def test_gradient_penalty(backend: str) -> None:
-    """A loss on the gradient itself, as create_graph=True asks for it."""
+def test_gradient_penalty_equals_unfused(backend: str) -> None:
+    """A loss of the gradient, with create_graph=True."""
     tensors = arguments()
     losses = []
     for op in (avgpool_conv1x1, reference):
@@ -74,12 +74,12 @@ def test_saves_x_and_weight_and_no_pooled_tensor(backend: str) -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         avgpool_conv1x1(x, weight, bias)
     if backend == "reference":
-        assert any(t.shape == (2, 8, 4, 4) for t in saved)  # what the fused op spares
+        assert any(t.shape == (2, 8, 4, 4) for t in saved)  # the fused op does not keep it
     else:
         assert {t.data_ptr() for t in saved} == {x.data_ptr(), weight.data_ptr()}
 
 
-def test_no_grad_and_inference_mode(backend: str) -> None:
+def test_no_grad_and_inference_mode_need_no_graph(backend: str) -> None:
     tensors = arguments()
     want = reference(*tensors).detach()
     for mode in (torch.no_grad, torch.inference_mode):
@@ -93,7 +93,7 @@ def test_no_grad_and_inference_mode(backend: str) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_full_graph_compile(backend: str, layout: torch.memory_format) -> None:
+def test_full_graph_compile_equals_eager(backend: str, layout: torch.memory_format) -> None:
     module = AvgPoolConv1x1(3, 4, bias=True, ceil_mode=True)
     compiled = torch.compile(copy.deepcopy(module), fullgraph=True, backend="aot_eager")
     for h, w in ((6, 6), (7, 5)):
@@ -110,7 +110,7 @@ def test_full_graph_compile(backend: str, layout: torch.memory_format) -> None:
 
 
 def test_compiled_backward_runs_the_op(backend: str) -> None:
-    """Tracing must not record what create_graph=True runs, which is made of plain torch operations."""
+    """It does not run the differentiable torch operations of create_graph=True."""
     graphs: list[str] = []
 
     def keep(graph: torch.fx.GraphModule, _):
@@ -125,14 +125,14 @@ def test_compiled_backward_runs_the_op(backend: str) -> None:
         assert bool(re.search(r"fasttricks\w*\.avgpool_conv1x1", code)) == (backend != "reference")
 
 
-def test_meta_tensors(backend: str) -> None:
+def test_meta_tensors_have_shape_dtype_and_strides(backend: str) -> None:
     for layout in LAYOUTS:
         x = torch.randn(2, 3, 6, 8).contiguous(memory_format=layout)
         weight = torch.randn(5, 3, 1, 1)
         want = avgpool_conv1x1(x, weight, ceil_mode=True)
         got = avgpool_conv1x1(x.to("meta"), weight.to("meta"), ceil_mode=True)
         assert (got.shape, got.dtype) == (want.shape, want.dtype)
-        if backend != "reference":  # torch's own meta convolution takes other strides than its kernel
+        if backend != "reference":  # torch's meta convolution has other strides than its kernel
             assert got.stride() == want.stride()
 
 
@@ -140,8 +140,8 @@ def test_meta_tensors(backend: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast(backend: str, dtype: torch.dtype) -> None:
-    """As a convolution: everything in the autocast dtype, gradients in the dtype of the parameters."""
+def test_autocast_casts_as_a_convolution(backend: str, dtype: torch.dtype) -> None:
+    """Output in the autocast dtype, gradients in the dtypes of the parameters."""
     tensors = arguments(torch.float32)
     with torch.autocast("cpu", dtype):
         y = avgpool_conv1x1(*tensors)
@@ -151,9 +151,9 @@ def test_autocast(backend: str, dtype: torch.dtype) -> None:
     for t in tensors:
         assert t.grad is not None
         assert t.grad.dtype == torch.float32
-    with torch.autocast("cpu", dtype):  # half x from the layer before, float32 parameters
+    with torch.autocast("cpu", dtype):  # half x, float32 parameters
         assert avgpool_conv1x1(tensors[0].to(dtype), *tensors[1:]).dtype == dtype
-        assert avgpool_conv1x1(*arguments(torch.float64)).dtype == torch.float64  # torch leaves float64 alone
+        assert avgpool_conv1x1(*arguments(torch.float64)).dtype == torch.float64  # torch does not cast float64
     with torch.autocast("cpu", dtype, enabled=False):
         assert avgpool_conv1x1(*tensors).dtype == torch.float32
 
@@ -161,7 +161,7 @@ def test_autocast(backend: str, dtype: torch.dtype) -> None:
 # ---- the module ----
 
 
-def test_module_is_a_pool_and_a_convolution(backend: str) -> None:
+def test_module_equals_a_pool_and_a_convolution(backend: str) -> None:
     for bias, stride in itertools.product((False, True), (1, 2)):
         conv = nn.Conv2d(6, 9, 1, bias=bias)
         ours = AvgPoolConv1x1(6, 9, stride=stride, bias=bias)
@@ -172,7 +172,7 @@ def test_module_is_a_pool_and_a_convolution(backend: str) -> None:
         torch.testing.assert_close(ours(x), conv(F.avg_pool2d(x, 2) if stride == 2 else x))
 
 
-def test_module_starts_where_conv2d_starts() -> None:
+def test_module_is_initialised_as_conv2d() -> None:
     for bias in (False, True):
         torch.manual_seed(5)
         conv = nn.Conv2d(16, 24, 1, bias=bias)
@@ -181,7 +181,7 @@ def test_module_starts_where_conv2d_starts() -> None:
         assert all(torch.equal(a, b) for a, b in zip(conv.parameters(), ours.parameters(), strict=True))
 
 
-def test_module_repr_dtype_device() -> None:
+def test_module_has_repr_dtype_and_device() -> None:
     assert repr(AvgPoolConv1x1(3, 4)) == "AvgPoolConv1x1(3, 4, stride=2, bias=False)"
     assert (
         repr(AvgPoolConv1x1(3, 4, stride=1, bias=True, ceil_mode=True))

@@ -1,4 +1,4 @@
-"""The benchmark of a card runs from end to end, at tiny sizes on the CPU; no speed is asserted."""
+"""The benchmarks for GPUs run from end to end at tiny sizes on the CPU; no speed is asserted."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
 @pytest.mark.long
-def test_card_benchmark_on_the_cpu(tmp_path: Path) -> None:
+def test_card_benchmark_runs_on_the_cpu(tmp_path: Path) -> None:
     command = [sys.executable, str(BENCHMARKS / "card.py"), "--device", "cpu", "--smoke", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "0"})
     assert done.returncode == 0, done.stderr
@@ -26,7 +26,7 @@ def test_card_benchmark_on_the_cpu(tmp_path: Path) -> None:
     assert (tmp_path / "cpu.png").stat().st_size > 10_000
 
 
-def test_gpu_script_without_a_card_says_so() -> None:
+def test_gpu_script_without_a_gpu_says_so() -> None:
     done = subprocess.run(
         ["bash", str(BENCHMARKS / "gpu.sh"), "/dev/null/never"],
         capture_output=True,
@@ -34,4 +34,4 @@ def test_gpu_script_without_a_card_says_so() -> None:
         env={**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""},
     )
     assert done.returncode == 1
-    assert "no torch that sees a card" in done.stdout
+    assert "finds no GPU" in done.stdout

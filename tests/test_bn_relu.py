@@ -1,4 +1,4 @@
-"""bn_relu and bn_add_relu: values and gradients against float64, layouts and edge cases, on each backend."""
+"""bn_relu and bn_add_relu: values and gradients against float64, layouts, statistics, special values."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def inputs(
 
     c = shape[1]
     weight = (0.5 + torch.rand(c)) * torch.where(torch.rand(c) < 0.5, -1, 1)
-    bias = torch.rand(c) - 0.5  # about half of y is positive, so that ||y|| measures every channel
+    bias = torch.rand(c) - 0.5  # about half of each channel of y is positive, so that ||y|| measures all channels
     return Inputs(dense(), dense() if residual else None, weight.to(weights), bias.to(weights), dense())
 
 
@@ -63,7 +63,7 @@ def ours(given: Inputs, **rest: object) -> tuple[torch.Tensor, list[torch.Tensor
 def unfused(
     given: Inputs, y: torch.Tensor, dtype: torch.dtype | None, stats: tuple | None = None, eps: float = 1e-5
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """torch's own ops in `dtype` (None: the inputs' own), the ReLU's mask taken from y."""
+    """torch's ops in `dtype` (None: that of the inputs), with the ReLU mask of y."""
     x, residual, weight, bias = given.leaves(dtype)
     mean, var = (None, None) if stats is None else (s.to(weight.dtype) if weight is not None else s for s in stats)
     z = F.batch_norm(x, mean, var, weight, bias, stats is None, 0.1, eps)
@@ -88,11 +88,11 @@ def check(given: Inputs, **rest: object) -> None:
         eps = torch.finfo(got.dtype).eps
         error, limit = relative_error(got, want), allowed(max(relative_error(peer, want), eps), got.dtype)
         if given.x.dtype == torch.float64:
-            limit = 1e-12  # the oracle is no more exact than torch's own float64
+            limit = 1e-12  # the exact values are float64 themselves
         elif name not in ("y", "dx"):
-            limit = max(limit, 2e-6)  # float32 sums of values that cancel; what cancels is as large as dy
+            limit = max(limit, 2e-6)  # float32 sums of values that cancel, each as large as dy
             error = float((got.double() - want).norm() / (want.norm() + given.dy.double().norm()))
-        elif name == "dx":  # with few values per channel nearly everything cancels, about a quarter of dy
+        elif name == "dx":  # with few values per channel nearly everything cancels: errors relative to dy / 4
             error = float((got.double() - want).norm() / torch.maximum(want.norm(), given.dy.double().norm() / 4))
         if name in ("y", "dx") and sums_in_float32():
             limit = max(limit, 32 * torch.finfo(torch.float32).eps)
@@ -121,7 +121,7 @@ def test_values_and_gradients(
 def test_evaluation_uses_constant_statistics(
     backend: str, layout: torch.memory_format, dtype: torch.dtype, residual: bool
 ) -> None:
-    """dx has no batch terms; dweight and dbias are those of the running statistics; the call repeats."""
+    """dx has no terms of the batch, dweight and dbias use the running statistics, a second call gives the same."""
     given = inputs((3, 7, 5, 6), layout, dtype, residual)
     wide = given.weight.dtype
     stats = {"running_mean": torch.randn(7).to(wide), "running_var": torch.rand(7).add(0.3).to(wide)}
@@ -133,8 +133,8 @@ def test_evaluation_uses_constant_statistics(
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_all_half_parameters(backend: str, dtype: torch.dtype) -> None:
-    """model.half(): weights, running statistics and their gradients are half; y is the dtype of x."""
+def test_half_parameters_and_running_statistics(backend: str, dtype: torch.dtype) -> None:
+    """As after model.half(): y, gradients and running statistics are half, too."""
     given = inputs((4, 6, 5, 5), torch.contiguous_format, dtype, True, half_weights=True)
     mean, var = torch.zeros(6, dtype=dtype), torch.ones(6, dtype=dtype)
     y, grads = ours(given, running_mean=mean, running_var=var)
@@ -159,11 +159,11 @@ def test_without_weight_or_bias(backend: str, weight: bool, bias: bool, shape: t
 @pytest.mark.parametrize("residual", [False, True], ids=["relu", "add_relu"])
 @pytest.mark.parametrize("zeros", ["all", "some"])
 def test_zero_gamma_is_exact(backend: str, layout: torch.memory_format, residual: bool, zeros: str) -> None:
-    """y = relu(bias + residual), dx is exactly zero, dweight is the full sum; no division by gamma anywhere."""
+    """y = relu(bias + residual), dx is exactly zero, dweight is not."""
     given = inputs((4, 6, 5, 7), layout, torch.float32, residual)
     gone = torch.ones(6, dtype=torch.bool) if zeros == "all" else torch.arange(6) % 2 == 0
     given.weight[gone] = 0
-    given.bias[gone] += 1  # else their y may be zero throughout
+    given.bias[gone] += 1  # else y may be zero in a whole channel
     with poisoned_memory():
         check(given)
         y, grads = ours(given)
@@ -171,11 +171,11 @@ def test_zero_gamma_is_exact(backend: str, layout: torch.memory_format, residual
     want = F.relu(shifted if given.residual is None else shifted + given.residual)
     assert torch.equal(y[:, gone], want[:, gone])
     assert (grads[0][:, gone] == 0).all()
-    assert (grads[-2][gone] != 0).any()  # dweight: else training could never leave zero
+    assert (grads[-2][gone] != 0).any()  # dweight: training can leave zero
 
 
-def test_zero_everything_has_zero_gradients(backend: str) -> None:
-    """gamma = beta = residual = 0: the ReLU is at zero, its gradient there is zero."""
+def test_zero_preactivations_have_zero_gradients(backend: str) -> None:
+    """gamma = beta = residual = 0: the gradient of the ReLU at zero is zero."""
     x = torch.randn(2, 3, 4, 4, requires_grad=True)
     weight, bias = torch.zeros(3, requires_grad=True), torch.zeros(3, requires_grad=True)
     y = bn_add_relu(x, torch.zeros_like(x), weight, bias)
@@ -184,8 +184,8 @@ def test_zero_everything_has_zero_gradients(backend: str) -> None:
         assert (g == 0).all()
 
 
-def test_negative_gamma(backend: str) -> None:
-    """The example of inplace_abn#92: gamma is used with its sign."""
+def test_negative_gamma_keeps_its_sign(backend: str) -> None:
+    """The example of inplace_abn issue 92, which used the absolute value of gamma."""
     stats = {"running_mean": torch.tensor([13.97]), "running_var": torch.tensor([313.7588])}
     y = bn_relu(
         torch.full((1, 1, 1, 1), -9.333), torch.tensor([-0.0059]), torch.tensor([0.1408]), training=False, **stats
@@ -196,7 +196,7 @@ def test_negative_gamma(backend: str) -> None:
 @pytest.mark.parametrize("layout", bn_layouts((0, 0, 0, 0)), ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("weight", [1.0, 0.0])
 def test_nan_passes_the_relu_and_its_gradient(backend: str, layout: torch.memory_format, weight: float) -> None:
-    """One NaN makes its channel NaN, forward and backward, and no other; also where gamma is zero."""
+    """One NaN makes its channel NaN, forward and backward, and no other channel, even if gamma is zero."""
     x = torch.randn(3, 4, 5, 5).contiguous(memory_format=layout)
     x[1, 2, 3, 4] = float("nan")
     x.requires_grad_()
@@ -209,8 +209,8 @@ def test_nan_passes_the_relu_and_its_gradient(backend: str, layout: torch.memory
     assert x.grad[:, others].isfinite().all()
 
 
-def test_the_relu_of_evaluation_is_torchs(backend: str) -> None:
-    """Values NaN, 0, -0, 1 and the gradient's mask 1, 0, 0, 1."""
+def test_relu_of_special_values_is_torchs(backend: str) -> None:
+    """Values NaN, 0, -0, 1 have the gradients 1, 0, 0, 1."""
     x = torch.tensor([float("nan"), 0.0, -0.0, 1.0]).view(4, 1, 1, 1).requires_grad_()
     for residual in (None, torch.zeros(4, 1, 1, 1)):
         rest = {"running_mean": torch.zeros(1), "running_var": torch.ones(1), "training": False, "eps": 0.0}
@@ -222,8 +222,8 @@ def test_the_relu_of_evaluation_is_torchs(backend: str) -> None:
 
 
 @pytest.mark.parametrize("layout", bn_layouts((0, 0, 0, 0)), ids=["nchw", "nhwc"])
-def test_the_mask_of_the_gradient_is_that_of_y(backend: str, layout: torch.memory_format) -> None:
-    """Half outputs that round to zero pass no gradient: bit for bit the mask of the stored y."""
+def test_gradient_mask_is_that_of_y(backend: str, layout: torch.memory_format) -> None:
+    """Half outputs that round to zero pass no gradient: the mask is that of y as it is stored."""
     x = (torch.randn(8, 5, 9, 9) * 1e-4).half().contiguous(memory_format=layout).requires_grad_()
     stats = {"running_mean": torch.zeros(5), "running_var": torch.ones(5), "training": False}
     weight = torch.full((5,), 3e-4)
@@ -237,8 +237,8 @@ def test_the_mask_of_the_gradient_is_that_of_y(backend: str, layout: torch.memor
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("shape", [(0, 4, 3, 3), (2, 4, 0, 3), (0, 4)])
 @pytest.mark.parametrize("residual", [False, True], ids=["relu", "add_relu"])
-def test_empty(backend: str, training: bool, shape: tuple[int, ...], residual: bool) -> None:
-    """The same empty shape, zero gradients of the parameters, running statistics that do not move."""
+def test_empty_input_has_zero_gradients(backend: str, training: bool, shape: tuple[int, ...], residual: bool) -> None:
+    """Outputs are empty, gradients of the parameters zero, running statistics unchanged."""
     given = inputs(shape, torch.contiguous_format, torch.float32, residual)
     stats = {"running_mean": torch.full((4,), 2.0), "running_var": torch.full((4,), 3.0)}
     y, grads = ours(given, training=training, **stats)
@@ -249,13 +249,13 @@ def test_empty(backend: str, training: bool, shape: tuple[int, ...], residual: b
     assert stats["running_var"].tolist() == [3] * 4
 
 
-def test_one_value_per_channel(backend: str) -> None:
-    """Refused in training, fine in evaluation; two values suffice."""
+def test_one_value_per_channel_is_refused_in_training(backend: str) -> None:
+    """It is accepted in evaluation; two values suffice in training."""
     with pytest.raises(ValueError, match=r"x has shape \(1, 4, 1, 1\): Expected more than 1 value per channel"):
         bn_relu(torch.randn(1, 4, 1, 1))
     for shape in ((1, 4, 1, 2), (2, 4, 1, 1)):
         x = torch.randn(shape)
-        # the two values may be close: their difference from a rounded mean is of few digits
+        # two close values differ from their rounded mean in few digits
         assert relative_error(bn_relu(x), F.relu(F.batch_norm(x.double(), None, None, None, None, True))) < 1e-3
     y = bn_relu(torch.randn(1, 4, 1, 1), running_mean=torch.zeros(4), running_var=torch.ones(4), training=False)
     assert y.isfinite().all()
@@ -263,8 +263,10 @@ def test_one_value_per_channel(backend: str) -> None:
 
 @pytest.mark.parametrize("layout", bn_layouts((0, 0, 0, 0)), ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_large_mean_small_deviation(backend: str, layout: torch.memory_format, dtype: torch.dtype) -> None:
-    """No E[x^2] - E[x]^2: mean 5, deviation 0.1 in half."""
+def test_large_mean_and_small_deviation_are_exact(
+    backend: str, layout: torch.memory_format, dtype: torch.dtype
+) -> None:
+    """E[x^2] - E[x]^2 would cancel: mean 5, deviation 0.1 in half."""
     x = (5 + 0.1 * torch.randn(2, 64, 32, 32)).to(dtype).contiguous(memory_format=layout)
     y = bn_relu(x, bias=torch.full((64,), 20.0))
     want = F.batch_norm(x.double(), None, None, None, None, True) + 20
@@ -273,8 +275,8 @@ def test_large_mean_small_deviation(backend: str, layout: torch.memory_format, d
 
 
 @pytest.mark.parametrize("layout", bn_layouts((0, 0, 0, 0)), ids=["nchw", "nhwc"])
-def test_cancellation_and_constant_channels(backend: str, layout: torch.memory_format) -> None:
-    """A mean of 1e4 against a deviation of 1; values that are all the same."""
+def test_large_means_and_constant_channels_do_not_cancel(backend: str, layout: torch.memory_format) -> None:
+    """A mean of 1e4 with a deviation of 1; channels with a single value."""
     x = (torch.randn(8, 4, 16, 16) + 1e4).contiguous(memory_format=layout)
     want = F.relu(F.batch_norm(x.double(), None, None, None, None, True))
     assert (bn_relu(x).double() - want).abs().max() < 1e-2
@@ -282,8 +284,8 @@ def test_cancellation_and_constant_channels(backend: str, layout: torch.memory_f
     assert y.abs().max() < 1e-3
 
 
-def test_half_range(backend: str) -> None:
-    """Sums of squares of 2.4e10, a running variance of 1e6 and a count past 65504 do not pass through half."""
+def test_half_inputs_do_not_overflow_the_sums(backend: str) -> None:
+    """A sum of squares of 2.4e10, a running variance of 1e6 and a count beyond 65504 are not rounded to half."""
     sign = torch.where(torch.rand(64, 1, 64, 64) < 0.5, -1.0, 1.0)
     sign.view(-1)[: sign.numel() // 2], sign.view(-1)[sign.numel() // 2 :] = 1.0, -1.0
     mean, var = torch.zeros(1), torch.ones(1)
@@ -298,7 +300,6 @@ def test_half_range(backend: str) -> None:
 @pytest.mark.parametrize("channels", [1, 3, 7, 65, 96, 127, 2049])
 @pytest.mark.parametrize("size", [1, 7, 10, 40])
 def test_nhwc_with_any_channel_count(channels: int, size: int) -> None:
-    """No count of channels is special."""
     n = 2 if channels * size * size > 1e6 else 4
     check(inputs((n, channels, size, size), torch.channels_last, torch.float32, False))
 
@@ -315,8 +316,10 @@ def test_nhwc_with_any_channel_count(channels: int, size: int) -> None:
 )
 @pytest.mark.parametrize("layout", bn_layouts((0, 0, 0, 0)), ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("residual", [False, True], ids=["relu", "add_relu"])
-def test_gradients_of_any_strides(backend: str, make: object, layout: torch.memory_format, residual: bool) -> None:
-    """dy of another layout, sliced, or of stride 0; dx keeps the layout of x."""
+def test_any_strides_of_dy_are_accepted(
+    backend: str, make: object, layout: torch.memory_format, residual: bool
+) -> None:
+    """dy expanded, from a concatenation, transposed or sliced; dx keeps the layout of x."""
     given = inputs((2, 6, 5, 4), layout, torch.float32, residual)
     other = torch.randn(2, 3, 5, 4)
     results = []
@@ -336,20 +339,20 @@ def test_gradients_of_any_strides(backend: str, make: object, layout: torch.memo
 
 @pytest.mark.parametrize("shape", [(2, 1, 4, 4), (2, 8, 1, 1), (1, 8, 5, 1)])
 @pytest.mark.parametrize("layout", bn_layouts((0, 0, 0, 0)), ids=["nchw", "nhwc"])
-def test_ambiguous_layouts(backend: str, shape: tuple[int, ...], layout: torch.memory_format) -> None:
-    """Tensors that are both layouts at once, on either side."""
+def test_ambiguous_layouts_are_accepted(backend: str, shape: tuple[int, ...], layout: torch.memory_format) -> None:
+    """Tensors that are contiguous in both layouts, as x and as residual."""
     given = inputs(shape, layout, torch.float32, True)
     given.residual = given.residual.contiguous(memory_format=torch.channels_last)
     y, grads = ours(given)
     exact, exact_grads = unfused(given, y, torch.float64)
     assert relative_error(y, exact) < 1e-5
     scale = (given.weight.abs() * (given.x.double().var((0, 2, 3), correction=0) + 1e-5).rsqrt()).max()
-    for got, want in zip(grads, exact_grads, strict=True):  # of two values per channel, dx is all cancellation
+    for got, want in zip(grads, exact_grads, strict=True):  # with two values per channel dx cancels entirely
         assert (got - want).norm() < 1e-5 * max(given.dy.norm() * max(scale, 1), want.norm())
 
 
 @pytest.mark.parametrize("residual", [False, True], ids=["relu", "add_relu"])
-def test_strided_inputs_are_copied_once_and_right(backend: str, residual: bool) -> None:
+def test_any_strides_of_x_are_accepted(backend: str, residual: bool) -> None:
     for x in (torch.randn(4, 5, 6, 7).transpose(2, 3), torch.randn(4, 12, 5, 5)[:, ::2], torch.randn(6, 5, 4, 4)[::2]):
         given = Inputs(
             x, torch.randn(x.shape) if residual else None, torch.randn(x.shape[1]), None, torch.randn(x.shape)
@@ -378,7 +381,7 @@ def test_same_bits_on_every_run_and_thread_count() -> None:
 
 @pytest.mark.parametrize("momentum", [0.1, 0.0, 1.0])
 @pytest.mark.parametrize("layout", bn_layouts((0, 0, 0, 0)), ids=["nchw", "nhwc"])
-def test_running_statistics(backend: str, momentum: float, layout: torch.memory_format) -> None:
+def test_running_statistics_equal_torch(backend: str, momentum: float, layout: torch.memory_format) -> None:
     x = (torch.randn(5, 6, 4, 3) * 3 + 7).contiguous(memory_format=layout)
     got = [torch.randn(6), torch.rand(6)]
     want = [t.double() for t in got]
@@ -391,7 +394,7 @@ def test_running_statistics(backend: str, momentum: float, layout: torch.memory_
 
 
 def test_running_variance_far_below_eps_is_kept() -> None:
-    """The variance itself is saved, not 1 / sqrt(var + eps): 1e-8 against an eps of 1e-5 keeps all its digits."""
+    """The op saves var, not 1 / sqrt(var + eps): a variance of 1e-8 keeps all digits under an eps of 1e-5."""
     x = 1e-4 * torch.randn(16, 3, 8, 8)
     var = torch.zeros(3)
     bn_relu(x, running_mean=torch.zeros(3), running_var=var, momentum=1.0)
@@ -399,7 +402,7 @@ def test_running_variance_far_below_eps_is_kept() -> None:
 
 
 def test_raw_update_of_running_statistics(raw_ops: Any) -> None:
-    """The variance of one value is not unbiased, no values change nothing; any strides are written in place."""
+    """A count of 1 keeps the biased variance, a count of 0 changes nothing; strided tensors are updated in place."""
     update = raw_ops.bn_update_stats_
     mean, var, one = torch.zeros(6)[::2], torch.ones(6)[::2], torch.ones(3)
     update(mean, var, one, one, torch.tensor(1.0, dtype=torch.float64), None, 0.5)
@@ -419,7 +422,7 @@ def test_negative_variance_gives_nan_as_in_torch(backend: str) -> None:
 @pytest.mark.parametrize("residual", [False, True], ids=["relu", "add_relu"])
 @pytest.mark.parametrize("training", [True, False])
 def test_gradcheck(backend: str, residual: bool, training: bool) -> None:
-    """First and second derivatives; values within reach of the ReLU's kink are moved away from it."""
+    """First and second derivatives; inputs are moved away from the kink of the ReLU."""
     stats = {"running_mean": torch.randn(3).double(), "running_var": torch.rand(3).double() + 0.5}
     x, r = (torch.randn(3, 3, 2, 2).double().requires_grad_() for _ in range(2))
     weight, bias = (torch.rand(3).double().add(0.5).requires_grad_() for _ in range(2))
@@ -441,8 +444,8 @@ def test_gradcheck(backend: str, residual: bool, training: bool) -> None:
     assert torch.autograd.gradgradcheck(f, leaves, fast_mode=INTERPRETED)
 
 
-def test_frozen_parts_get_no_gradient(backend: str) -> None:
-    """Weight frozen, or the first layer's x without a gradient."""
+def test_frozen_inputs_get_no_gradient(backend: str) -> None:
+    """A frozen weight, and an x that does not require grad, as in a first layer."""
     x, weight, bias = torch.randn(2, 3, 4, 4), torch.ones(3), torch.zeros(3, requires_grad=True)
     bn_relu(x, weight, bias).sum().backward()
     assert weight.grad is None
@@ -454,8 +457,8 @@ def test_frozen_parts_get_no_gradient(backend: str) -> None:
     assert torch.equal(r.grad, (y > 0).float())
 
 
-def test_saved_for_backward_is_x_and_channels_and_bits() -> None:
-    """No normalised tensor and no pre-activation is kept: x, per-channel values and (with a residual) one bit each."""
+def test_only_x_channels_and_bits_are_saved_for_backward() -> None:
+    """Neither the normalised x nor the pre-activation is saved; with a residual one bit per element is."""
     x, r = torch.randn(4, 8, 16, 16, requires_grad=True), torch.randn(4, 8, 16, 16, requires_grad=True)
     weight, bias = torch.ones(8, requires_grad=True), torch.zeros(8, requires_grad=True)
     for residual in (False, True):
@@ -473,7 +476,7 @@ def test_saved_for_backward_is_x_and_channels_and_bits() -> None:
         assert [(t.dtype, t.numel()) for t in rest] == ([(torch.uint8, x.numel() // 8)] if residual else [])
 
 
-def test_no_grad_and_inference_mode(backend: str) -> None:
+def test_no_grad_and_inference_mode_give_the_same_bits(backend: str) -> None:
     x = torch.randn(2, 3, 4, 4)
     want = bn_relu(x)
     with torch.no_grad():
@@ -482,13 +485,13 @@ def test_no_grad_and_inference_mode(backend: str) -> None:
         assert torch.equal(bn_relu(x), want)
 
 
-def test_autocast_leaves_dtypes_alone(backend: str) -> None:
-    """Under autocast a half x with float32 weights gives half."""
+def test_autocast_keeps_dtypes(backend: str) -> None:
+    """Under autocast y has the dtype of x, whatever that of the weights."""
     x = torch.randn(2, 3, 4, 4).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         assert bn_relu(x, torch.ones(3), torch.zeros(3)).dtype == torch.bfloat16
         assert bn_relu(x.float(), torch.ones(3), torch.zeros(3)).dtype == torch.float32
 
 
-def test_backend_of_the_info() -> None:
+def test_info_names_the_backend() -> None:
     assert fasttricks.info()["backend"]["cpu"] == "cpu"

@@ -1,4 +1,4 @@
-"""bn_relu and bn_add_relu under torch.func, forward mode, checkpointing, mixed dtypes, dynamic shapes and export."""
+"""bn_relu and bn_add_relu under torch.func, forward-mode AD, checkpointing, mixed dtypes, dynamic shapes and export."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MEAN, VAR = torch.randn(4).double(), torch.rand(4).double() + 0.5
 
 
 def pair(training: bool, residual: bool) -> tuple[Callable, Callable]:
-    """The fused function of x and torch's composition; the running statistics stay as they are."""
+    """(the fused function of x, torch's composition); neither changes running statistics."""
     r = torch.randn_like(X)
 
     def fused(x: torch.Tensor) -> torch.Tensor:
@@ -31,11 +31,11 @@ def pair(training: bool, residual: bool) -> tuple[Callable, Callable]:
             return bn_add_relu(x, r, *rest, training=training)
         return bn_relu(x, *rest, training=training)
 
-    def stock(x: torch.Tensor) -> torch.Tensor:
+    def unfused(x: torch.Tensor) -> torch.Tensor:
         z = F.batch_norm(x, *(None, None) if training else (MEAN, VAR), WEIGHT, BIAS, training)
         return F.relu(z + r if residual else z)
 
-    return fused, stock
+    return fused, unfused
 
 
 TRANSFORMS: dict[str, Callable[[Callable], torch.Tensor]] = {
@@ -53,16 +53,16 @@ TRANSFORMS: dict[str, Callable[[Callable], torch.Tensor]] = {
 @pytest.mark.parametrize("residual", [False, True], ids=["relu", "add_relu"])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("name", TRANSFORMS)
-def test_functional_transforms(backend: str, name: str, training: bool, residual: bool) -> None:
-    fused, stock = pair(training, residual)
-    torch.testing.assert_close(TRANSFORMS[name](fused), TRANSFORMS[name](stock), rtol=1e-9, atol=1e-9)
+def test_torch_func_equals_unfused(backend: str, name: str, training: bool, residual: bool) -> None:
+    fused, unfused = pair(training, residual)
+    torch.testing.assert_close(TRANSFORMS[name](fused), TRANSFORMS[name](unfused), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_forward_mode(backend: str, training: bool) -> None:
-    fused, stock = pair(training, True)
+def test_forward_mode_equals_unfused(backend: str, training: bool) -> None:
+    fused, unfused = pair(training, True)
     with forward_ad.dual_level():
-        got, want = (forward_ad.unpack_dual(f(forward_ad.make_dual(X, X.sin()))) for f in (fused, stock))
+        got, want = (forward_ad.unpack_dual(f(forward_ad.make_dual(X, X.sin()))) for f in (fused, unfused))
     torch.testing.assert_close(got.primal, want.primal)
     torch.testing.assert_close(got.tangent, want.tangent)
 
@@ -74,7 +74,7 @@ def test_raw_backward_refuses_forward_mode(raw_ops: Any) -> None:
             raw_ops.bn_relu_backward(dual, X, None, WEIGHT, BIAS, MEAN, VAR, 1e-5, True, False)
 
 
-def test_statistics_move_under_grad_and_raise_under_vmap() -> None:
+def test_running_statistics_change_under_grad_and_raise_under_vmap() -> None:
     norm, peer = BatchNormReLU2d(4).double(), nn.BatchNorm2d(4).double()
     func.grad(lambda x: norm(x).sum())(X)
     peer(X)
@@ -86,14 +86,16 @@ def test_statistics_move_under_grad_and_raise_under_vmap() -> None:
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_checkpoints_move_the_statistics_as_stock(backend: str, momentum: float | None, reentrant: bool) -> None:
-    """The recomputation, even one that stops at the last saved tensor, moves them as nn.BatchNorm2d's does."""
+def test_checkpoint_changes_running_statistics_as_in_torch(
+    backend: str, momentum: float | None, reentrant: bool
+) -> None:
+    """The recomputation changes them again, even if it stops early at the last saved tensor."""
     fused = nn.Sequential(nn.Conv2d(4, 4, 1), BatchNormReLU2d(4, momentum=momentum)).double()
-    stock = nn.Sequential(copy.deepcopy(fused[0]), nn.BatchNorm2d(4, momentum=momentum).double(), nn.ReLU())
-    for net in (fused, stock):
+    unfused = nn.Sequential(copy.deepcopy(fused[0]), nn.BatchNorm2d(4, momentum=momentum).double(), nn.ReLU())
+    for net in (fused, unfused):
         x = X.clone().requires_grad_()
         checkpoint(net, x, use_reentrant=reentrant).sum().backward()
-    torch.testing.assert_close(fused[1].state_dict(), stock[1].state_dict())
+    torch.testing.assert_close(fused[1].state_dict(), unfused[1].state_dict())
     assert fused[1].num_batches_tracked == 2
 
 
@@ -102,7 +104,7 @@ def test_checkpoints_move_the_statistics_as_stock(backend: str, momentum: float 
     [(torch.bfloat16, torch.float32), (torch.float32, torch.float16), (torch.float32, torch.float64)],
 )
 @pytest.mark.parametrize("shape", [(3, 4, 2, 2), (1, 4, 1, 1), (2, 2)])
-def test_residuals_as_torch_promotes_and_broadcasts(
+def test_residual_is_promoted_and_broadcast_as_in_torch(
     backend: str, dtype: torch.dtype, other: torch.dtype, shape: tuple[int, ...]
 ) -> None:
     x, r, weight = X.to(dtype).requires_grad_(), torch.randn(shape).to(other).requires_grad_(), torch.ones(4)

@@ -1,4 +1,4 @@
-"""avgpool_conv1x1's CUDA kernels without a card: plans, bytes moved, orders of threads, sanitizers, planted faults."""
+"""avgpool_conv1x1's CUDA kernels without a GPU: launch plans, bytes, thread orders, sanitizers, planted faults."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import pytest
 import torch
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("nothing of Triton is in it", allow_module_level=True)
+    pytest.skip("this file tests no Triton kernel", allow_module_level=True)
 
 import emulated
 
 import fasttricks
 
 FORWARD, INPUT, WEIGHT = range(3)
-# multiprocessors, shared bytes of one and of a block (CUDA Programming Guide, "Compute Capabilities")
+# multiprocessors, shared memory per multiprocessor and per block (CUDA Programming Guide, "Compute Capabilities")
 A100, H100, RTX4090 = (108, 164 << 10, 163 << 10), (132, 228 << 10, 227 << 10), (128, 100 << 10, 99 << 10)
 EMULATED = (4, 228 << 10, 227 << 10)  # emulated_device() of csrc/cuda/launch.cuh
 # (N, C, H, W, Cout, stride, ceil_mode): the shortcuts of ResNet-50-D that pool, at batch 256
@@ -105,7 +105,7 @@ def test_tiles_cover_the_product(planner: Planner, product: int, size: int) -> N
             assert plan.depth_per_split % (32 if size == 2 else 16) == 0
             assert (plan.splits - 1) * plan.depth_per_split < depth <= plan.splits * plan.depth_per_split
             assert plan.splits <= 65535
-            if product == WEIGHT:  # the card is filled without more partial sums than blocks
+            if product == WEIGHT:  # enough blocks to fill the device, and no more partial sums than that
                 blocks = plan.tiles_m * plan.tiles_n * plan.splits
                 assert plan.splits == 1 or blocks <= 2 * device[0]
                 assert sizes not in RESNET or blocks >= device[0]
@@ -121,8 +121,8 @@ def test_pixels_of_one_launch_fit_31_bits(planner: Planner) -> None:
         assert images == 1 or (images + 1) * ho * wo > 2**31 - 256
 
 
-def test_offsets_beyond_2_to_the_31(planner: Planner) -> None:
-    """The last pixel's, of tensors that have more elements than 32 bits count."""
+def test_offsets_beyond_2_to_the_31_are_right(planner: Planner) -> None:
+    """Those of the last pixel of tensors with more than 2^31 elements."""
     for sizes in ((256, 4096, 56, 56, 8192, 2, 0), (70, 8200, 113, 113, 9000, 2, 1), (1, 7, 40000, 40000, 9, 1, 0)):
         n, c, h, w, o, stride, _ = sizes
         ho, wo = out_size(sizes)
@@ -138,7 +138,7 @@ def test_offsets_beyond_2_to_the_31(planner: Planner) -> None:
         assert planner.offsets(sizes, pixel - 4, channel)[3] == nchw
 
 
-def test_slabs_read_x_once_where_they_fit(planner: Planner) -> None:
+def test_slabs_that_fit_read_x_once_or_twice(planner: Planner) -> None:
     for sizes in RESNET:
         for device in (A100, H100, RTX4090):
             plan, (sm_count, per_sm, per_block) = planner.slab(sizes, device), device
@@ -150,14 +150,14 @@ def test_slabs_read_x_once_where_they_fit(planner: Planner) -> None:
             assert plan.shared_bytes == needed
             assert plan.groups * plan.tiles_per_group >= plan.tiles_n
             assert (plan.groups - 1) * plan.tiles_per_group < plan.tiles_n
-            # x is read once, twice where there are too few pixels to fill the card
+            # x is read once, or twice if there are too few pixels to fill the device
             assert plan.groups <= 2
             assert plan.groups == 1 or plan.tiles_m < 2 * sm_count * (per_sm // needed)
-    assert planner.slab((1, 64, 8, 8, 128, 2, 0), H100).groups == 0  # one tile of columns: nothing is read again
+    assert planner.slab((1, 64, 8, 8, 128, 2, 0), H100).groups == 0  # one tile of columns: nothing would be read twice
     assert planner.slab((256, 4096, 14, 14, 8192, 2, 0), H100).groups == 0  # too many channels
 
 
-def test_sums_of_the_bias_gradient(planner: Planner) -> None:
+def test_splits_of_the_bias_gradient_fit_the_grid(planner: Planner) -> None:
     for sizes in (*RESNET, (1, 1, 2, 2, 1, 2, 0), (1 << 20, 1, 28, 28, 1, 2, 0)):
         assert 1 <= planner.bias_splits(sizes, H100) <= 65535
 
@@ -173,16 +173,18 @@ class Bytes:
 
     @property
     def least(self) -> int:
-        """What an ideal cache would move to and from DRAM."""
+        """The traffic to and from DRAM with an ideal cache."""
         return self.x + self.weight + self.y
 
 
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
 @pytest.mark.parametrize("shortcut", RESNET, ids=lambda s: f"{s[1]}x{s[2]}")
-def test_bytes_moved(planner: Planner, shortcut: tuple[int, ...], layout: torch.memory_format) -> None:
-    """At most 1.05 of: each operand once for every tile of the other one, the result once.
+def test_bytes_moved_are_within_5_percent_of_the_formula(
+    planner: Planner, shortcut: tuple[int, ...], layout: torch.memory_format
+) -> None:
+    """Each operand is read once per tile of the other one, the result written once.
 
-    Data that several blocks read comes from the L2 cache, thanks to the order of the grid; the meter counts every read.
+    The meter counts every read, also of data that another block has just brought into the L2 cache.
     """
     n, c, h, w, o, stride, _ = sizes = (2, *shortcut[1:])
     x = torch.randn(n, c, h, w, dtype=torch.float16).contiguous(memory_format=layout)
@@ -198,7 +200,7 @@ def test_bytes_moved(planner: Planner, shortcut: tuple[int, ...], layout: torch.
     assert meter.launches == 1
     assert meter.stored == of.y
     assert meter.moved <= 1.05 * (slab.groups * of.x + slab.tiles_m * of.weight + of.y)
-    print(f"forward: {meter.moved / of.least:.2f} of the least; x is read {slab.groups} times")
+    print(f"forward: {meter.moved / of.least:.2f} times the least; x is read {slab.groups} times")
 
     plan = planner.plan(sizes, INPUT, 2, EMULATED)
     with library.metered() as meter:
@@ -211,7 +213,7 @@ def test_bytes_moved(planner: Planner, shortcut: tuple[int, ...], layout: torch.
     with library.metered() as meter:
         ops.avgpool_conv1x1_backward(dy, x, weight, stride, False, False, True, False)
     assert meter.launches == 2
-    partial = 2 * of.weight * plan.splits  # fp32, written and read
+    partial = 2 * of.weight * plan.splits  # fp32; written, then read
     assert meter.moved <= 1.05 * (plan.tiles_n * of.y + plan.tiles_m * of.x + 2 * partial + of.weight)
 
     with library.metered() as meter:
@@ -220,7 +222,7 @@ def test_bytes_moved(planner: Planner, shortcut: tuple[int, ...], layout: torch.
     assert meter.moved <= 1.05 * (of.y + 2 * partial + 2 * o)
 
 
-def test_nothing_is_launched_for_an_empty_batch() -> None:
+def test_an_empty_batch_launches_nothing() -> None:
     library, ops = emulated.load(), torch.ops.fasttricks_emulated
     x, weight = torch.empty(0, 8, 4, 4), torch.randn(16, 8, 1, 1)
     with library.metered() as meter:
@@ -249,8 +251,8 @@ def test_every_order_of_threads_gives_the_same_bits(layout: torch.memory_format)
 
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
 @pytest.mark.parametrize("offset", [1, 2, 4])
-def test_misaligned_tensors(layout: torch.memory_format, offset: int) -> None:
-    """The same bits from pointers that allow 2, 4 or 8 bytes at a time as from aligned ones."""
+def test_misaligned_tensors_give_the_same_bits(layout: torch.memory_format, offset: int) -> None:
+    """Pointers that allow accesses of 2, 4 or 8 bytes."""
     emulated.load()
 
     def moved(t: torch.Tensor) -> torch.Tensor:
@@ -275,12 +277,12 @@ def test_misaligned_tensors(layout: torch.memory_format, offset: int) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", ["asan", "tsan"])
-def test_under_sanitizers(kind: str) -> None:
-    """With some tensors in several launches, as with more than 2^31 pixels: here no more than 1400 fit one."""
+def test_sanitizers_find_nothing(kind: str) -> None:
+    """In these builds a launch takes at most 1400 pixels, so that some tensors take several, as beyond 2^31 pixels."""
     assert emulated.run("run_avgpool_conv1x1.py", emulated.Build(kind)) == ""
 
 
-# what is replaced, in which file, by what; how it shows
+# fault -> file, text, its replacement, build, expected output
 FAULTS = {
     "barrier removed after a step of a slab": (
         "avgpool_conv1x1_tile.cuh",

@@ -1,4 +1,4 @@
-"""bn_relu's CUDA kernels without a card: both variants, bytes moved, orders of threads, sanitizers, planted faults."""
+"""bn_relu's CUDA kernels without a GPU: both variants, bytes, thread orders, sanitizers, planted faults."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ from cases import LAYOUTS
 
 HERE = Path(__file__).resolve().parent
 if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("nothing of Triton is in it", allow_module_level=True)
+    pytest.skip("this file tests no Triton kernel", allow_module_level=True)
 
 import emulated  # noqa: E402
 
 EPS = 1e-5
 
 
-def made(shape: tuple[int, ...], layout: torch.memory_format, dtype: torch.dtype = torch.float16) -> list[torch.Tensor]:
+def inputs(
+    shape: tuple[int, ...], layout: torch.memory_format, dtype: torch.dtype = torch.float16
+) -> list[torch.Tensor]:
     return [torch.randn(shape).to(dtype).contiguous(memory_format=layout) for _ in range(3)]
 
 
-def all_of(x: torch.Tensor, z: torch.Tensor, dy: torch.Tensor) -> list[torch.Tensor]:
+def all_results(x: torch.Tensor, z: torch.Tensor, dy: torch.Tensor) -> list[torch.Tensor]:
     ops, weight, bias = torch.ops.fasttricks_emulated, torch.linspace(0.5, 2, x.shape[1]), torch.ones(x.shape[1])
     y, mean, var, mask = ops.bn_add_relu_forward(x, z, weight, bias, EPS)
     plain = ops.bn_relu_forward(x, weight, bias, EPS)
@@ -42,33 +44,33 @@ def all_of(x: torch.Tensor, z: torch.Tensor, dy: torch.Tensor) -> list[torch.Ten
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("shape", [(6, 40, 8, 8), (7, 13, 9, 5)], ids=str)
 def test_every_order_of_threads_gives_the_same_bits(shape: tuple[int, ...], layout: torch.memory_format) -> None:
-    library, results, inputs = emulated.load(), [], made(shape, layout)
+    library, results, given = emulated.load(), [], inputs(shape, layout)
     for schedule in emulated.SCHEDULES:
         with library.schedule(**schedule):
-            results.append(all_of(*inputs))
+            results.append(all_results(*given))
     for others in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
-def test_misaligned_tensors(layout: torch.memory_format) -> None:
-    """From pointers that allow no wide access: the variant with several launches, single accesses, the same values."""
+def test_misaligned_tensors_give_the_same_values(layout: torch.memory_format) -> None:
+    """Pointers without alignment take the variant with several launches, with narrow accesses."""
     emulated.load()
 
     def moved(t: torch.Tensor) -> torch.Tensor:
         memory = torch.empty(t.numel() + 1, dtype=t.dtype)[1:]
         return memory.as_strided(t.shape, t.stride()).copy_(t)
 
-    inputs = made((6, 40, 8, 8), layout)
-    for a, b in zip(all_of(*inputs), all_of(*map(moved, inputs)), strict=True):
+    given = inputs((6, 40, 8, 8), layout)
+    for a, b in zip(all_results(*given), all_results(*map(moved, given)), strict=True):
         torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3)
 
 
 # ---- bytes ----
 
 
-# shape, layout, whether the forward and the backward pass keep it on the chip of four multiprocessors: all of NHWC that
-# fits, of NCHW what has no more tiles of columns than blocks
+# shape, layout, whether forward and backward keep x in the shared memory of four multiprocessors: any NHWC tensor that
+# fits, and NCHW tensors with no more tiles of columns than blocks
 PLACES = (
     ((4, 64, 56, 56), torch.contiguous_format, False, False),
     ((4, 64, 56, 56), torch.channels_last, False, False),
@@ -82,15 +84,15 @@ PLACES = (
 
 @pytest.mark.parametrize("residual", [False, True], ids=["bn_relu", "bn_add_relu"])
 @pytest.mark.parametrize(("shape", "layout", "forward_fits", "backward_fits"), PLACES)
-def test_bytes_moved(
+def test_bytes_moved_are_within_5_percent_of_the_formula(
     shape: tuple[int, ...], layout: torch.memory_format, forward_fits: bool, backward_fits: bool, residual: bool
 ) -> None:
-    """At most 1.05 of the passes' own bytes: x once where its part stays on the chip, else twice; masks are a bit each.
+    """x is read once if it stays in shared memory, else twice; masks have one bit per element.
 
-    Plus at most 192 bytes per channel: parameters, statistics, and two sums per range of rows of the planner.
+    Parameters, statistics and partial sums add at most 192 bytes per channel.
     """
     library, ops = emulated.load(), torch.ops.fasttricks_emulated
-    x, z, dy = made(shape, layout)
+    x, z, dy = inputs(shape, layout)
     weight, bias = torch.rand(shape[1]) + 0.5, torch.rand(shape[1])
     unit, bits, channel = 2 * x.numel(), x.numel() / 8, 192 * shape[1]
     with library.metered() as meter:
@@ -110,23 +112,23 @@ def test_bytes_moved(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
-def test_bytes_of_zero_gamma(layout: torch.memory_format) -> None:
-    """All weights zero: x is read for its statistics only, forward 3N with the residual, never again backward."""
+def test_zero_gamma_does_not_read_x_again(layout: torch.memory_format) -> None:
+    """If all weights are zero, x is read for its statistics only: forward 3N with the residual, backward once."""
     library, ops, shape = emulated.load(), torch.ops.fasttricks_emulated, (4, 64, 56, 56)
-    x, z, dy = made(shape, layout)
+    x, z, dy = inputs(shape, layout)
     weight, unit, bits = torch.zeros(64), 2 * x.numel(), x.numel() / 8
     with library.metered() as meter:
         _, mean, var, mask = ops.bn_add_relu_forward(x, z, weight, None, EPS)
     assert meter.moved <= 1.05 * (3 * unit + bits)
     with library.metered() as meter:
         dx, *_ = ops.bn_relu_backward(dy, x, mask, weight, None, mean, var, EPS, True, True)
-    assert meter.moved <= 1.05 * (5 * unit + 2 * bits)  # dy and x; dy again for the residual's gradient; two results
+    assert meter.moved <= 1.05 * (5 * unit + 2 * bits)  # reads dy and x, then dy again; writes dx and dresidual
     assert (dx == 0).all()
 
 
 def test_evaluation_is_one_pass() -> None:
     library, ops = emulated.load(), torch.ops.fasttricks_emulated
-    x, z, _ = made((4, 64, 56, 56), torch.channels_last)
+    x, z, _ = inputs((4, 64, 56, 56), torch.channels_last)
     one = torch.ones(64)
     with library.metered() as meter:
         ops.bn_relu_apply(x, one, one, one, one, EPS)
@@ -136,7 +138,7 @@ def test_evaluation_is_one_pass() -> None:
     assert (meter.launches, meter.moved <= 1.05 * (6 + 1 / 8) * x.numel()) == (1, True)
 
 
-def test_hardly_anything_is_launched_for_an_empty_batch() -> None:
+def test_an_empty_batch_launches_one_kernel() -> None:
     library, ops = emulated.load(), torch.ops.fasttricks_emulated
     x = torch.empty(0, 8, 4, 4)
     with library.metered() as meter:
@@ -144,14 +146,14 @@ def test_hardly_anything_is_launched_for_an_empty_batch() -> None:
         ops.bn_relu_backward(x, x, mask, None, None, mean, var, EPS, True, True)
         ops.bn_update_stats_(torch.zeros(8), torch.ones(8), mean, var, torch.zeros((), dtype=torch.float64))
         ops.bn_relu_forward(x, None, None, EPS, torch.zeros(8), torch.ones(8))
-    assert (meter.launches, meter.cooperative_launches) == (1, 0)  # whether merged statistics are of any value
+    assert (meter.launches, meter.cooperative_launches) == (1, 0)  # that of bn_update_stats_
 
 
 # ---- offsets ----
 
 
-def test_offsets_beyond_2_to_the_31() -> None:
-    """The last element's, of tensors that have more elements than 32 bits count, is found, with its channel."""
+def test_offsets_beyond_2_to_the_31_are_right() -> None:
+    """Those of the last element, and its channel, of tensors with more than 2^31 elements."""
     build = emulated.Build(ops=(), sources=(HERE / "emulator/bn_offsets.cpp",), name="bn_offsets")
     library, out = ctypes.CDLL(str(build.make())), (ctypes.c_int64 * 2)()
     for n, c, hw, channels_last in ((4096, 1024, 1024, 1), (1 << 21, 8, 513, 1), (70000, 64, 784, 0)):
@@ -165,11 +167,11 @@ def test_offsets_beyond_2_to_the_31() -> None:
 
 
 @pytest.mark.parametrize("kind", ["plain", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("asan", "tsan"))])
-def test_both_variants_in_every_build(kind: str) -> None:
+def test_both_variants_are_right_in_every_build(kind: str) -> None:
     assert emulated.run("run_bn_relu.py", emulated.Build(kind)) == ""
 
 
-# what is replaced, in which file, by what; how it shows
+# fault -> file, text, its replacement, build, expected output
 FAULTS = {
     "barrier removed before a block's moments are combined": (
         "bn_relu_tile.cuh",

@@ -1,4 +1,4 @@
-"""sgd's CUDA kernels without a card: bytes and launches, orders of threads, pieces, sanitizers, planted faults."""
+"""sgd's CUDA kernels without a GPU: launches, thread orders, pieces of tensors, sanitizers, planted faults."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import pytest
 import torch
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("nothing of Triton is in it", allow_module_level=True)
+    pytest.skip("this file tests no Triton kernel", allow_module_level=True)
 
 import emulated
 import run_sgd
 
 
 def test_every_order_of_threads_gives_the_same_bits() -> None:
-    """Norms, clipping, LARS, a first step and a second one, over mixed types."""
+    """Norms, clipping, LARS, a first and a second step, over mixed dtypes."""
     library, given, results = emulated.load(), run_sgd.state(), []
     for schedule in emulated.SCHEDULES:
         with library.schedule(**schedule):
@@ -55,7 +55,7 @@ def test_many_tensors_take_several_launches() -> None:
 
 
 @pytest.mark.parametrize("schedule", emulated.SCHEDULES, ids=str)
-def test_a_first_step_is_one_in_every_block_and_counted_once(schedule: dict) -> None:
+def test_every_block_sees_a_first_step_and_it_is_counted_once(schedule: dict) -> None:
     library = emulated.load()
     params, steps = [torch.ones(100_000), torch.ones(0)], [torch.zeros(()), torch.full((), 7.0)]
     with library.schedule(**schedule):
@@ -69,7 +69,7 @@ def test_a_first_step_is_one_in_every_block_and_counted_once(schedule: dict) -> 
         assert [float(s) for s in steps] == [2, 9]
 
 
-def test_launches_of_a_check() -> None:
+def test_a_check_is_one_launch_and_two_with_norms() -> None:
     library, ops, grads = emulated.load(), torch.ops.fasttricks_emulated, [torch.randn(9000), torch.randn(5)]
     with library.metered() as meter:
         ops.sgd_check(grads, [], [], torch.zeros(()), None, None)
@@ -83,18 +83,18 @@ def test_launches_of_a_check() -> None:
 
 
 @pytest.mark.parametrize("kind", ["plain", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("asan", "tsan"))])
-def test_every_build(kind: str) -> None:
+def test_steps_are_right_in_every_build(kind: str) -> None:
     assert emulated.run("run_sgd.py", emulated.Build(kind)) == ""
 
 
 @pytest.mark.long
-def test_a_tensor_in_several_pieces(tmp_path: Path) -> None:
-    """As those beyond 2^31 values are, here beyond 8192: stepped, counted and measured once."""
+def test_a_tensor_in_several_pieces_is_stepped_once(tmp_path: Path) -> None:
+    """As tensors beyond 2^31 values; in this build, beyond 8192."""
     csrc = emulated.changed(tmp_path, "sgd_plan.h", "kSgdPiece = int64_t{1} << 31;", "kSgdPiece = kSgdBlock;")
     assert emulated.run("run_sgd.py", emulated.Build(csrc=csrc, ops=("sgd",))) == ""
 
 
-# what is replaced in sgd.cuh, by what; how it shows
+# fault -> text of sgd.cuh, its replacement, build, expected output
 FAULTS = {
     "barrier after the scalars removed": (
         "  __syncthreads();\n  const SgdScalars s",

@@ -1,9 +1,8 @@
-"""The pages: every Python block runs, in the order of its section; tables and pictures agree with the results."""
+"""The pages: every Python block runs, in order; tables and pictures agree with benchmarks/results."""
 
 from __future__ import annotations
 
 import copy
-import importlib.util
 import os
 import re
 import socket
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import report
 import torch
 import torch.distributed as dist
 from PIL import Image
@@ -23,24 +23,12 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
-def load_report() -> Any:
-    spec = importlib.util.spec_from_file_location("report", ROOT / "benchmarks" / "report.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-report = load_report()
-
-
-# Pages whose examples share names that the page describes: there every section is on its own.
+# pages whose sections each start from the names that the page describes
 BY_SECTION = ("docs/frameworks.md", "docs/migrating.md")
 
 
 def examples() -> list[Any]:
-    """(page, Python blocks that share their names): of a section, or of a whole page."""
+    """(page, Python blocks that share one namespace) for each section of BY_SECTION, and for each other page."""
     found = []
     for page in PAGES:
         name = str(page.relative_to(ROOT))
@@ -52,7 +40,7 @@ def examples() -> list[Any]:
 
 
 def names_of(page: str) -> dict[str, Any]:
-    """What a page says is defined in its examples."""
+    """The names that the examples of a page may use."""
     names: dict[str, Any] = {"torch": torch, "nn": nn, "criterion": nn.CrossEntropyLoss(), "__name__": "page"}
     if page == "docs/migrating.md":
         model: nn.Module = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
@@ -68,7 +56,7 @@ def names_of(page: str) -> dict[str, Any]:
 
 @pytest.fixture
 def _torchrun(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The environment of a process that torchrun started alone."""
+    """The environment of a single process started by torchrun."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -82,7 +70,7 @@ def _torchrun(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("_torchrun")
 @pytest.mark.filterwarnings("ignore::UserWarning:lightning")
 @pytest.mark.parametrize(("page", "blocks"), examples())
-def test_examples(page: str, blocks: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_examples_run(page: str, blocks: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = names_of(page)
     monkeypatch.chdir(tmp_path)
     model = names.get("model")
@@ -116,7 +104,7 @@ def test_commands_are_targets_of_the_makefile() -> None:
 
 @pytest.mark.parametrize("page", report.PAGES, ids=lambda page: page.name)
 def test_tables_agree_with_the_results(page: Path) -> None:
-    """To repair: python benchmarks/report.py."""
+    """If it fails, run python benchmarks/report.py."""
     text = page.read_text()
     assert report.rendered(text) == text
     assert "<!-- /" in text
@@ -124,7 +112,7 @@ def test_tables_agree_with_the_results(page: Path) -> None:
 
 @pytest.mark.parametrize("name", report.PICTURES)
 def test_pictures_agree_with_the_results(name: str) -> None:
-    """To repair: python benchmarks/report.py."""
+    """If it fails, run python benchmarks/report.py."""
     with Image.open(report.ASSETS / name) as picture:
         assert picture.text["Source"] == report.digest(report.PICTURES[name].result)
 

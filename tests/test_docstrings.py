@@ -1,4 +1,4 @@
-"""Every public name has a docstring with an example, and the examples give what they print."""
+"""Every public name has a docstring with an example, whose output is as shown."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MODULES: tuple[ModuleType, ...] = (fasttricks, fasttricks.nn, fasttricks.optim, 
 
 
 def public() -> dict[str, Any]:
-    """The names of every public module that are not modules themselves, each object once."""
+    """The public functions and classes by name, each once."""
     found = {
         f"{module.__name__}.{name}": getattr(module, name)
         for module in MODULES
@@ -38,7 +38,7 @@ PUBLIC = public()
 
 
 @pytest.mark.parametrize("name", PUBLIC)
-def test_examples(name: str) -> None:
+def test_examples_print_what_they_say(name: str) -> None:
     text = inspect.getdoc(PUBLIC[name])
     assert text, f"{name} has no docstring"
     names = {"torch": torch, "nn": nn, "fasttricks": fasttricks}

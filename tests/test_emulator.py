@@ -1,4 +1,4 @@
-"""The emulator of CUDA kernels: its primitives are right in every build and order, and planted faults are caught."""
+"""The emulator of CUDA kernels: its primitives are right in every build and thread order; planted faults are caught."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 HERE = Path(__file__).resolve().parent / "emulator"
 if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("nothing of Triton is in it", allow_module_level=True)
+    pytest.skip("this file tests no Triton kernel", allow_module_level=True)
 
 from emulated import LANDINGS, ORDERS, Build, sanitized  # noqa: E402
 
@@ -23,7 +23,7 @@ def library(kind: str) -> Path:
 
 
 def run(kind: str, name: str, fault: int, order: str, landing: str = "late") -> str:
-    """What the emulator or the sanitizer said; "" where nothing was wrong."""
+    """The output of the emulator or the sanitizer; "" if it found nothing wrong."""
     command = [sys.executable, str(HERE / "run_primitive.py"), str(library(kind)), name, str(fault)]
     command += [str(ORDERS.index(order)), str(LANDINGS.index(landing))]
     done = subprocess.run(command, capture_output=True, text=True, env=sanitized(kind))
@@ -37,12 +37,12 @@ def test_primitives_are_right(kind: str, name: str, order: str) -> None:
     assert run(kind, name, 0, order, "early" if order == "descending" else "late") == ""
 
 
-# build, primitive, fault, order, when cp.async lands, what is said
+# fault -> build, primitive, number of the fault, thread order, when cp.async lands, expected output
 FAULTS = {
     "barrier removed: stale values": ("plain", "neighbours", 1, "ascending", "late", "wrong result"),
     "barrier removed: a race": ("tsan", "neighbours", 1, "ascending", "late", "data race"),
     "barrier reached by some": ("plain", "neighbours", 2, "ascending", "late", "deadlock"),
-    "threads gone before a shuffle": ("plain", "neighbours", 3, "ascending", "late", "deadlock"),
+    "threads returned before a shuffle": ("plain", "neighbours", 3, "ascending", "late", "deadlock"),
     "shared array overrun": ("asan", "neighbours", 4, "ascending", "late", "out of bounds"),
     "shared memory read before it is written": ("plain", "neighbours", 5, "ascending", "late", "wrong result"),
     "global memory overrun": ("asan", "neighbours", 6, "ascending", "late", "heap-buffer-overflow"),
@@ -50,7 +50,7 @@ FAULTS = {
     "grid barrier removed: a race": ("tsan", "ring", 1, "descending", "late", "data race"),
     "grid barrier reached by some": ("plain", "ring", 2, "ascending", "late", "grid barrier that some threads never"),
     "grid barrier in a plain launch": ("plain", "ring", 3, "ascending", "late", "not cooperative"),
-    "lane of the mask gone": ("plain", "votes", 1, "descending", "late", "has returned"),
+    "lane of the mask has returned": ("plain", "votes", 1, "descending", "late", "has returned"),
     "grid too large": ("plain", "votes", 2, "ascending", "late", "the device would refuse it"),
     "block too large": ("plain", "votes", 3, "ascending", "late", "the device would refuse it"),
     "cp.async without a wait": ("plain", "product", 1, "ascending", "late", "wrong result"),

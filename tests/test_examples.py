@@ -1,4 +1,4 @@
-"""The scripts of examples/ run on the CPU, learn, and stay short enough to read."""
+"""The scripts of examples/ run on the CPU, learn, and are short."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import pytest
 SCRIPTS = sorted((Path(__file__).resolve().parent.parent / "examples").glob("*.py"))
 
 
-def test_there_are_scripts() -> None:
+def test_every_script_is_listed() -> None:
     assert [path.name for path in SCRIPTS] == ["lightning_module.py", "own_loop.py", "torchvision_model.py"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
-def test_script(script: Path, tmp_path: Path) -> None:
+def test_script_is_short_and_learns(script: Path, tmp_path: Path) -> None:
     assert len(script.read_text().splitlines()) < 60
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr

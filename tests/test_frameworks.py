@@ -1,4 +1,4 @@
-"""Fused models of torchvision's and timm's blocks under common tools: they give what the unfused ones give."""
+"""Fused models of torchvision's and timm's blocks equal unfused ones under common tools."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def same(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float) -> N
 
 
 def graphs_of(model: nn.Module, batches: list[Tensor], **options: Any) -> int:
-    """How many graphs are compiled for these batches."""
+    """How many graphs torch.compile makes for these batches."""
     torch._dynamo.reset()
     made: list[object] = []
 
@@ -58,19 +58,19 @@ def graphs_of(model: nn.Module, batches: list[Tensor], **options: Any) -> int:
     return len(made)
 
 
-def test_no_batch_size_compiles_again() -> None:
+def test_a_new_batch_size_compiles_once_more_at_most() -> None:
     fused, _ = twins(torchvision_net())
-    assert graphs_of(fused, [images(n) for n in (4, 4, 2, 3, 5)]) == 2  # the second one is for every size
+    assert graphs_of(fused, [images(n) for n in (4, 4, 2, 3, 5)]) == 2  # the second graph has a dynamic size
     assert graphs_of(fused, [images(n) for n in (4, 2, 3)], dynamic=True) == 1
     assert graphs_of(fused.eval(), [images() for _ in range(3)]) == 1
 
 
-def test_no_step_compiles_again() -> None:
+def test_training_steps_do_not_recompile() -> None:
     assert graphs_of(twins(timm_net())[0], [images() for _ in range(3)]) == 1
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune"])
-def test_inductor(mode: str) -> None:
+def test_inductor_equals_unfused(mode: str) -> None:
     torch._dynamo.reset()
     fused, plain = twins(torchvision_net()[1:4], torch.float32)  # BN, ReLU and a block
     compiled = torch.compile(fused, mode=mode, fullgraph=True)
@@ -84,7 +84,7 @@ def test_inductor(mode: str) -> None:
 
 @nets
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(make: Make, dtype: torch.dtype) -> None:
+def test_autocast_is_as_exact_as_unfused(make: Make, dtype: torch.dtype) -> None:
     fused, plain = twins(make(), torch.float32)
     x = images(dtype=torch.float32)
     with torch.autocast("cpu", dtype):
@@ -101,7 +101,7 @@ def test_channels_last_is_kept(make: Make) -> None:
     fused, plain = (model.to(memory_format=torch.channels_last) for model in twins(make()))
     seen: list[Tensor] = []
     for module in fused.modules():
-        if isinstance(module, nn.Conv2d):  # what a convolution reads comes from a fused pair, or from the batch
+        if isinstance(module, nn.Conv2d):  # its input is the batch or the output of a fused pair
             module.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
     x = images().contiguous(memory_format=torch.channels_last)
     same(step(fused, fused, x), step(plain, plain, x), 1e-10)
@@ -114,17 +114,17 @@ def test_channels_last_is_kept(make: Make) -> None:
 
 @nets
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpoint(make: Make, reentrant: bool) -> None:
+def test_checkpoint_equals_unfused(make: Make, reentrant: bool) -> None:
     fused, plain = twins(make())
     x = images().requires_grad_()
     got, want = (
         step(model, lambda x, model=model: checkpoint(model, x, use_reentrant=reentrant), x) for model in (fused, plain)
     )
-    same(got, want, 1e-10)  # in both the second forward pass moves the running statistics again
+    same(got, want, 1e-10)  # in both, the recomputation changes the running statistics again
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpoint_in_segments(reentrant: bool) -> None:
+def test_checkpoint_sequential_equals_unfused(reentrant: bool) -> None:
     fused, plain = twins(torchvision_net())
     x = images().requires_grad_()
     got, want = (
@@ -138,7 +138,7 @@ def test_checkpoint_in_segments(reentrant: bool) -> None:
 
 
 @nets
-def test_averages_and_their_statistics(make: Make) -> None:
+def test_averaged_models_and_update_bn_equal_unfused(make: Make) -> None:
     averages = []
     fused, plain = twins(make())
     batches = [images() for _ in range(3)]
@@ -157,14 +157,14 @@ def test_averages_and_their_statistics(make: Make) -> None:
 
 
 @nets
-def test_ema_of_timm(make: Make) -> None:
+def test_timm_ema_equals_unfused(make: Make) -> None:
     utils = pytest.importorskip("timm.utils")
     fused, plain = twins(make())
     emas = []
     x = images()
     for model in (fused, plain):
         ema = utils.ModelEmaV3(model, decay=0.5)
-        model(x)  # moves the statistics
+        model(x)  # changes the running statistics
         ema.update(model)
         emas.append(ema.module.eval())
     assert relative_error(emas[0](x), emas[1](x)) < 1e-10
@@ -184,7 +184,7 @@ def test_flops_are_those_of_the_unfused_model(make: Make) -> None:
 
 
 @nets
-def test_torchinfo_and_fvcore_count_as_before(make: Make) -> None:
+def test_torchinfo_and_fvcore_count_as_unfused(make: Make) -> None:
     torchinfo, fvcore = pytest.importorskip("torchinfo"), pytest.importorskip("fvcore.nn")
     fused, plain = twins(make())
     x = images()

@@ -1,4 +1,4 @@
-"""Fused models on two gloo processes: DDP, SyncBatchNorm, FSDP2 give what unfused models or one process give."""
+"""Fused models on two gloo processes: DDP, SyncBatchNorm and FSDP2 equal unfused models or one process."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from fasttricks.optim import FusedSGD
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed"),
-    pytest.mark.xdist_group("frameworks"),  # the two processes start once
+    pytest.mark.xdist_group("frameworks"),  # starts the two processes once
 ]
 
 
 def inputs(*sizes: int) -> Tensor:
-    """The batch of one rank; both draw the same numbers."""
+    """The part of a random batch for this rank; both ranks draw the same batch."""
     whole = torch.randn(sum(sizes), 3, 18, 18, dtype=torch.float64)
     return whole.split(sizes)[dist.get_rank()] if len(sizes) > 1 else whole
 
@@ -40,7 +40,7 @@ def loss_of(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def train(model: nn.Module, batches: list[Tensor]) -> dict[str, Tensor]:
-    """The state after a few steps, and the last gradients."""
+    """The state and the last gradients after a step for each batch."""
     optimizer = FusedSGD(model.parameters(), lr=1e-3, momentum=0.9)
     for x in batches:
         optimizer.zero_grad()
@@ -59,7 +59,7 @@ def same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
 
 
 class Branches(nn.Module):
-    """Every other step leaves a block out, so that its parameters get no gradient."""
+    """Skips a block on every other step, so that its parameters get no gradient."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ def ddp_with_unused_parameters() -> None:
 
 
 def ddp_fused_inside() -> None:
-    """fuse reaches through the wrapper, and a wrapper around a model with rebuilt outputs works too."""
+    """A wrapped model can be fused, also with recompute."""
     _, plain = twins(torchvision_net())
     wrapped = [DistributedDataParallel(copy.deepcopy(plain)) for _ in range(2)]
     assert fasttricks.fuse(wrapped[0]) is wrapped[0]
@@ -125,7 +125,7 @@ def ddp_join() -> None:
 
 
 def synchronised_statistics() -> None:
-    """Converted before or after fuse, by torch or timm: what one process gives on the whole batch."""
+    """Models converted before or after fuse, by torch or timm, equal one process on the whole batch."""
     from timm.layers import convert_sync_batchnorm
 
     plain = randomised(synchronised_net()).double()
@@ -153,7 +153,7 @@ def synchronised_statistics() -> None:
         for x in batches:
             optimizer.zero_grad()
             loss_of(model, x[part]).backward()
-            for p in model.parameters():  # DDP refuses an nn.SyncBatchNorm on the CPU
+            for p in model.parameters():  # instead of DDP, which refuses nn.SyncBatchNorm on the CPU
                 dist.all_reduce(p.grad)
             optimizer.step()
         got = {**model.state_dict(), **{f"gradient of {name}": p.grad for name, p in model.named_parameters()}}
@@ -163,7 +163,7 @@ def synchronised_statistics() -> None:
 
 
 def torchvision_like(layer: Any) -> nn.Module:
-    """timm's convolution with BatchNormAct2d as modules of torch."""
+    """timm's ConvNormAct as modules of torch."""
     bn = nn.BatchNorm2d(layer.bn.num_features).double()
     bn.load_state_dict(layer.bn.state_dict())
     return nn.Sequential(layer.conv, bn, nn.ReLU())
@@ -214,23 +214,23 @@ def worker(rank: int, folder: str, seed: int) -> None:
         except BaseException:
             report = traceback.format_exc()
         Path(folder, f"{check.__name__}.{rank}").write_text(report)
-        if report:  # the other rank waits for this one
+        if report:  # the other rank is waiting for this one
             os._exit(1)
     dist.destroy_process_group()
-    # a thread of gloo may still hold a tensor, and aborts where it asks a finished interpreter for the GIL
+    # a gloo thread that still holds a tensor would abort when it takes the GIL of a finished interpreter
     os._exit(0)
 
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """For each check what went wrong on the ranks that came to its end."""
+    """For each check the error, or "", of each rank that finished it."""
     folder = tmp_path_factory.mktemp("ranks")
-    with contextlib.suppress(mp.ProcessExitedException):  # the reports say why
+    with contextlib.suppress(mp.ProcessExitedException):  # the reports have the error
         mp.spawn(worker, (str(folder), torch.initial_seed() % 2**31), nprocs=2)
     return {check.__name__: [path.read_text() for path in folder.glob(f"{check.__name__}.*")] for check in ALL}
 
 
 @pytest.mark.parametrize("name", [check.__name__ for check in ALL])
 def test_two_processes(name: str, reports: dict[str, list[str]]) -> None:
-    assert reports[name], "not run: the processes ended before"
+    assert reports[name], "not run: the processes ended earlier"
     assert reports[name] == ["", ""], "\n".join(reports[name])

@@ -1,4 +1,4 @@
-"""Models: parameters and multiply-adds against the definition of the networks, keys against torchvision and timm."""
+"""Models: sizes against the definitions of the networks, values and keys against torchvision and timm."""
 
 import copy
 
@@ -13,7 +13,7 @@ DEPTHS, VARIANTS = (18, 34, 50, 101, 152), ("a", "b", "c", "d")
 
 
 def defined_size(depth: int, variant: str, edge: int = 224, classes: int = 1000) -> tuple[int, int]:
-    """(parameters, multiply-adds of convolutions and linear layer) by arithmetic from the definition alone.
+    """(parameters, multiply-adds of convolutions and linear layer), computed from the definition.
 
     He et al. 2016 (arXiv:1512.03385, table 1) for the blocks, He et al. 2018 (arXiv:1812.01187, section 4 and figures 1
     and 2) for A to D.
@@ -56,7 +56,7 @@ def defined_size(depth: int, variant: str, edge: int = 224, classes: int = 1000)
 
 
 def count(model: torch.nn.Module, edge: int = 224) -> tuple[int, int]:
-    """(parameters, multiply-adds) of a model on the meta device; the counter takes a multiply-add for two."""
+    """(parameters, multiply-adds) of a model on the meta device; the counter counts a multiply-add as two FLOPs."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.eval()(torch.empty(1, 3, edge, edge, device="meta"))
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
@@ -64,19 +64,18 @@ def count(model: torch.nn.Module, edge: int = 224) -> tuple[int, int]:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("depth", DEPTHS)
-def test_size_is_the_definitions(depth, variant):
+def test_resnet_has_the_size_of_its_definition(depth, variant):
     with torch.device("meta"):
         eager, fused = (ResNet(depth, variant, fused=fused) for fused in (False, True))
     assert count(eager) == defined_size(depth, variant)
     assert sum(p.numel() for p in fused.parameters()) == defined_size(depth, variant)[0]
 
 
-def test_published_sizes():
-    """Figures of others for the same networks.
+def test_resnet_has_the_published_sizes():
+    """Parameters and GFLOPs (a multiply-add is one) of A to D in the paper's table 5, torchvision's and timm's models.
 
-    The paper's table 5 (25 M parameters each; 3.8, 4.1, 4.3 and 4.3 GFLOPs, a multiply-add as one), torchvision's
-    resnet50, "v1.5" = variant B (25,557,032 parameters, 4.09 GFLOPs; resnet18 11,689,512 and 1.81), and timm's
-    resnet50d (25.58 M, 4.35 GMACs).
+    Paper: 25 M each; 3.8, 4.1, 4.3, 4.3. torchvision, variant B: resnet50 25,557,032 and 4.09, resnet18 11,689,512 and
+    1.81. timm: resnet50d 25.58 M and 4.35.
     """
     sizes = {variant: defined_size(50, variant) for variant in VARIANTS}
     for (_, madds), published in zip(sizes.values(), (3.8, 4.1, 4.3, 4.3), strict=True):
@@ -87,13 +86,13 @@ def test_published_sizes():
     assert defined_size(18, "b")[0] == 11_689_512
     assert round(defined_size(18, "b")[1] / 1e9, 2) == 1.81
     assert round(sizes["d"][0] / 1e6, 2) == 25.58
-    assert abs(sizes["d"][1] / 1e9 - 4.35) < 0.03  # timm counts more than convolutions and the linear layer
+    assert abs(sizes["d"][1] / 1e9 - 4.35) < 0.03  # timm also counts other layers
 
 
 @pytest.mark.parametrize(("depth", "torchvision_name"), [(18, "resnet18"), (50, "resnet50")])
 @pytest.mark.parametrize("fused", [False, True])
-def test_variant_b_takes_torchvisions_weights(depth, torchvision_name, fused):
-    """Same keys, same shapes and, with the same weights, the same outputs and gradients in training and evaluation."""
+def test_variant_b_equals_torchvision_with_its_weights(depth, torchvision_name, fused):
+    """torchvision's state_dict loads strictly; outputs and gradients are equal in training and evaluation."""
     torchvision = pytest.importorskip("torchvision")
     torch.manual_seed(depth)
     theirs = torchvision.models.get_model(torchvision_name, weights=None, num_classes=7).double()
@@ -104,7 +103,7 @@ def test_variant_b_takes_torchvisions_weights(depth, torchvision_name, fused):
 @pytest.mark.parametrize(("depth", "timm_name"), [(18, "resnet18d"), (50, "resnet50d")])
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("edge", [32, 42])
-def test_variant_d_takes_timms_weights(depth, timm_name, fused, edge):
+def test_variant_d_equals_timm_with_its_weights(depth, timm_name, fused, edge):
     timm = pytest.importorskip("timm")
     torch.manual_seed(depth)
     theirs = timm.create_model(timm_name, num_classes=7, zero_init_last=False).double()
@@ -128,8 +127,8 @@ def compare(ours: torch.nn.Module, theirs: torch.nn.Module, x: torch.Tensor) -> 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("depth", [18, 50])
-def test_fused_and_eager_are_one_network(depth, variant):
-    """Same seed, same weights under the same keys, same gradients; a state_dict goes either way."""
+def test_fused_and_eager_resnets_agree(depth, variant):
+    """From the same seed both have equal weights and gradients; each loads the state_dict of the other."""
     nets = []
     for fused in (False, True):
         torch.manual_seed(3)
@@ -144,8 +143,8 @@ def test_fused_and_eager_are_one_network(depth, variant):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_fused_net_in_low_precision_and_layouts(dtype, memory_format):
-    """Both layouts and every training precision give the eager network's logits within the precision."""
+def test_fused_resnet_agrees_in_every_dtype_and_layout(dtype, memory_format):
+    """The logits equal the eager float64 ones within the precision."""
     torch.manual_seed(4)
     eager = ResNet(18, "d", num_classes=7, width=8, fused=False)
     fused = ResNet(18, "d", num_classes=7, width=8, fused=True)
@@ -169,7 +168,7 @@ def test_width_narrows_every_layer():
     assert narrow.fc.in_features == 512
 
 
-def test_initialisation_is_the_papers():
+def test_initialisation_is_that_of_the_paper():
     net = ResNet(18, "c", width=32)
     weight = net.layer2[0].conv1.weight
     bound = (6 / ((weight.shape[0] + weight.shape[1]) * 9)) ** 0.5
@@ -179,14 +178,14 @@ def test_initialisation_is_the_papers():
 
 
 def size_of(layers: list[tuple[int, int, int, int, bool, int]]) -> tuple[int, int]:
-    """(parameters, multiply-adds) of convolutions (inputs per group, outputs, area of the kernel, edge of the output,
-    followed by BatchNorm or with a bias, how many)."""
+    """(parameters, multiply-adds) of convolutions, each as (inputs per group, outputs, area of the kernel, edge of the
+    output, whether a BatchNorm follows (else it has a bias), how many)."""
     parameters = sum(n * (i * o * k + (2 * o if norm else o)) for i, o, k, _, norm, n in layers)
     return parameters, sum(n * i * o * k * e * e for i, o, k, e, _, n in layers)
 
 
-def test_mobilenet_is_the_definition():
-    """Howard et al. 2017, table 1, row by row; its sums are 4.2 M parameters and 569 M multiply-adds (table 8)."""
+def test_mobilenet_has_the_size_of_its_definition():
+    """Howard et al. 2017: the rows of table 1; 4.2 M parameters and 569 M multiply-adds (table 8)."""
     layers = [(3, 32, 9, 112, True, 1)]
     rows = [(32, 64, 112, 112), (64, 128, 112, 56), (128, 128, 56, 56), (128, 256, 56, 28), (256, 256, 28, 28)]
     rows += [(256, 512, 28, 14), *[(512, 512, 14, 14)] * 5, (512, 1024, 14, 7), (1024, 1024, 7, 7)]
@@ -201,7 +200,7 @@ def test_mobilenet_is_the_definition():
     assert round(size_of(layers)[1] / 1e6) == 569
 
 
-def test_nin_is_the_definition():
+def test_nin_has_the_size_of_its_definition():
     layers = [(3, 96, 121, 54, False, 1), (96, 96, 1, 54, False, 2), (96, 256, 25, 27, False, 1)]
     layers += [(256, 256, 1, 27, False, 2), (256, 384, 9, 13, False, 1), (384, 384, 1, 13, False, 2)]
     layers += [(384, 1024, 9, 6, False, 1), (1024, 1024, 1, 6, False, 1), (1024, 1000, 1, 6, False, 1)]
@@ -209,8 +208,8 @@ def test_nin_is_the_definition():
         assert count(models.NiN()) == size_of(layers)
 
 
-def test_inception_is_torchvisions():
-    """Same keys and shapes, same multiply-adds, same outputs of both heads, gradients and statistics."""
+def test_inception_equals_torchvision():
+    """Keys, shapes, multiply-adds, outputs, gradients and running statistics are equal."""
     torchvision = pytest.importorskip("torchvision")
     with torch.device("meta"):
         ours = models.InceptionV3(aux_logits=True)
@@ -226,7 +225,7 @@ def test_inception_is_torchvisions():
 
 
 @pytest.mark.parametrize("name", ["mobilenet_v1", "nin", "inception_v3"])
-def test_own_fused_and_eager_are_one_network(name):
+def test_fused_and_eager_models_agree(name):
     edge = {"mobilenet_v1": 50, "nin": 75, "inception_v3": 299}[name]
     nets = []
     for fused in (False, True):
@@ -240,14 +239,14 @@ def test_own_fused_and_eager_are_one_network(name):
             assert [tuple(t.shape) for t in edge_out] == [(2, 7), (2, 7)]
             with pytest.raises(ValueError, match="at least 299x299"):
                 net(torch.randn(2, 3, 128, 128, dtype=torch.float64))
-            net.AuxLogits = None  # its gradients are in the trainer's test
+            net.AuxLogits = None  # the trainer's tests cover its gradients
         nets.append(net)
     eager, fused_net = nets
     assert list(eager.state_dict()) == list(fused_net.state_dict())
     compare(fused_net, eager, torch.randn(4, 3, edge if edge < 299 else 107, edge if edge < 299 else 91).double())
 
 
-ZOO = pytest.mark.zoo  # seconds each
+ZOO = pytest.mark.zoo  # each takes seconds
 
 
 @pytest.mark.parametrize(
@@ -268,8 +267,8 @@ ZOO = pytest.mark.zoo  # seconds each
         pytest.param("timm/nasnetalarge", 75, marks=ZOO),
     ],
 )
-def test_names_train_fused_and_eager_alike(name, edge):
-    """The losses of three steps, auxiliary heads included, and the weights after them."""
+def test_models_train_the_same_fused_and_eager(name, edge):
+    """The losses of three steps, with auxiliary heads, and the weights after them."""
     pytest.importorskip(name.partition("/")[0] if "/" in name else "torchvision")
     from fasttricks.train.objective import Objective
 
@@ -309,7 +308,7 @@ def test_names_of_other_libraries_resolve(name):
         model = models.build(name, 5)
     edge = 299 if "inception" in name else 224
     out = model.train()(torch.empty(2, 3, edge, edge, device="meta"))
-    assert out.shape == (2, 5)  # a tensor, also where training would give auxiliary logits
+    assert out.shape == (2, 5)  # a tensor, without auxiliary logits
 
 
 @pytest.mark.parametrize(
@@ -326,12 +325,12 @@ def test_names_of_other_libraries_resolve(name):
         ("resnet18", {"num_classes": 0}, "num_classes"),
     ],
 )
-def test_bad_names_and_options(name, options, text):
+def test_bad_names_and_options_are_refused(name, options, text):
     with pytest.raises(ValueError, match=text):
         models.build(name, **options)
 
 
-def test_bad_constructor_arguments():
+def test_bad_constructor_arguments_are_refused():
     with pytest.raises(ValueError, match="depth must be one of"):
         ResNet(20)
     with pytest.raises(ValueError, match="variant must be"):
@@ -339,7 +338,7 @@ def test_bad_constructor_arguments():
 
 
 @pytest.mark.parametrize("name", ["torchvision/resnet18", "timm/resnet18"])
-def test_models_of_others_are_fused_by_default(name):
+def test_models_of_other_libraries_are_fused_by_default(name):
     pytest.importorskip(name.partition("/")[0])
     counts = {"bn_relu": 9, "bn_add_relu": 8}
     assert fusions(models.build(name, 3)).counts == counts

@@ -1,4 +1,4 @@
-"""BatchNormReLU2d and BatchNormAddReLU2d beside nn.BatchNorm2d, zero_init_last, compiled, and over two processes."""
+"""BatchNormReLU2d and BatchNormAddReLU2d against nn.BatchNorm2d; zero_init_last; statistics over two processes."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def same_buffers(fused: nn.Module, peer: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_three_steps_and_evaluation_as_torch(backend: str, options: dict) -> None:
+def test_training_and_evaluation_equal_torch(backend: str, options: dict) -> None:
     fused, peer = twins(**options)
     for _ in range(3):
         x = torch.randn(4, 5, 6, 7) * 2 + 1
@@ -56,8 +56,8 @@ def test_three_steps_and_evaluation_as_torch(backend: str, options: dict) -> Non
     same_buffers(fused, peer)
 
 
-def test_cumulative_average_of_the_known_example(backend: str) -> None:
-    """[[0], [2]], [[1], [3]], [[5], [7]] with momentum=None: mean 3, variance 2, three batches."""
+def test_momentum_none_is_the_cumulative_average(backend: str) -> None:
+    """Batches [0, 2], [1, 3], [5, 7]: mean 3, variance 2, three batches."""
     norm = BatchNormReLU2d(1, momentum=None)
     for a, b in ((0.0, 2.0), (1.0, 3.0), (5.0, 7.0)):
         norm(torch.tensor([a, b]).view(2, 1, 1, 1))
@@ -66,8 +66,8 @@ def test_cumulative_average_of_the_known_example(backend: str) -> None:
     assert norm.num_batches_tracked == 3
 
 
-def test_tracking_switched_off_after_construction(backend: str) -> None:
-    """Training leaves the buffers; evaluation uses them."""
+def test_tracking_can_be_switched_off_after_construction(backend: str) -> None:
+    """Training then leaves the buffers unchanged; evaluation still uses them."""
     fused, peer = twins()
     for norm in (fused, peer):
         norm.track_running_stats = False
@@ -80,7 +80,7 @@ def test_tracking_switched_off_after_construction(backend: str) -> None:
     assert relative_error(fused.eval()(x), F.relu(peer.eval()(x))) < 1e-6
 
 
-def test_empty_batch_counts_and_moves_nothing(backend: str) -> None:
+def test_an_empty_batch_changes_only_the_count(backend: str) -> None:
     fused = BatchNormReLU2d(4)
     assert fused(torch.ones(0, 4, 3, 3)).shape == (0, 4, 3, 3)
     assert fused.num_batches_tracked == 1
@@ -92,7 +92,7 @@ def test_input_must_have_four_dimensions() -> None:
         BatchNormReLU2d(3)(torch.randn(2, 3))
 
 
-def test_zero_init_starts_as_the_shortcut_and_leaves_it() -> None:
+def test_zero_init_starts_as_the_shortcut_and_can_train() -> None:
     norm = BatchNormAddReLU2d(6, zero_init=True)
     x, shortcut = torch.randn(4, 6, 5, 5), torch.randn(4, 6, 5, 5)
     y = norm(x, shortcut)
@@ -106,7 +106,7 @@ def test_zero_init_starts_as_the_shortcut_and_leaves_it() -> None:
         BatchNormAddReLU2d(6, affine=False, zero_init=True)
 
 
-def test_copies_and_pickles() -> None:
+def test_copies_and_pickles_keep_zero_init() -> None:
     norm = BatchNormAddReLU2d(3, zero_init=True)
     for other in (copy.deepcopy(norm), pickle.loads(pickle.dumps(norm))):
         assert other.zero_init
@@ -114,8 +114,8 @@ def test_copies_and_pickles() -> None:
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_compiled_whole(momentum: float | None) -> None:
-    """One graph; buffers after three training steps, and evaluation after them, are eager's."""
+def test_full_graph_compile_equals_eager(momentum: float | None) -> None:
+    """Outputs, gradients and buffers of three training steps, and evaluation after them."""
     torch._dynamo.reset()
     eager, traced = (BatchNormAddReLU2d(4, momentum=momentum) for _ in range(2))
     compiled = torch.compile(traced, fullgraph=True, backend="aot_eager")
@@ -130,8 +130,8 @@ def test_compiled_whole(momentum: float | None) -> None:
     torch.testing.assert_close(compiled.eval()(x, r), eager.eval()(x, r), rtol=0, atol=0)
 
 
-def test_two_forwards_then_one_backward() -> None:
-    """The running statistics are not saved for the backward pass of training."""
+def test_two_forwards_before_one_backward() -> None:
+    """The second one changes the running statistics, which the backward pass does not need."""
     norm = BatchNormReLU2d(3)
     x = torch.randn(4, 3, 5, 5, requires_grad=True)
     (norm(x).sum() + norm(2 * x).sum()).backward()
@@ -176,7 +176,7 @@ def test_zero_init_last_of_torchvisions_regnet() -> None:
     assert (net.trunk_output.block1[0].f.c[1].weight == 0).all()
 
 
-def test_zero_init_last_of_what_has_none() -> None:
+def test_zero_init_last_refuses_a_model_without_blocks() -> None:
     with pytest.raises(ValueError, match="model is a Sequential with no residual block"):
         zero_init_last(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
 
@@ -197,14 +197,14 @@ def _rank(rank: int, folder: str, sizes: tuple[int, int], residual: bool) -> Non
     made = {"y": y.detach(), "dx": x.grad, "dr": r.grad, "weight": norm.weight.grad, "bias": norm.bias.grad}
     torch.save({**made, "state": norm.state_dict()}, f"{folder}/{rank}.pt")
     distributed.destroy_process_group()
-    # a thread of gloo may still hold a tensor, and aborts where it asks a finished interpreter for the GIL
+    # a gloo thread that still holds a tensor would abort when it takes the GIL of a finished interpreter
     os._exit(0)
 
 
 @pytest.mark.parametrize("residual", [False, True], ids=["relu", "add_relu"])
 @pytest.mark.parametrize("sizes", [(3, 1), (4, 0)], ids=["uneven", "empty"])
-def test_synchronised_statistics(sizes: tuple[int, int], residual: bool) -> None:
-    """Two ranks with uneven, or no, samples give what one process gives on all of them."""
+def test_synchronised_statistics_equal_one_process(sizes: tuple[int, int], residual: bool) -> None:
+    """Two ranks with uneven parts of a batch, one of them possibly empty."""
     peer = nn.BatchNorm2d(4)
     nn.init.normal_(peer.weight)
     nn.init.normal_(peer.bias)

@@ -1,4 +1,4 @@
-"""The modules under tools that look for BatchNorms and convolutions: what they compute and their names stay."""
+"""The modules under tools that look for BatchNorms and convolutions: values and names are kept."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fasttricks.nn import AvgPoolConv1x1, BatchNormAddReLU2d, BatchNormReLU2d
 
 
 class Net(nn.Module):
-    """All three modules."""
+    """A network with all three modules."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Net(nn.Module):
 
 
 class Plain(nn.Module):
-    """The same network of torch's modules."""
+    """The same network with torch's modules."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ def test_holder_and_child_keep_the_same_tensors(move: Callable[[nn.Module], Any]
 
 
 class Frozen(nn.Module):
-    """A BatchNorm with fixed statistics, as detection libraries have one."""
+    """A BatchNorm with fixed statistics, like those of detection libraries."""
 
     def __init__(self, bn: nn.BatchNorm2d) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ class Frozen(nn.Module):
 
 
 def replaced(module: nn.Module, make: Callable[[nn.Module], nn.Module], assign: str) -> nn.Module:
-    """What Apex, detection libraries and others do: replace every BatchNorm, found by its class, in place."""
+    """Replaces every BatchNorm in place, found by its class, as Apex and detection libraries do."""
     if isinstance(module, _BatchNorm):
         return make(module)
     for name, child in module.named_children():
@@ -169,7 +169,7 @@ def test_timms_tools_keep_the_relu() -> None:
         assert relative_error(ours.eval()(x), plain(x)) < 1e-5
 
 
-def test_update_bn_and_weight_decay_groups() -> None:
+def test_update_bn_and_weight_decay_groups_find_the_batchnorms() -> None:
     ours, plain = nets()
     batches = [torch.randn(4, 3, 8, 8) for _ in range(3)]
     for net in (ours, plain):
@@ -177,14 +177,14 @@ def test_update_bn_and_weight_decay_groups() -> None:
     for (name, got), want in zip(ours.state_dict().items(), plain.state_dict().values(), strict=True):
         assert relative_error(got.double(), want.double()) < 1e-5, name
     assert ours.bn1.momentum == 0.1
-    # as torchvision's references: parameters of normalisation layers, by the class of the module that has them
+    # as torchvision's references split them: parameters of normalisation layers by the class of the module
     norms = [p for m in ours.modules() if isinstance(m, _BatchNorm) for p in m.parameters(recurse=False)]
     others = [p for m in ours.modules() if not isinstance(m, _BatchNorm) for p in m.parameters(recurse=False)]
     assert sorted(map(len, (norms, others))) == [3, 4]
     torch.optim.SGD([{"params": norms, "weight_decay": 0.0}, {"params": others}], lr=0.1)
 
 
-def test_modes_options_and_hooks_of_the_child_count() -> None:
+def test_mode_options_and_hooks_of_the_child_apply() -> None:
     ours, plain = nets()
     x = torch.randn(4, 3, 8, 8)
     for net in (ours, plain):
@@ -209,7 +209,7 @@ def test_functional_call_swaps_parameters() -> None:
     assert relative_error(got, want) < 1e-5
 
 
-def test_leaves_of_torch_fx() -> None:
+def test_modules_are_leaves_of_torch_fx() -> None:
     ours, _ = nets()
     graph = fx.symbolic_trace(ours)
     assert [n.target for n in graph.graph.nodes if n.op == "call_module"] == ["conv", "bn1", "down", "bn2"]
@@ -220,7 +220,7 @@ def test_leaves_of_torch_fx() -> None:
 
 
 class Functional(nn.Module):
-    """The ops as functions."""
+    """A model that calls the ops as functions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -242,7 +242,7 @@ def test_functions_are_nodes_of_torch_fx() -> None:
         assert torch.equal(traced(x), model(x))
 
 
-def test_from_existing_modules() -> None:
+def test_modules_can_wrap_existing_ones() -> None:
     bn = nn.BatchNorm2d(6, eps=0.1).eval()
     module = BatchNormReLU2d.from_bn(bn)
     assert module.norm is bn
@@ -261,7 +261,7 @@ def test_from_existing_modules() -> None:
         AvgPoolConv1x1.from_pool_conv(nn.AvgPool2d(3), conv)
 
 
-def test_a_norm_layer_of_others_is_refused() -> None:
+def test_use_as_norm_layer_of_a_model_zoo_is_refused() -> None:
     models = pytest.importorskip("torchvision.models")
     for name in ("resnet18", "mobilenet_v2"):
         with pytest.raises(TypeError, match=r"norm_layer=BatchNormReLU2d.*fasttricks\.fuse\(model\)"):
@@ -271,7 +271,7 @@ def test_a_norm_layer_of_others_is_refused() -> None:
         timm.create_model("resnet18", norm_layer=BatchNormReLU2d)
 
 
-def test_scripting_says_what_to_do() -> None:
+def test_scripting_is_refused_and_tracing_works() -> None:
     with pytest.raises(NotImplementedError, match=r"torch\.export and torch\.jit\.trace can"):
         torch.jit.script(Net())
     ours, plain = (net.eval() for net in nets())
@@ -374,7 +374,7 @@ def test_sharded_parameters_reach_the_child(shard: Callable[[nn.Module], nn.Modu
     for name, want in plain.state_dict().items():
         got = state[name].full_tensor() if hasattr(state[name], "full_tensor") else state[name]
         assert relative_error(got, want) < 1e-10, name
-    # torch.distributed.checkpoint reads and writes by the same names
+    # torch.distributed.checkpoint uses the same names
     saved, moments = checkpoints.get_state_dict(ours, optimizers[0])
     assert set(saved) == set(names)
     assert set(moments["state"]) == {name for name, _ in plain.named_parameters()}

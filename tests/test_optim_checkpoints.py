@@ -1,4 +1,4 @@
-"""Checkpoints of other optimizers and schedules: refused with the reason, or continued."""
+"""Checkpoints of other optimizers and schedules continue, or are refused with the reason."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def assert_same(a: Any, b: Any) -> None:
 
 
 class TrustedSGD(torch.optim.SGD):
-    """Has SGD's state and options and one more, as the LARS of other packages."""
+    """SGD with one more option, like the LARS of other packages."""
 
     def __init__(self, params: Any, **options: Any) -> None:
         super().__init__(params, **options)
@@ -63,7 +63,7 @@ class TrustedSGD(torch.optim.SGD):
     ],
 )
 def test_state_of_another_optimizer_is_refused(other: Any, message: str, stepped: bool) -> None:
-    """By the names of what it has or lacks; the optimizer stays as it was and goes on."""
+    """The error names what it has or lacks; the optimizer is unchanged and can continue."""
     model = make_model()
     foreign = other(model.parameters())
     ours = FusedSGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -78,7 +78,7 @@ def test_state_of_another_optimizer_is_refused(other: Any, message: str, stepped
     train(ours, model)
 
 
-def test_lars_takes_its_own_checkpoints_only() -> None:
+def test_lars_loads_only_its_own_checkpoints() -> None:
     model = make_model()
     plain = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     lars = FusedLARS(model.parameters(), lr=0.1)
@@ -90,7 +90,7 @@ def test_lars_takes_its_own_checkpoints_only() -> None:
 
 
 def test_options_of_schedules_and_of_users_are_loaded() -> None:
-    """What schedules add to the groups, and what the user's own groups have, is no sign of another optimizer."""
+    """Options that schedules add to groups, and the user's own, are accepted."""
     model = make_model()
 
     def make(kind: type) -> Any:
@@ -104,8 +104,8 @@ def test_options_of_schedules_and_of_users_are_loaded() -> None:
     assert after.param_groups[0]["initial_lr"] == before.param_groups[0]["initial_lr"]
 
 
-def test_from_a_schedule_of_torch_to_ours() -> None:
-    """As docs/frameworks.md says: a LambdaLR from the same epoch goes on with the rates of CosineAnnealingLR."""
+def test_a_lambda_schedule_continues_one_of_torch() -> None:
+    """As docs/frameworks.md says: from the same epoch a LambdaLR gives the rates of CosineAnnealingLR."""
     model = make_model()
     optimizer = FusedSGD(model.parameters(), lr=0.4, momentum=0.9)
     theirs = CosineAnnealingLR(optimizer, 10)
@@ -123,7 +123,7 @@ def test_from_a_schedule_of_torch_to_ours() -> None:
             s.step()
 
 
-def test_the_options_that_a_copy_keeps() -> None:
+def test_a_copy_keeps_unscale_in_step() -> None:
     optimizer = FusedSGD(make_model().parameters(), lr=0.1, unscale_in_step=False)
     assert copy.deepcopy(optimizer)._step_supports_amp_scaling is False
     assert FusedSGD(make_model().parameters(), lr=0.1)._step_supports_amp_scaling is True
@@ -138,7 +138,7 @@ def stepped(kind: type[torch.optim.Optimizer], params: Any, model: nn.Module, **
 
 
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop])
-def test_the_state_of_another_optimizer_is_refused(kind: type[torch.optim.Optimizer]) -> None:
+def test_the_error_names_the_state_that_does_not_fit(kind: type[torch.optim.Optimizer]) -> None:
     model = nn.Linear(4, 2)
     own = stepped(FusedSGD, model.parameters(), model, momentum=0.9)
     before = copy.deepcopy(own.state_dict())
@@ -146,7 +146,7 @@ def test_the_state_of_another_optimizer_is_refused(kind: type[torch.optim.Optimi
     entry = next(name for name in other["state"][0] if name != "step")
     with pytest.raises(ValueError, match=f"the state of parameter 0 has .*{entry}.*accepted: .*momentum_buffer"):
         own.load_state_dict(other)
-    with pytest.raises(ValueError, match=r"group 0 lacks .*nesterov"):  # before its first step there is no state
+    with pytest.raises(ValueError, match=r"group 0 lacks .*nesterov"):  # there is no state before the first step
         own.load_state_dict(kind(model.parameters()).state_dict())
     torch.testing.assert_close(own.state_dict(), before, rtol=0, atol=0)
 
@@ -174,8 +174,8 @@ def test_a_checkpoint_of_one_group_loads_by_name() -> None:
 
 
 @pytest.mark.parametrize("kind", [FusedSGD, FusedLARS])
-def test_an_optimizer_with_a_process_group(kind: Any, tmp_path: Path) -> None:
-    """A copy shares the group; a pickle would lose it, and clip by the gradients of one rank."""
+def test_a_process_group_is_shared_by_copies_and_not_pickled(kind: Any, tmp_path: Path) -> None:
+    """A pickle would lose the group, and clip by the gradients of one rank."""
     dist = torch.distributed
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     try:

@@ -1,5 +1,4 @@
-"""Optimizers on a device other than the CPU: without a card on fake tensors (no values, but devices and copies), with
-one in CUDA graphs."""
+"""Optimizers on a GPU: without one on fake tensors, which have devices but no values, and with one in CUDA graphs."""
 
 from __future__ import annotations
 
@@ -28,7 +27,7 @@ def fake() -> Iterator[None]:
 
 
 class Copies(TorchDispatchMode):
-    """Notes every copy between devices."""
+    """Records every copy between devices."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,10 +65,10 @@ def step(optimizer: Any, params: list[nn.Parameter], scaler: LossScaler) -> Copi
 @pytest.mark.parametrize("kind", [FusedSGD, FusedLARS])
 @pytest.mark.parametrize("lr", ["float", "tensor"])
 def test_a_step_stays_on_its_device(fake: None, kind: type, lr: str) -> None:
-    """Check, clipping, step and update copy nothing to the host (a wait) nor from it (not capturable)."""
+    """Check, clipping, step and update copy nothing to the host, which would wait, nor from it."""
     params = parameters(CARD)
     optimizer, scaler = kind(params, lr=0.1, **OPTIONS), LossScaler(8.0)
-    if lr == "tensor":  # (the constructor checks an lr by reading it)
+    if lr == "tensor":  # the constructor would read it
         optimizer.param_groups[0]["lr"] = torch.full((), 0.1, device=CARD)
     step(optimizer, params, scaler)
     for _ in range(2):
@@ -84,7 +83,7 @@ def test_a_step_stays_on_its_device(fake: None, kind: type, lr: str) -> None:
     assert scaler.found_inf.device == scaler.loss_scale.device == CARD
 
 
-def test_the_watch_sees_copies(fake: None) -> None:
+def test_the_copy_detector_sees_copies(fake: None) -> None:
     with Copies() as copies:
         torch.ones((), device=CARD).to(CPU)
         torch.ones((), device=CARD).copy_(torch.ones(()))
@@ -93,8 +92,7 @@ def test_the_watch_sees_copies(fake: None) -> None:
         torch.ones((), device=CARD).item()
 
 
-def test_lr_on_the_host(fake: None) -> None:
-    """An lr tensor on the CPU is sent to the parameters, never read."""
+def test_an_lr_on_the_host_is_copied_and_never_read(fake: None) -> None:
     params = parameters(CARD)
     optimizer, scaler = FusedSGD(params, lr=0.1, **OPTIONS), LossScaler(8.0)
     optimizer.param_groups[0]["lr"] = torch.full((), 0.1)
@@ -103,7 +101,7 @@ def test_lr_on_the_host(fake: None) -> None:
 
 
 @pytest.mark.parametrize("kind", [FusedSGD, FusedLARS])
-def test_parameters_of_two_devices_in_one_group(fake: None, kind: type) -> None:
+def test_one_group_can_span_two_devices(fake: None, kind: type) -> None:
     params = parameters(CARD, CPU)
     optimizer, scaler = kind(params, lr=0.1, **OPTIONS), LossScaler(8.0)
     for _ in range(2):
@@ -115,12 +113,12 @@ def test_parameters_of_two_devices_in_one_group(fake: None, kind: type) -> None:
 
 
 def test_state_follows_parameters(fake: None) -> None:
-    """A checkpoint of the CPU that is loaded for a card; parameters that model.to(device) took there between steps."""
+    """A checkpoint from the CPU loaded for a GPU; parameters that model.to(device) moved between steps."""
     here, there = parameters(CPU), parameters(CARD)
     optimizer, other = FusedSGD(here, lr=0.1, momentum=0.9), FusedSGD(there, lr=0.5)
     give_grads(here)
     optimizer.step()
-    # state_dict() reads the counts: the same entries without
+    # without the counts, which state_dict() reads on the host
     state = {i: {k: v for k, v in optimizer.state[p].items() if k != "step"} for i, p in enumerate(here)}
     group = {**optimizer.param_groups[0], "params": list(range(len(here)))}
     other.load_state_dict({"state": state, "param_groups": [group]})
@@ -141,7 +139,7 @@ def test_state_follows_parameters(fake: None) -> None:
 
 
 def reference(start: list[Tensor], rates: list[float], skipped: list[bool]) -> list[Tensor]:
-    """torch.optim.SGD in float64: gradients of one, a step for each rate that is not skipped."""
+    """Parameters after torch.optim.SGD in float64 with gradients of one, a step per rate that is not skipped."""
     params = [nn.Parameter(t.double().cpu()) for t in start]
     optimizer = torch.optim.SGD(params, lr=0.1, momentum=0.9, foreach=False)
     for rate, skip in zip(rates, skipped, strict=True):
@@ -155,8 +153,7 @@ def reference(start: list[Tensor], rates: list[float], skipped: list[bool]) -> l
 
 @on_a_card
 @pytest.mark.parametrize("name", ["cuda", "triton"])
-def test_captured_step(name: str) -> None:
-    """A captured step sees lr, the scale and found_inf as they are at each replay."""
+def test_a_captured_step_reads_lr_scale_and_found_inf_at_replay(name: str) -> None:
     with fasttricks.backend(name):
         captured_steps()
 
@@ -188,7 +185,7 @@ def captured_steps() -> None:
 @on_a_card
 @pytest.mark.parametrize("name", ["cuda", "triton"])
 @pytest.mark.parametrize("kind", [FusedSGD, FusedLARS])
-def test_no_synchronisation_on_a_card(kind: type, name: str) -> None:
+def test_a_step_on_a_card_does_not_synchronise(kind: type, name: str) -> None:
     params = parameters(CARD)
     optimizer, scaler = kind(params, lr=0.1, **OPTIONS), LossScaler(8.0)
     with fasttricks.backend(name):
@@ -201,7 +198,7 @@ def test_no_synchronisation_on_a_card(kind: type, name: str) -> None:
 
 
 @on_a_card
-def test_two_devices_in_one_group_on_a_card() -> None:
+def test_one_group_spans_a_card_and_the_cpu() -> None:
     params = parameters(CARD, CPU)
     start = [p.detach().clone() for p in params]
     optimizer = FusedSGD(params, lr=0.1, momentum=0.9)

@@ -1,4 +1,4 @@
-"""The optimizers on two gloo processes: DDP, ZeroRedundancyOptimizer, FSDP2, DTensors; what ranks must agree on."""
+"""The optimizers on two gloo processes: DDP, ZeroRedundancyOptimizer, FSDP2, DTensors, agreement on overflow."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def make_model() -> nn.Module:
 
 
 class Images(nn.Module):
-    """Channels-last convolutions, one of them 1x1: their gradients have strides of their own in DDP's buckets."""
+    """Channels-last convolutions, one of them 1x1: in DDP's buckets their gradients have other strides."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ def close(a: torch.Tensor, b: torch.Tensor) -> None:
 
 
 def alone(model: nn.Module, steps: int, max_norm: float | None = None, lars: bool = False) -> nn.Module:
-    """What one process gives on both batches, by torch.optim.SGD (LARS: by FusedLARS, tested elsewhere)."""
+    """The model trained by one process on both batches, with torch.optim.SGD or FusedLARS."""
     model = copy.deepcopy(model)
     kind: Any = FusedLARS if lars else torch.optim.SGD
     optimizer = kind(model.parameters(), **OPTIONS)
@@ -72,7 +72,7 @@ def with_ddp(rank: int, model: nn.Module) -> None:
         optimizer, scaler = FusedSGD(replica.parameters(), **OPTIONS), LossScaler(256.0)
         for i in range(4):
             optimizer.zero_grad()
-            factor = math.inf if i == 3 and rank == 1 else 1.0  # the overflow of one rank reaches all by the reduction
+            factor = math.inf if i == 3 and rank == 1 else 1.0  # the all-reduce spreads the overflow of one rank
             scaler.scale(loss_of(replica, inputs(i)[rank]) * factor).backward()
             scaler.step(optimizer)
             scaler.update()
@@ -92,7 +92,7 @@ def with_zero(rank: int, model: nn.Module) -> None:
         for i in range(4):
             optimizer.zero_grad()
             scaler.scale(loss_of(replica, inputs(i)[rank].to(dtype)).float()).backward()
-            if i == 3:  # in a parameter that only one rank steps
+            if i == 3:  # NaN in a parameter that only one rank steps
                 next(replica.parameters()).grad.fill_(math.nan)
             scaler.step(optimizer)
             scaler.update()
@@ -111,7 +111,7 @@ def with_zero(rank: int, model: nn.Module) -> None:
 
 
 def with_zero_clipping(rank: int, model: nn.Module) -> None:
-    """The norm is that of the parameters of all ranks, with and without a scaler; a rank may have none."""
+    """The norm is over the parameters of all ranks, with and without a scaler; a rank may have no parameters."""
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
     options = {**OPTIONS, "max_grad_norm": 0.05, "shard_group": dist.group.WORLD}
@@ -124,7 +124,7 @@ def with_zero_clipping(rank: int, model: nn.Module) -> None:
                 optimizer.zero_grad()
                 loss = loss_of(replica, inputs(i)[rank])
                 (loss if scaler is None else scaler.scale(loss)).backward()
-                if i == 3:  # in a parameter that only one rank steps
+                if i == 3:  # NaN in a parameter that only one rank steps
                     next(replica.parameters()).grad.fill_(math.nan)
                 if scaler is None:
                     optimizer.step()
@@ -137,7 +137,7 @@ def with_zero_clipping(rank: int, model: nn.Module) -> None:
 
 
 def with_unscale_and_no_parameters(rank: int, model: nn.Module) -> None:
-    """unscale_() and step() under ZeroRedundancyOptimizer, where one of the ranks has nothing to step."""
+    """unscale_() and step() under ZeroRedundancyOptimizer if one rank has no parameters."""
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
     net = nn.Linear(6, 5, bias=False)
@@ -165,7 +165,7 @@ def with_fsdp(rank: int, model: nn.Module) -> None:
 
     def shard(dtype: torch.dtype = torch.float32) -> nn.Module:
         sharded = copy.deepcopy(model).to(dtype)
-        for layer in (sharded[0], sharded[2], sharded[4]):  # five rows on two ranks, and one row: nothing for rank 1
+        for layer in (sharded[0], sharded[2], sharded[4]):  # five rows on two ranks; of one row, rank 1 has none
             fully_shard(layer, mesh=mesh)
         fully_shard(sharded, mesh=mesh)
         return sharded
@@ -179,7 +179,7 @@ def with_fsdp(rank: int, model: nn.Module) -> None:
         for i in range(4):
             optimizer.zero_grad()
             scaler.scale(loss_of(sharded, inputs(i)[rank])).backward()
-            if i == 3 and rank == 1:  # seen by one rank only
+            if i == 3 and rank == 1:  # only this rank sees it
                 sharded[2].weight.grad.to_local().fill_(math.inf)
             scaler.step(optimizer)
             scaler.update()
@@ -187,7 +187,7 @@ def with_fsdp(rank: int, model: nn.Module) -> None:
         for a, b in zip(sharded.parameters(), want.parameters(), strict=True):
             close(a.full_tensor(), b)
 
-    # fp16 shards: sharded masters and momentum, through a distributed state_dict and back
+    # fp16 shards: masters and momentum are sharded, and survive a distributed state_dict
     sharded = shard(torch.float16)
     optimizer = FusedSGD(sharded.parameters(), **OPTIONS)
 
@@ -217,7 +217,7 @@ def with_fsdp(rank: int, model: nn.Module) -> None:
 
 
 def with_partial_gradients(rank: int, model: nn.Module) -> None:
-    """A DTensor gradient whose placements differ from its parameter's: partial sums, or replicated."""
+    """A DTensor gradient with other placements than its parameter: partial or replicated."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
@@ -232,7 +232,7 @@ def with_partial_gradients(rank: int, model: nn.Module) -> None:
 
 
 def with_own_group(rank: int, model: nn.Module) -> None:
-    """Ranks that share no gradients agree on found_inf where they are asked to."""
+    """Ranks that share no gradients agree on found_inf if LossScaler has a process group."""
     p = nn.Parameter(torch.ones(3))
     optimizer, scaler = FusedSGD([p], lr=0.1), LossScaler(8.0, process_group=dist.group.WORLD)
     for unscale in (False, True):
@@ -256,10 +256,10 @@ def worker(rank: int, name: str, meeting: str, seed: int) -> None:
     torch.manual_seed(seed)
     try:
         CASES[name](rank, make_model())
-        dist.barrier()  # no rank tears gloo down while the other still talks to it
+        dist.barrier()  # neither rank ends gloo while the other still uses it
     finally:
         dist.destroy_process_group()
-    # a thread of gloo may still hold the barrier's tensor, and aborts where it asks a finished interpreter for the GIL
+    # a gloo thread that still holds a tensor would abort when it takes the GIL of a finished interpreter
     os._exit(0)
 
 

@@ -49,17 +49,17 @@ BAD = [
 
 
 @pytest.mark.parametrize(("options", "error", "message"), BAD)
-def test_bad_options(options: dict, error: type, message: str) -> None:
+def test_bad_options_are_refused(options: dict, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         FusedSGD(parameter(), **options)
     if "lr" in options or "momentum" in options or "weight_decay" in options:
         optimizer = FusedSGD(parameter(), lr=0.1)
         with pytest.raises(error, match=message):
             optimizer.add_param_group({"params": parameter(), **options})
-        assert len(optimizer.param_groups) == 1  # as it was
+        assert len(optimizer.param_groups) == 1  # unchanged
 
 
-def test_bad_parameters() -> None:
+def test_bad_parameters_are_refused() -> None:
     with pytest.raises(ValueError, match="empty parameter list"):
         FusedSGD([], lr=0.1)
     with pytest.raises(TypeError):

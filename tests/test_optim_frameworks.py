@@ -1,4 +1,4 @@
-"""The optimizers under other code: scalers of third parties, Lightning, Accelerate, timm, averages, model zoos."""
+"""The optimizers with other scalers, Lightning, Accelerate, timm, averages of weights, model zoos."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fasttricks.optim import FusedLARS, FusedSGD, LossScaler, param_groups, warm
 
 
 def overflow(module: nn.Module) -> None:
-    """The next backward pass through the module gives infinities."""
+    """Makes the next backward pass through the module give infinities."""
 
     def spoil(grad: Tensor) -> Tensor:
         handle.remove()
@@ -30,8 +30,8 @@ def overflow(module: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("kind", [FusedSGD, FusedLARS])
-def test_the_hook_for_scalers(kind: type) -> None:
-    """scaled() and unscale_() are all that a scaler needs: a step takes scaled gradients and reports overflow."""
+def test_scaled_and_unscale_are_all_a_scaler_needs(kind: type) -> None:
+    """A step within scaled() takes scaled gradients and reports overflow; unscale_() unscales them before."""
     for unscale in (False, True):
         p, q = (nn.Parameter(torch.linspace(1, 2, 6).view(2, 3).half()) for _ in range(2))
         optimizer, plain = (kind([t], lr=0.1, momentum=0.9) for t in (p, q))
@@ -55,11 +55,10 @@ def test_the_hook_for_scalers(kind: type) -> None:
                 plain.step()
                 assert torch.equal(next(optimizer.master_params()), next(plain.master_params()))
         optimizer.zero_grad()
-        optimizer.step()  # outside of scaled(): an ordinary step
+        optimizer.step()  # outside scaled(), an ordinary step
 
 
-def test_the_norm_is_that_of_its_step() -> None:
-    """grad_norm is read after update() has changed the scale."""
+def test_grad_norm_is_unscaled_after_the_scale_changes() -> None:
     p = nn.Parameter(torch.ones(4))
     optimizer, scaler = FusedSGD([p], lr=0.1, max_grad_norm=10.0), LossScaler(8.0, growth_interval=1)
     scaler.scale(p.sum()).backward()
@@ -70,7 +69,7 @@ def test_the_norm_is_that_of_its_step() -> None:
 
 
 def test_grad_scaler_unscales_before_the_step() -> None:
-    """unscale_in_step=False: GradScaler unscales, and leaves out a step that overflowed, as with torch.optim.SGD."""
+    """With unscale_in_step=False GradScaler unscales, and skips the step on overflow, as with torch.optim.SGD."""
     params = [nn.Parameter(torch.ones(4)) for _ in range(2)]
     optimizers: list[Any] = [
         FusedSGD([params[0]], lr=0.1, momentum=0.9, unscale_in_step=False),
@@ -108,7 +107,7 @@ def batches(count: int = 4) -> list[tuple[Tensor, Tensor]]:
 
 
 def test_lightning_clips_in_16_mixed() -> None:
-    """precision="16-mixed" with gradient_clip_val, which Lightning refuses for optimizers that unscale in the step."""
+    """With gradient_clip_val, which Lightning refuses for optimizers that unscale in the step."""
     lightning = pytest.importorskip("lightning")
     from lightning.pytorch.plugins import MixedPrecision
 
@@ -130,7 +129,7 @@ def test_lightning_clips_in_16_mixed() -> None:
                 return make(net.parameters())
 
         quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-        # "16-mixed" itself asks for a GPU
+        # precision="16-mixed" would require a GPU
         plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=64.0))
         plugin.autocast_context_manager = lambda: torch.autocast("cpu", torch.bfloat16)  # type: ignore[method-assign]
         trainer = lightning.Trainer(
@@ -162,7 +161,7 @@ def test_accelerate_notices_skipped_steps() -> None:
     for unscale_in_step in (False, True):
         net = Net()
         inner = FusedSGD(net.parameters(), lr=0.1, momentum=0.9, unscale_in_step=unscale_in_step)
-        # as Accelerator.prepare() makes it with mixed_precision="fp16", which itself asks for a GPU
+        # as from Accelerator.prepare() with mixed_precision="fp16", which would require a GPU
         scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
         optimizer = AcceleratedOptimizer(inner, scaler=scaler)
         seen = []
@@ -179,8 +178,8 @@ def test_accelerate_notices_skipped_steps() -> None:
         assert seen == [False, not unscale_in_step, False, False]
 
 
-def test_timm_makes_it_by_name() -> None:
-    """timm takes what follows an underscore for the name: "fasttricks_sgd" would be its own SGD."""
+def test_timm_creates_it_by_name() -> None:
+    """timm drops a prefix that ends in an underscore: "fasttricks_sgd" would be its own SGD."""
     timm_optim = pytest.importorskip("timm.optim")
     from timm.optim._optim_factory import default_registry
 
@@ -207,8 +206,8 @@ def half_net() -> Net:
     return Net().to(torch.bfloat16)
 
 
-def test_master_state() -> None:
-    """The model's state_dict in fp32 with buffers, as the next step sees it; shares nothing with the optimizer."""
+def test_master_state_is_the_state_dict_in_fp32() -> None:
+    """It includes buffers and changes from outside, and shares no memory with the optimizer."""
     net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).half()
     optimizer = FusedSGD(net.parameters(), lr=1e-4)
     for _ in range(3):
@@ -231,8 +230,8 @@ def test_master_state() -> None:
 
 
 @pytest.mark.parametrize("tool", ["torch", "timm"])
-def test_an_average_over_masters(tool: str) -> None:
-    """At a decay of 0.9999 an average in bf16 does not move; that of the masters is the average in float64."""
+def test_an_average_of_masters_moves(tool: str) -> None:
+    """At a decay of 0.9999 an average in bf16 does not move; that of the masters equals float64."""
     net = half_net()
     optimizer = FusedSGD(net.parameters(), lr=0.5)
     shadow = copy.deepcopy(net).float()
@@ -252,7 +251,7 @@ def test_an_average_over_masters(tool: str) -> None:
         for average, model in ((ema, shadow), (stuck, net)):
             average.update_parameters(model) if tool == "torch" else average.update(model)
         now = {n: p.detach().double() for n, p in shadow.named_parameters()}
-        if want is None:  # AveragedModel starts from its first update, ModelEmaV3 from its model
+        if want is None:  # AveragedModel starts at its first update, ModelEmaV3 at the initial model
             want = now if tool == "torch" else start
         want = {n: 0.9999 * want[n] + 0.0001 * now[n] for n in now}
     assert want is not None
@@ -274,8 +273,8 @@ def not_decayed(model: nn.Module) -> set[str]:
 
 
 @pytest.mark.parametrize("name", ["torchvision/resnet50", "timm/resnet50d", "resnet50d", "resnet50d fused"])
-def test_no_norm_is_decayed_whatever_its_name(name: str) -> None:
-    """A shortcut's BatchNorm is called downsample.1 in torchvision, not bn."""
+def test_no_norm_layer_is_decayed_whatever_its_name(name: str) -> None:
+    """torchvision calls the BatchNorm of a shortcut downsample.1."""
     import fasttricks
 
     source, _, which = name.partition("/")
@@ -291,7 +290,9 @@ def test_no_norm_is_decayed_whatever_its_name(name: str) -> None:
             fasttricks.fuse(model)
     want = {n for n, p in model.named_parameters() if p.ndim == 1}
     assert not_decayed(model) == want
-    assert len(want) == (107 if source == "torchvision" else 111)  # 53 BatchNorms, 55 with the deep stem, and a bias
+    assert len(want) == (
+        107 if source == "torchvision" else 111
+    )  # weight and bias of 53 BatchNorms, 55 with a deep stem, and one bias
     assert any("downsample" in n or "shortcut" in n for n in want)
 
 
@@ -299,8 +300,8 @@ def test_no_norm_is_decayed_whatever_its_name(name: str) -> None:
 
 
 @pytest.mark.parametrize("schedule", [warmup_cosine(2, 6), warmup_step(2, [4, 5], 0.5)])
-def test_a_schedule_per_epoch(schedule: Any) -> None:
-    """One step of a schedule is one call of scheduler.step(): after an epoch, its numbers are numbers of epochs."""
+def test_a_schedule_can_count_epochs(schedule: Any) -> None:
+    """If scheduler.step() is called once per epoch, the numbers of a schedule are epochs."""
     p = nn.Parameter(torch.ones(3))
     optimizer = FusedSGD([p], lr=0.4)
     scheduler = LambdaLR(optimizer, schedule)

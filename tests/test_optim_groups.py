@@ -15,7 +15,7 @@ from fasttricks.optim import FusedSGD, linear_scaled_lr, param_groups, warmup_co
 
 
 class Tied(nn.Module):
-    """Norms of several kinds, a shared weight, a frozen one, a bare parameter, attention."""
+    """Several norm layers, a shared weight, a frozen weight, a parameter without a layer, attention."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ def test_zero_gamma_is_not_decayed() -> None:
     assert any(p is model[1].weight for p in param_groups(model, 1e-4)[1]["params"])
 
 
-def test_one_group_where_one_is_enough() -> None:
+def test_one_group_if_all_parameters_are_decayed_alike() -> None:
     assert len(param_groups(Tied(), 1e-4, no_bias_decay=False)) == 1
     assert len(param_groups(nn.Linear(3, 2, bias=False), 1e-4)) == 1
     for decay in (-1.0, math.nan):
@@ -66,7 +66,7 @@ def test_one_group_where_one_is_enough() -> None:
         param_groups(nn.ReLU(), 0.1)
 
 
-def test_linear_scaled_lr() -> None:
+def test_linear_scaled_lr_is_proportional_to_the_batch() -> None:
     assert linear_scaled_lr(0.1, 1024) == pytest.approx(0.4)
     assert linear_scaled_lr(0.1, 64, 128) == pytest.approx(0.05)
     for arguments in ((math.nan, 256), (-0.1, 256), (0.1, 0), (0.1, 1, 0)):
@@ -74,7 +74,7 @@ def test_linear_scaled_lr() -> None:
             linear_scaled_lr(*arguments)
 
 
-def test_cosine() -> None:
+def test_warmup_cosine_equals_its_formula() -> None:
     factor = warmup_cosine(4, 14)
     assert [factor(i) for i in range(4)] == [0.25, 0.5, 0.75, 1.0]
     for i in range(4, 14):
@@ -85,7 +85,7 @@ def test_cosine() -> None:
     assert warmup_cosine(3, 3)(2) == 1
 
 
-def test_step() -> None:
+def test_warmup_step_equals_its_definition() -> None:
     factor = warmup_step(2, [4, 6], 0.5)
     assert [factor(i) for i in range(8)] == [0.5, 1, 1, 1, 0.5, 0.5, 0.25, 0.25]
     assert warmup_step(0, [])(100) == 1
@@ -102,15 +102,15 @@ def test_step() -> None:
         lambda: warmup_step(1, [3], 0.0),
     ],
 )
-def test_bad_schedules(make: object) -> None:
+def test_bad_schedules_are_refused(make: object) -> None:
     with pytest.raises(ValueError, match="accepted"):
         make()  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("schedule", [warmup_cosine(5, 20, 0.01), warmup_step(5, [8, 12])])
 @pytest.mark.parametrize("stop", [2, 9])
-def test_resumed_schedule(schedule: object, stop: int) -> None:
-    """Saved and resumed within the warm-up or after it, the learning rates are those of the uninterrupted run."""
+def test_a_resumed_schedule_equals_an_uninterrupted_one(schedule: object, stop: int) -> None:
+    """Stopped during the warm-up or after it."""
 
     def start() -> tuple[FusedSGD, LambdaLR]:
         optimizer = FusedSGD([nn.Parameter(torch.ones(2))], lr=0.4)

@@ -1,4 +1,4 @@
-"""FusedLARS against its formula in float64, and with the protocols of FusedSGD."""
+"""FusedLARS against its formula in float64; schedules, groups, scalers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fasttricks.optim import FusedLARS, LossScaler, param_groups
 
 
 class Formula:
-    """You, Gitman, Ginsburg 2017, Algorithm 1, written out in float64."""
+    """Algorithm 1 of You, Gitman and Ginsburg 2017 in float64."""
 
     def __init__(self, weights: list[Tensor], mu: float, wd: float, eta: float, eps: float, within: bool) -> None:
         self.w = [w.detach().double().clone() for w in weights]
@@ -37,8 +37,8 @@ class Formula:
 @pytest.mark.parametrize("within", [True, False])
 @pytest.mark.parametrize("adapt_1d", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
-def test_formula(backend: str, within: bool, adapt_1d: bool, dtype: torch.dtype) -> None:
-    """Weights and biases, a zero weight and a zero gradient, over a learning rate that changes."""
+def test_steps_equal_the_formula(backend: str, within: bool, adapt_1d: bool, dtype: torch.dtype) -> None:
+    """For weights, biases, a zero weight and a zero gradient, with a learning rate that changes."""
     params = [
         nn.Parameter(t.to(dtype)) for t in (torch.randn(8, 5), torch.randn(8), torch.zeros(3, 3), torch.randn(4, 2))
     ]
@@ -67,8 +67,8 @@ def test_formula(backend: str, within: bool, adapt_1d: bool, dtype: torch.dtype)
 
 
 @pytest.mark.parametrize("scale", [1.0, 256.0])
-def test_scaled_and_clipped(scale: float) -> None:
-    """The trust ratio sees unscaled, clipped gradients; an overflow changes nothing."""
+def test_the_trust_ratio_uses_unscaled_clipped_gradients(scale: float) -> None:
+    """An overflow changes nothing."""
     p = nn.Parameter(torch.randn(6, 5).half())
     formula = Formula([p], 0.9, 0.0, 0.1, 0.0, True)
     optimizer = FusedLARS([p], lr=1.0, trust_coefficient=0.1, max_grad_norm=0.5)
@@ -87,7 +87,7 @@ def test_scaled_and_clipped(scale: float) -> None:
 
 
 def test_changed_weights_are_measured() -> None:
-    """The norm is that of the weights as they are, also after a change from outside."""
+    """A change from outside is included in the norm of the weights."""
     p = nn.Parameter(torch.ones(4, 4, dtype=torch.float16))
     optimizer = FusedLARS([p], lr=1.0, momentum=0.0, trust_coefficient=0.1)
     p.grad = torch.ones_like(p)
@@ -104,8 +104,8 @@ def close(optimizer: FusedLARS, formula: Formula, tolerance: float = 1e-6) -> No
         assert (got.detach().double() - want).norm() <= tolerance * want.norm()
 
 
-def test_the_recipe_for_large_batches() -> None:
-    """Biases and BatchNorm: no decay, no trust ratio, so torch.optim.SGD bit for bit; convolutions: the formula."""
+def test_biases_and_batchnorms_are_stepped_as_by_sgd() -> None:
+    """Biases and BatchNorms have no decay and no trust ratio; convolutions follow the formula."""
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(72, 5))
     params = list(model.parameters())
     layers, others = [p for p in params if p.ndim > 1], [p for p in params if p.ndim <= 1]
@@ -127,8 +127,8 @@ def test_the_recipe_for_large_batches() -> None:
         torch.testing.assert_close(p, twin, rtol=1e-6, atol=1e-7)
 
 
-def test_protocols() -> None:
-    """A schedule, lr as a tensor, a group added later, late and missing gradients, an empty and an NHWC weight."""
+def test_schedules_added_groups_and_missing_gradients() -> None:
+    """With an lr tensor, an empty weight and a channels-last weight."""
     a, b = nn.Parameter(torch.randn(6, 5)), nn.Parameter(torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last))
     empty, late = nn.Parameter(torch.zeros(0, 3)), nn.Parameter(torch.randn(3, 4).bfloat16())
     optimizer = FusedLARS([a, b, empty], lr=torch.tensor(0.5), momentum=0.9, weight_decay=0.1, trust_coefficient=0.05)
@@ -154,8 +154,8 @@ def test_protocols() -> None:
 
 
 @pytest.mark.parametrize("options", [{"nesterov": True}, {"dampening": 0.4}, {"maximize": True}])
-def test_options_of_sgd(options: dict) -> None:
-    """On a parameter that is not adapted (one dimension) the momentum's options are those of torch.optim.SGD."""
+def test_momentum_options_equal_sgd(options: dict) -> None:
+    """A parameter of one dimension has no trust ratio."""
     mine, theirs = (nn.Parameter(torch.randn(9)) for _ in range(2))
     with torch.no_grad():
         theirs.copy_(mine)
@@ -170,8 +170,8 @@ def test_options_of_sgd(options: dict) -> None:
 
 
 @pytest.mark.parametrize("which", ["GradScaler", "LossScaler"])
-def test_scalers(which: str) -> None:
-    """Unscaled by the step or by unscale_() before it: the trust ratio sees the same gradients."""
+def test_gradients_are_unscaled_by_the_step_or_before_it(which: str) -> None:
+    """The trust ratio is the same."""
     for unscale in (False, True):
         p = nn.Parameter(torch.randn(5, 4))
         formula, optimizer = Formula([p], 0.9, 0.0, 0.1, 0.0, True), FusedLARS([p], lr=1.0, trust_coefficient=0.1)
@@ -191,7 +191,7 @@ def test_scalers(which: str) -> None:
 
 
 def test_a_gradient_that_is_not_finite_stops_the_step() -> None:
-    """Also without a scaler: there is no trust ratio for it."""
+    """Also without a scaler, since the trust ratio is undefined."""
     p, q = nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.ones(3))
     optimizer = FusedLARS([p, q], lr=1.0)
     p.grad, q.grad = torch.full((3, 3), math.inf), torch.ones(3)
@@ -200,7 +200,7 @@ def test_a_gradient_that_is_not_finite_stops_the_step() -> None:
     assert (q == 1).all()
 
 
-def test_bad_options() -> None:
+def test_bad_options_are_refused() -> None:
     for options in ({"trust_coefficient": 0.0}, {"trust_coefficient": -1.0}, {"eps": -1.0}, {"eps": math.nan}):
         with pytest.raises(ValueError, match=f"{next(iter(options))} is"):
             FusedLARS([nn.Parameter(torch.ones(3))], **options)

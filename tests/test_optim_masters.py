@@ -1,4 +1,4 @@
-"""fp32 masters and momentum: through checkpoints, copies, changed weights, and steps below fp16's resolution."""
+"""fp32 masters and momentum: checkpoints, copies, changed weights, steps below the resolution of fp16."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import io
 import pickle
 from typing import Any
 
+import optimizer_pairs
 import pytest
 import torch
 from cases import HALF
@@ -16,7 +17,7 @@ from fasttricks.optim import FusedLARS, FusedSGD
 
 
 def make_model(dtype: torch.dtype = torch.float16) -> nn.Module:
-    """Half weights around an fp32 batch norm, as trained in mixed precision."""
+    """Half weights and an fp32 BatchNorm, as in mixed precision training."""
     model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
     model[0].to(dtype)
     model[2].to(dtype)
@@ -24,10 +25,7 @@ def make_model(dtype: torch.dtype = torch.float16) -> nn.Module:
 
 
 def give_grads(*models: nn.Module) -> None:
-    for same in zip(*[m.parameters() for m in models], strict=True):
-        grad = torch.randn(same[0].shape)
-        for p in same:
-            p.grad = grad.to(p.dtype)
+    optimizer_pairs.give_grads(*[list(m.parameters()) for m in models])
 
 
 def train(optimizers: list[Any], models: list[nn.Module], steps: int = 3) -> None:
@@ -54,7 +52,7 @@ def assert_equal(a: torch.optim.Optimizer, b: torch.optim.Optimizer) -> None:
 
 
 def saved(optimizer: torch.optim.Optimizer) -> dict:
-    """state_dict through a file, read back with weights_only=True."""
+    """The state_dict, saved and loaded with weights_only=True."""
     file = io.BytesIO()
     torch.save(optimizer.state_dict(), file)
     file.seek(0)
@@ -63,8 +61,8 @@ def saved(optimizer: torch.optim.Optimizer) -> dict:
 
 @pytest.mark.parametrize("kind", [FusedSGD, FusedLARS])
 @pytest.mark.parametrize("dtype", HALF)
-def test_resumed_is_uninterrupted(kind: type, dtype: torch.dtype) -> None:
-    """After save, load and three more steps every bit is that of the run that was not interrupted."""
+def test_resumed_training_equals_uninterrupted_training(kind: type, dtype: torch.dtype) -> None:
+    """Three steps after loading, all tensors are equal bit for bit."""
     model = make_model(dtype)
     optimizer = kind(model.parameters(), lr=0.1, momentum=0.9, dampening=0.1, weight_decay=1e-3)
     train([optimizer], [model])
@@ -75,12 +73,12 @@ def test_resumed_is_uninterrupted(kind: type, dtype: torch.dtype) -> None:
     assert_equal(optimizer, resumed)
     state = resumed.state[other[0].weight]
     assert state["master"].dtype == state["momentum_buffer"].dtype == torch.float32
-    assert not torch.equal(state["master"], state["master"].to(dtype).float())  # more than the parameter holds
+    assert not torch.equal(state["master"], state["master"].to(dtype).float())  # it has bits that the parameter lacks
     train([optimizer, resumed], [model, other])
     assert_equal(optimizer, resumed)
 
 
-def test_loading_does_not_alias() -> None:
+def test_loaded_state_shares_no_memory() -> None:
     model, other = make_model(), make_model()
     optimizer, second = (FusedSGD(m.parameters(), lr=0.1, momentum=0.9) for m in (model, other))
     train([optimizer], [model])
@@ -114,7 +112,7 @@ def test_momentum_of_another_layout_is_loaded() -> None:
 
 
 def test_torch_checkpoints_load_and_ours_load_in_torch() -> None:
-    """Three steps of one, then three of the other from its checkpoint, is six steps of either."""
+    """Three steps of one and three of the other from its checkpoint equal six steps of SGD."""
     options = {"lr": 0.1, "momentum": 0.9, "dampening": 0.3, "weight_decay": 1e-2}
     models = [nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3)) for _ in range(3)]
     for m in models[1:]:
@@ -137,7 +135,7 @@ def test_torch_checkpoints_load_and_ours_load_in_torch() -> None:
 
 
 def test_a_torch_checkpoint_of_an_fp16_model_loads() -> None:
-    """Its momentum becomes fp32, its masters come from the parameters, and its first step is over."""
+    """Its momentum becomes fp32, masters are copied from the parameters, the next step is not a first step."""
     model = make_model()
     theirs = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, dampening=0.5)
     train([theirs], [model])
@@ -181,8 +179,8 @@ def test_a_checkpoint_of_another_model_is_refused() -> None:
 
 @pytest.mark.parametrize("kind", [FusedSGD, FusedLARS])
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
-def test_copies(kind: type, how: str) -> None:
-    """The copy has the options, the masters and the scaling protocol, shares nothing, and continues identically."""
+def test_copies_continue_identically(kind: type, how: str) -> None:
+    """A copy has the options, masters and scaling protocol of the original, and shares no memory with it."""
     model = make_model()
     optimizer = kind(model.parameters(), lr=0.1, momentum=0.9, max_grad_norm=5.0)
     train([optimizer], [model])
@@ -205,8 +203,8 @@ def test_copies(kind: type, how: str) -> None:
 
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("how", ["load_state_dict", "data", "copy_"])
-def test_changed_weights_stay(dtype: torch.dtype, how: str) -> None:
-    """After new weights came in by any way, a step with zero gradients leaves them, and later steps start from them."""
+def test_weights_changed_from_outside_are_kept(dtype: torch.dtype, how: str) -> None:
+    """A step with zero gradients keeps weights that were changed in any way, and sets the masters to them."""
     model, source = make_model(dtype), make_model(dtype)
     optimizer = FusedSGD(model.parameters(), lr=0.1)
     train([optimizer], [model])
@@ -226,8 +224,8 @@ def test_changed_weights_stay(dtype: torch.dtype, how: str) -> None:
         torch.testing.assert_close(m.detach(), q.detach().float(), rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
-def test_ema_swap_and_back() -> None:
-    """Averaged weights for validation, then the trained ones again: training goes on as without the swap."""
+def test_swapping_weights_and_back_keeps_the_masters() -> None:
+    """As for validation with averaged weights."""
     model = make_model()
     optimizer = FusedSGD(model.parameters(), lr=0.01)
     train([optimizer], [model])
@@ -242,10 +240,10 @@ def test_ema_swap_and_back() -> None:
         p.grad = torch.zeros_like(p)
     optimizer.step()
     for m, k in zip(optimizer.master_params(), masters, strict=True):
-        assert torch.equal(m, k)  # not even the masters' extra precision is lost
+        assert torch.equal(m, k)  # with all their precision
 
 
-def test_sync_masters() -> None:
+def test_sync_masters_copies_the_parameters() -> None:
     model = make_model()
     optimizer = FusedSGD(model.parameters(), lr=0.1)
     train([optimizer], [model])
@@ -256,7 +254,7 @@ def test_sync_masters() -> None:
 
 @pytest.mark.parametrize("dtype", HALF)
 def test_small_steps_add_up(dtype: torch.dtype) -> None:
-    """lr * grad below the parameter's resolution: 1000 steps of 1e-4 take 1 to 0.9; plain half SGD stays at 1."""
+    """1000 steps of 1e-4, below the resolution of half: 1 becomes 0.9, and stays 1 with torch.optim.SGD."""
     ours, plain = (nn.Parameter(torch.ones(20, dtype=dtype)) for _ in range(2))
     optimizers = [FusedSGD([ours], lr=1e-4), torch.optim.SGD([plain], lr=1e-4)]
     for p in (ours, plain):
@@ -270,8 +268,8 @@ def test_small_steps_add_up(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", HALF)
-def test_checkpoints_across_dtypes(dtype: torch.dtype) -> None:
-    """An fp32 checkpoint in a half model and back: momentum bit for bit, first step over, masters from the model."""
+def test_checkpoints_load_across_dtypes(dtype: torch.dtype) -> None:
+    """From fp32 to half and back: momentum and counts are kept exactly, masters are copied from the model."""
     wide, half = make_model(torch.float32), make_model(dtype)
     before = FusedSGD(wide.parameters(), lr=0.1, momentum=0.9, dampening=0.5)
     train([before], [wide])
@@ -296,13 +294,13 @@ def test_checkpoints_across_dtypes(dtype: torch.dtype) -> None:
     for q, r, m in zip(half.parameters(), back.parameters(), after.master_params(), strict=True):
         if q.dtype is torch.float32:
             assert torch.equal(m, r)
-        else:  # from the same weights, with gradients that differ by their rounding
+        else:  # from equal weights, with gradients that were rounded differently
             torch.testing.assert_close(m.detach(), r.detach(), rtol=0, atol=4 * torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("how", ["aot_eager", "inductor"])
-def test_compiled_step(how: str) -> None:
-    """torch.compile of step, and of a function that steps, changes nothing; a float lr that changes is seen."""
+def test_a_compiled_step_equals_eager(how: str) -> None:
+    """torch.compile of step, and of a function that calls it, while a float lr changes."""
     models = [make_model() for _ in range(3)]
     for m in models[1:]:
         m.load_state_dict(models[0].state_dict())

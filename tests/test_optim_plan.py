@@ -1,4 +1,4 @@
-"""What changes between two steps is noticed, though an optimizer collects its tensors once; autograd notices a step."""
+"""Optimizers collect their tensors once and notice every change between steps; defaults of torch change nothing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHAPES = ((4, 3), (5,), (2, 3, 2, 2), (0,), ())
 
 
 class Twins:
-    """FusedSGD and torch.optim.SGD, on which the same changes are made."""
+    """FusedSGD and torch.optim.SGD with equal parameters, to which the same changes are made."""
 
     def __init__(self) -> None:
         values = [torch.randn(s) for s in SHAPES]
@@ -37,7 +37,7 @@ class Twins:
                 p.grad = grad.to(p.dtype, copy=True)
 
     def each(self, change: Callable[[Any, list[nn.Parameter]], None]) -> None:
-        """The same change of both, with the same random numbers."""
+        """Makes the same change to both, with the same random numbers."""
         python, seed = random.getstate(), torch.get_rng_state()
         for optimizer, params in zip(self.optimizers, self.params, strict=True):
             random.setstate(python)
@@ -130,7 +130,7 @@ def test_a_change_is_noticed(backend: str, change: Callable[..., None]) -> None:
         twins.give_grads()
 
 
-def test_many_changes_in_any_order() -> None:
+def test_many_changes_in_any_order_are_noticed() -> None:
     random.seed(torch.initial_seed())
     twins = Twins()
     for _ in range(60):
@@ -142,12 +142,12 @@ def test_many_changes_in_any_order() -> None:
         twins.give_grads()
 
 
-def test_what_does_not_change_is_collected_once() -> None:
+def test_the_plan_is_kept_while_no_tensor_is_replaced() -> None:
     twins = Twins()
     ours = twins.optimizers[0]
     ours.step()
     plan = ours._plan
-    for _ in range(3):  # new gradients and another lr are no reason
+    for _ in range(3):  # new gradients and another lr do not matter
         twins.give_grads()
         ours.param_groups[0]["lr"] *= 0.5
         ours.step()
@@ -155,8 +155,8 @@ def test_what_does_not_change_is_collected_once() -> None:
     assert all(not batch.call.grads for batch in plan.batches), "gradients are not kept alive"
 
 
-def test_a_step_is_a_change_for_autograd(backend: str) -> None:
-    """A backward pass through values from before a step raises, as with torch.optim.SGD."""
+def test_autograd_detects_a_step(backend: str) -> None:
+    """A backward pass that needs parameters from before a step raises, as with torch.optim.SGD."""
     for dtype in (torch.float32, torch.float16):
         p = nn.Parameter(torch.ones(4, dtype=dtype))
         optimizer = FusedSGD([p], lr=0.1)
@@ -171,7 +171,7 @@ def test_a_step_is_a_change_for_autograd(backend: str) -> None:
 
 
 def train(device: str) -> list[torch.Tensor]:
-    """Every part of the optimizers on given values; what it leaves."""
+    """Trains on fixed values with every part of the optimizers; returns parameters, state and scale."""
     results = []
     for kind in (FusedSGD, FusedLARS):
         for max_grad_norm in (None, 0.5):
@@ -231,7 +231,7 @@ def test_the_default_device_changes_nothing() -> None:
 
 
 class WithoutFloat64(torch.utils._python_dispatch.TorchDispatchMode):
-    """A device that has no float64: making such a tensor raises, as on MPS."""
+    """A device without float64: creating such a tensor raises, as on MPS."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -241,8 +241,8 @@ class WithoutFloat64(torch.utils._python_dispatch.TorchDispatchMode):
         return result
 
 
-def test_a_device_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rates, scales and norms are float32 there, and nothing else changes."""
+def test_a_device_without_float64_uses_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rates, scales and norms are float32; results stay the same."""
     import fasttricks
     from fasttricks.ops import sgd, sgd_call
     from fasttricks.optim import base, check
@@ -265,8 +265,8 @@ def test_a_device_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("number", [np.float32, np.float64, np.float16])
-def test_numpy_numbers(number: type) -> None:
-    """As options, as torch.optim.SGD takes them; also from a schedule or by hand between steps."""
+def test_numpy_numbers_are_accepted(number: type) -> None:
+    """As options and as an lr that changes between steps; what is not a number is refused."""
     options = {"lr": number(0.125), "momentum": number(0.5), "weight_decay": number(0.25), "dampening": number(0.125)}
     results = []
     for given in (options, {k: float(v) for k, v in options.items()}):

@@ -1,4 +1,4 @@
-"""FusedSGD under torch's schedulers, weight averaging, closures and hooks, beside torch.optim.SGD."""
+"""FusedSGD against torch.optim.SGD: schedulers, weight averaging, closures and hooks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SCHEDULERS: dict[str, Callable[[Any], Any]] = {
     "PolynomialLR": lambda o: lr_scheduler.PolynomialLR(o, 5, 2.0),
     "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 5),
     "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 2),
-    "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1, 2),  # cycles the momentum, too
+    "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1, 2),  # also cycles the momentum
     "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=10),
     "SequentialLR": lambda o: lr_scheduler.SequentialLR(
         o, [lr_scheduler.LinearLR(o, total_iters=2), lr_scheduler.CosineAnnealingLR(o, 5)], [2]
@@ -44,9 +44,9 @@ def test_every_scheduler_is_listed() -> None:
 
 @pytest.mark.parametrize("lr", [0.1, "tensor"])
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_schedulers(name: str, lr: Any) -> None:
+def test_schedulers_equal_torch(name: str, lr: Any) -> None:
     pair = Pair(lr=torch.tensor(0.1) if lr == "tensor" else lr, momentum=0.9)
-    if lr == "tensor":  # one tensor for each
+    if lr == "tensor":  # each optimizer has its own
         pair.torch.param_groups[0]["lr"] = torch.tensor(0.1)
     schedulers = [SCHEDULERS[name](o) for o in (pair.ours, pair.torch)]
     for _ in range(6):
@@ -57,7 +57,7 @@ def test_schedulers(name: str, lr: Any) -> None:
     pair.check()
 
 
-def test_swa() -> None:
+def test_swa_equals_torch() -> None:
     pair = Pair(lr=0.1, momentum=0.9)
     schedulers = [torch.optim.swa_utils.SWALR(o, swa_lr=0.01, anneal_epochs=3) for o in (pair.ours, pair.torch)]
     for _ in range(5):
@@ -67,7 +67,7 @@ def test_swa() -> None:
     pair.check()
 
 
-def test_closure() -> None:
+def test_closure_is_called_and_returned() -> None:
     p = nn.Parameter(torch.ones(3))
     optimizer = FusedSGD([p], lr=0.1)
 
@@ -83,7 +83,7 @@ def test_closure() -> None:
         assert optimizer.step(closure).item() == pytest.approx(3 * 0.64)
 
 
-def test_hooks() -> None:
+def test_hooks_run_in_order() -> None:
     p = nn.Parameter(torch.ones(3))
     optimizer = FusedSGD([p], lr=1.0)
     seen: list[str] = []
@@ -108,7 +108,7 @@ def test_hooks() -> None:
         h.remove()
 
 
-def test_zero_grad() -> None:
+def test_zero_grad_zeroes_or_drops_gradients() -> None:
     p = nn.Parameter(torch.ones(3))
     optimizer = FusedSGD([p], lr=1.0)
     p.grad = torch.ones(3)
@@ -119,7 +119,7 @@ def test_zero_grad() -> None:
 
 
 def stepped_in_hooks(model: nn.Module, lr: float) -> dict[Tensor, FusedSGD]:
-    """An optimizer for each parameter, which steps as soon as the gradient is there."""
+    """One optimizer per parameter, which steps as soon as the gradient is accumulated."""
     optimizers: dict[Tensor, FusedSGD] = {p: FusedSGD([p], lr=lr, momentum=0.9) for p in model.parameters()}
 
     def step(p: Tensor) -> None:
@@ -131,8 +131,8 @@ def stepped_in_hooks(model: nn.Module, lr: float) -> dict[Tensor, FusedSGD]:
     return optimizers
 
 
-def test_optimizers_in_hooks_of_accumulation() -> None:
-    """One optimizer per parameter, stepped while the backward pass runs, gives what one step after it gives."""
+def test_steps_in_post_accumulate_grad_hooks_equal_one_step() -> None:
+    """One optimizer per parameter that steps during the backward pass equals one step after it."""
     model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))
     other = copy.deepcopy(model)
     reference = torch.optim.SGD(other.parameters(), lr=0.1, momentum=0.9, foreach=False)
@@ -147,8 +147,8 @@ def test_optimizers_in_hooks_of_accumulation() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_half_parameters_in_hooks_of_accumulation() -> None:
-    """The same on fp16 with masters: gradients are gone when the backward pass ends, and so is no precision."""
+def test_half_parameters_can_be_stepped_in_hooks() -> None:
+    """In fp16, with masters equal bit for bit."""
     model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 2)).half()
     other = copy.deepcopy(model)
     whole = FusedSGD(other.parameters(), lr=1e-3, momentum=0.9)

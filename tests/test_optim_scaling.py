@@ -1,4 +1,4 @@
-"""Loss scaling by torch.amp.GradScaler and LossScaler: overflow, unscale_, clipping, and no waiting of the host."""
+"""Loss scaling by torch.amp.GradScaler and LossScaler: overflow, unscale_, clipping, no synchronisation."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def scalers(scale: float) -> list[Any]:
 @pytest.mark.parametrize("which", [0, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("dampening", [0.0, 0.5])
-def test_overflow_on_the_first_step(which: int, dtype: torch.dtype, dampening: float) -> None:
-    """A skipped step changes no bit of parameter, master or momentum; a first step that is skipped is still to come."""
+def test_an_overflow_changes_nothing_on_any_step(which: int, dtype: torch.dtype, dampening: float) -> None:
+    """A skipped step changes no bit of parameter, master or momentum; the step after it may be the first one."""
     for grads in ((math.inf, 1.0), (1.0, math.inf, 1.0)):
         p = nn.Parameter(torch.ones(16, dtype=dtype))
         optimizer = FusedSGD([p], lr=0.1, momentum=0.9, dampening=dampening)
@@ -39,22 +39,22 @@ def test_overflow_on_the_first_step(which: int, dtype: torch.dtype, dampening: f
             if math.isinf(g):
                 for a, b in zip(before, (p, *optimizer.master_params()), strict=True):
                     assert torch.equal(a, b)
-                if buffer is None:  # nothing is saved of a buffer that was never written
+                if buffer is None:  # a buffer that was never written is not saved
                     assert "momentum_buffer" not in optimizer.state_dict()["state"].get(0, {})
                 else:
                     assert torch.equal(buffer, optimizer.state[p]["momentum_buffer"])
         assert scaler.get_scale() == 4.0
         state = optimizer.state[p]
         assert state["step"] == len(grads) - 1
-        last = 2.0  # 1 * 8, divided by the scale that is 4 now
+        last = 2.0  # 1 * 8, divided by the scale, which is 4 now
         want = last if len(grads) == 2 else 0.9 * 1.0 + (1 - dampening) * last
         torch.testing.assert_close(state["momentum_buffer"], torch.full((16,), want))
 
 
 @pytest.mark.parametrize("which", [0, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_values_after_an_overflow(which: int, dtype: torch.dtype) -> None:
-    """Gradients inf, 1 give p = .9, buf = 1; gradients 1, inf, 1 give p = .71, buf = 1.9; the scale goes to 4."""
+def test_values_after_an_overflow_equal_unskipped_steps(which: int, dtype: torch.dtype) -> None:
+    """Gradients inf, 1 give p = 0.9, buf = 1; gradients 1, inf, 1 give p = 0.71, buf = 1.9; the scale is then 4."""
     for factors, want_p, want_buf in (((math.inf, 1.0), 0.9, 1.0), ((1.0, math.inf, 1.0), 0.71, 1.9)):
         p = nn.Parameter(torch.ones(16, dtype=dtype))
         optimizer, scaler = FusedSGD([p], lr=0.1, momentum=0.9), scalers(8.0)[which]
@@ -80,8 +80,8 @@ def test_a_copy_unscales_gradients_once(which: int, copied: Callable[[Any], Any]
 
 
 @pytest.mark.parametrize("which", [0, 1])
-def test_unscale_then_clip_then_step(which: int) -> None:
-    """g = 8 at scale 8, clipped to .5 over four: p = .975. A NaN: p unchanged and scale 8 -> 4."""
+def test_unscale_clip_and_step(which: int) -> None:
+    """g = 8 at a scale of 8, clipped to 0.5 over four values: p = 0.975. With NaN: p unchanged, scale 8 -> 4."""
     for factor, want, scale in ((1.0, 0.975, 8.0), (math.nan, 1.0, 4.0)):
         p = nn.Parameter(torch.ones(4))
         optimizer, scaler = FusedSGD([p], lr=0.1), scalers(8.0)[which]
@@ -95,7 +95,7 @@ def test_unscale_then_clip_then_step(which: int) -> None:
 
 
 def test_grad_scaler_refuses_to_unscale_fp16() -> None:
-    """torch.amp.GradScaler's own rule, which docs/migrating.md states; its step() takes the same gradients."""
+    """docs/migrating.md states this rule of torch.amp.GradScaler; its step() accepts the same gradients."""
     p = nn.Parameter(torch.ones(4, dtype=torch.float16))
     optimizer, scaler = FusedSGD([p], lr=0.1, max_grad_norm=1.0), torch.amp.GradScaler("cpu", init_scale=8.0)
     scaler.scale(p.sum()).backward()
@@ -103,13 +103,13 @@ def test_grad_scaler_refuses_to_unscale_fp16() -> None:
         scaler.unscale_(optimizer)
     optimizer, scaler = FusedSGD([p], lr=0.1, max_grad_norm=1.0), torch.amp.GradScaler("cpu", init_scale=8.0)
     scaler.scale(torch.zeros(()))
-    scaler.step(optimizer)  # clipped within: the norm of four ones is 2
+    scaler.step(optimizer)  # clipped in the step: the norm of four ones is 2
     torch.testing.assert_close(next(optimizer.master_params()).detach(), torch.full((4,), 0.95))
 
 
-def test_unscale_of_half_gradients_goes_to_the_masters() -> None:
-    """unscale_, clip_grad_norm_ on master_params(), step: fp16 gradients that would vanish unscaled do not."""
-    tiny = 2.0**-26  # below fp16's smallest subnormal, but not when scaled
+def test_unscaled_half_gradients_are_on_the_masters() -> None:
+    """fp16 gradients that would vanish when unscaled do not: unscale_, clip_grad_norm_(master_params()), step."""
+    tiny = 2.0**-26  # unless scaled, below the smallest subnormal of fp16
     p, q = nn.Parameter(torch.ones(4, dtype=torch.float16)), nn.Parameter(torch.ones(4))
     optimizer, scaler = FusedSGD([p, q], lr=1.0), LossScaler(2.0**16)
     scaler.scale(((p.float() + q) * tiny).sum()).backward()
@@ -132,7 +132,7 @@ def test_unscale_of_half_gradients_goes_to_the_masters() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_clipping_half_parameters_after_unscale_is_refused(dtype: torch.dtype) -> None:
-    """The unscaled gradients are on the masters; the error says so, and the step has changed nothing."""
+    """The error says that the unscaled gradients are on the masters; the step changes nothing."""
     p = nn.Parameter(torch.ones(4, dtype=dtype))
     optimizer, scaler = FusedSGD([p], lr=1.0), LossScaler(8.0)
     scaler.scale(p.sum()).backward()
@@ -148,7 +148,7 @@ def test_master_gradients_must_be_fresh() -> None:
     optimizer = FusedSGD([p], lr=1.0)
     p.sum().backward()
     next(iter(optimizer.master_params()))
-    p.sum().backward()  # accumulates into a gradient that has been copied already
+    p.sum().backward()  # accumulates into a gradient that was already copied
     with pytest.raises(RuntimeError, match="a gradient changed after"):
         optimizer.step()
     optimizer.zero_grad()
@@ -157,13 +157,13 @@ def test_master_gradients_must_be_fresh() -> None:
     assert (p == 0).all()
     p.sum().backward()
     list(optimizer.master_params())
-    p.grad = torch.full((4,), 3.0).half()  # another gradient: the old copy is dropped
+    p.grad = torch.full((4,), 3.0).half()  # a new gradient replaces the copy
     optimizer.step()
     assert (p == -3).all()
 
 
-def test_max_grad_norm_is_clip_grad_norm(backend: str) -> None:
-    """Clipping within the step equals clip_grad_norm_ before it, over two groups, scaled or not, fp16 or fp32."""
+def test_max_grad_norm_equals_clip_grad_norm(backend: str) -> None:
+    """Two groups, scaled or not, in fp16 and fp32."""
     for dtype in (torch.float16, torch.float32):
         for scaler in (None, *scalers(1024.0)):
             mine = [nn.Parameter(torch.randn(n).to(dtype)) for n in (3, 40, 1025)]
@@ -191,7 +191,7 @@ def test_max_grad_norm_is_clip_grad_norm(backend: str) -> None:
                 torch.testing.assert_close(a.detach(), b.detach(), rtol=1e-6, atol=1e-6)
 
 
-def test_max_grad_norm_skips_what_is_not_finite() -> None:
+def test_max_grad_norm_skips_non_finite_gradients() -> None:
     p = nn.Parameter(torch.ones(4))
     optimizer = FusedSGD([p], lr=0.1, momentum=0.9, max_grad_norm=1.0)
     p.grad = torch.tensor([1.0, math.nan, 1.0, 1.0])
@@ -200,7 +200,7 @@ def test_max_grad_norm_skips_what_is_not_finite() -> None:
     assert optimizer.state[p]["step"] == 0
 
 
-def test_found_inf_of_two_is_infinite() -> None:
+def test_found_inf_above_one_skips_the_step() -> None:
     p = nn.Parameter(torch.ones(4))
     optimizer = FusedSGD([p], lr=0.1)
     p.grad = torch.ones(4)
@@ -209,7 +209,7 @@ def test_found_inf_of_two_is_infinite() -> None:
     assert (p == 1).all()
 
 
-def test_static_scale() -> None:
+def test_a_static_scale_never_changes() -> None:
     p = nn.Parameter(torch.ones(4, dtype=torch.float16))
     optimizer, scaler = FusedSGD([p], lr=0.1), LossScaler(128.0, dynamic=False)
     for factor in (1.0, math.inf, 1.0):
@@ -222,8 +222,8 @@ def test_static_scale() -> None:
     torch.testing.assert_close(next(optimizer.master_params()).detach(), torch.full((4,), 0.8))
 
 
-def test_loss_scaler_is_grad_scaler() -> None:
-    """The same scales as torch.amp.GradScaler over overflows and growth, and each loads the other's state."""
+def test_loss_scaler_equals_grad_scaler() -> None:
+    """Through overflows and growth; each loads the state of the other."""
     options = {"init_scale": 1024.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 3}
     ours, theirs = LossScaler(**options), torch.amp.GradScaler("cpu", **options)
     params = [nn.Parameter(torch.ones(4)) for _ in range(2)]
@@ -246,8 +246,8 @@ def test_loss_scaler_is_grad_scaler() -> None:
         fresh.load_state_dict({"scale": 1.0, "backoff_factor": 0.5, "growth_interval": 1, "_growth_tracker": 0})
 
 
-def test_loss_scaler_with_several_optimizers() -> None:
-    """An overflow skips the step and shrinks the scale, with torch's fused and plain optimizers, too."""
+def test_loss_scaler_skips_the_optimizer_that_overflowed() -> None:
+    """The overflow shrinks the scale, also with torch's fused and plain optimizers."""
     params = [nn.Parameter(torch.ones(4)) for _ in range(4)]
     optimizers = [
         FusedSGD(params[:1], lr=0.1),
@@ -273,7 +273,7 @@ def test_loss_scaler_with_several_optimizers() -> None:
         assert scaler.found_inf == 0
 
 
-def test_loss_scaler_order_of_calls() -> None:
+def test_loss_scaler_refuses_calls_out_of_order() -> None:
     p = nn.Parameter(torch.ones(4))
     optimizer, scaler = FusedSGD([p], lr=0.1), LossScaler(8.0)
     with pytest.raises(RuntimeError, match="without a step"):
@@ -294,7 +294,7 @@ def test_loss_scaler_order_of_calls() -> None:
         scaler.scale(3)
 
 
-def test_disabled_scaler() -> None:
+def test_a_disabled_scaler_does_nothing() -> None:
     p = nn.Parameter(torch.ones(4))
     optimizer, scaler = FusedSGD([p], lr=0.1), LossScaler(enabled=False)
     loss = p.sum()
@@ -308,7 +308,7 @@ def test_disabled_scaler() -> None:
     assert scaler.get_scale() == 1
 
 
-def test_closure_with_loss_scaler() -> None:
+def test_loss_scaler_takes_a_closure() -> None:
     p = nn.Parameter(torch.ones(4, dtype=torch.float16))
     optimizer, scaler = FusedSGD([p], lr=0.1), LossScaler(8.0)
 
@@ -324,7 +324,7 @@ def test_closure_with_loss_scaler() -> None:
 
 @pytest.mark.parametrize("kind", [FusedSGD, FusedLARS])
 def test_nothing_is_read_on_the_host(backend: str, kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No .item(), bool(), float() or tolist() of a tensor within scale, step and update."""
+    """step and update call no .item(), bool(), float() or tolist() of a tensor."""
     params = [nn.Parameter(torch.ones(4, 4, dtype=d)) for d in (torch.float16, torch.float32)]
     optimizer = kind(params, lr=torch.tensor(0.1), momentum=0.9, max_grad_norm=1.0)
     scaler = LossScaler(8.0)
@@ -348,5 +348,5 @@ def test_nothing_is_read_on_the_host(backend: str, kind: type, monkeypatch: pyte
             scaler.step(optimizer)
             scaler.update()
     assert not [s for s in seen if "_local_scalar_dense" in s or "nonzero" in s]
-    if backend == "cpu":  # two kernels of ours per step
+    if backend == "cpu":  # a check and a step each
         assert sum("fasttricks" in s for s in seen) == 2 * 2

@@ -1,4 +1,4 @@
-"""FusedSGD beside torch.optim.SGD(foreach=False, fused=False): updates, options, groups and dtypes."""
+"""FusedSGD against torch.optim.SGD(foreach=False, fused=False): updates, options, groups and dtypes."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from fasttricks.optim import FusedSGD
         {"lr": 0.1, "momentum": 0.9, "nesterov": True, "maximize": True},
     ],
 )
-def test_as_torch(backend: str, options: dict) -> None:
+def test_updates_equal_torch(backend: str, options: dict) -> None:
     pair = Pair(**options)
     for _ in range(4):
         pair.step()
     pair.check(backend)
 
 
-def test_no_gradient_no_change(backend: str) -> None:
-    """Without a gradient a parameter keeps its value and its state; its first step is when its first gradient comes."""
+def test_parameters_without_gradient_do_not_change(backend: str) -> None:
+    """Their state does not change either; the first step of a parameter is that of its first gradient."""
     pair = Pair(lr=0.1, momentum=0.9, dampening=0.5, weight_decay=0.1)
     for skip in ((0, 2, 4), (0, 1), (), (3,), ()):
         pair.step(skip)
@@ -41,7 +41,7 @@ def test_no_gradient_no_change(backend: str) -> None:
     pair.check(backend)
 
 
-def test_options_change_between_steps(backend: str) -> None:
+def test_options_can_change_between_steps(backend: str) -> None:
     pair = Pair(lr=0.1)
     changes = [
         {"momentum": 0.9, "dampening": 0.5},
@@ -60,7 +60,7 @@ def test_options_change_between_steps(backend: str) -> None:
             pair.check(backend)
 
 
-def test_groups_and_add_param_group() -> None:
+def test_groups_and_added_groups_equal_torch() -> None:
     def make(kind: type, params: list[nn.Parameter]) -> Any:
         groups = [{"params": params[:2], "lr": 0.5, "weight_decay": 0.0}, {"params": params[2:4], "momentum": 0.0}]
         return kind(groups, lr=0.1, momentum=0.9, weight_decay=0.1, **({} if kind is FusedSGD else {"foreach": False}))
@@ -77,12 +77,12 @@ def test_groups_and_add_param_group() -> None:
         for optimizer in (pair.ours, pair.torch):
             for group in optimizer.param_groups:
                 group["lr"] *= 0.5
-    assert pair.ours.param_groups[0] is first  # what schedulers hold on to
+    assert pair.ours.param_groups[0] is first  # schedulers hold a reference to it
     del scheduler
 
 
 def test_added_half_parameters_get_masters() -> None:
-    """A group of fp16 parameters that comes after three steps has masters, and its first step is its own."""
+    """A group of fp16 parameters added after three steps has masters and its own first step."""
     a = nn.Parameter(torch.zeros(3))
     optimizer = FusedSGD([a], lr=1.0, momentum=0.5, dampening=0.5)
     for _ in range(3):
@@ -100,8 +100,8 @@ def test_added_half_parameters_get_masters() -> None:
     assert optimizer.state[a]["step"] == 4
 
 
-def test_lr_is_a_tensor() -> None:
-    """Changed in place between steps: .1, then 1 with momentum .9 and gradient 1 takes p from 1 to .9 to -1."""
+def test_an_lr_tensor_can_change_in_place() -> None:
+    """An lr of 0.1, then 1, with momentum 0.9 and gradients of 1: p is 1, 0.9, -1."""
     for shape, dtype in (((), torch.float32), ((1,), torch.float64)):
         lr = torch.full(shape, 0.1, dtype=dtype)
         p = nn.Parameter(torch.ones(4))
@@ -117,8 +117,8 @@ def test_lr_is_a_tensor() -> None:
     pair.check()
 
 
-def test_shared_parameters() -> None:
-    """A parameter of two layers is stepped once; one that is given twice is stepped twice, with torch's warning."""
+def test_shared_parameters_equal_torch() -> None:
+    """A parameter of two layers is stepped once; one given twice is stepped twice, with torch's warning."""
     models = [nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)) for _ in range(2)]
     for m in models:
         m[1].weight = m[0].weight
@@ -143,8 +143,8 @@ def test_shared_parameters() -> None:
     same([a], [b])
 
 
-def test_mixed_dtypes_in_one_group(backend: str) -> None:
-    """fp16, bf16, fp32 and fp64 in one group: each is torch.optim.SGD on its master."""
+def test_one_group_can_mix_dtypes(backend: str) -> None:
+    """fp16, bf16, fp32 and fp64 parameters equal torch.optim.SGD on their masters."""
     mine = [p for d in (torch.float16, torch.bfloat16, torch.float32, torch.float64) for p in make_params(d)]
     theirs = [nn.Parameter(p.detach().to(torch.float64 if p.dtype is torch.float64 else torch.float32)) for p in mine]
     ours = FusedSGD(mine, lr=0.1, momentum=0.9, weight_decay=1e-2, nesterov=True)
@@ -160,8 +160,8 @@ def test_mixed_dtypes_in_one_group(backend: str) -> None:
         assert torch.equal(a.detach(), b.detach().to(a.dtype))
 
 
-def test_parameters_that_become_half_or_double() -> None:
-    """model.half(), .float(), .double() between steps: momentum goes on in fp32 (fp64)."""
+def test_parameters_can_change_dtype() -> None:
+    """model.half(), .float() and .double() between steps: momentum stays fp32 (fp64)."""
     model = nn.Linear(6, 4)
     optimizer = FusedSGD(model.parameters(), lr=0.1, momentum=0.9)
 
@@ -187,7 +187,7 @@ def test_parameters_that_become_half_or_double() -> None:
     assert optimizer.state[model.weight]["step"] == 5
 
 
-def test_named_parameters() -> None:
+def test_named_parameters_are_accepted() -> None:
     model = nn.Linear(3, 2)
     optimizer = FusedSGD(model.named_parameters(), lr=0.1)
     assert optimizer.param_groups[0]["param_names"] == ["weight", "bias"]
@@ -195,7 +195,7 @@ def test_named_parameters() -> None:
 
 
 def test_torch_arguments_are_accepted() -> None:
-    """Code that builds torch.optim.SGD builds FusedSGD with the same words."""
+    """FusedSGD takes the arguments of torch.optim.SGD."""
     for options in ({"foreach": True}, {"fused": True}, {"foreach": False, "fused": False, "differentiable": False}):
         FusedSGD(make_params(), 0.1, 0.9, 0.0, 1e-4, True, maximize=False, **options)
 
@@ -206,7 +206,7 @@ def batches(n: int) -> Iterator[Tensor]:
 
 
 def test_a_model_trains_as_with_torch() -> None:
-    """Convolution, batch norm and linear layer in channels-last, ten steps with a schedule: equal to the last bit."""
+    """Convolution, BatchNorm and linear layer in channels_last, ten steps with a schedule: equal bit for bit."""
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4))
     model = model.to(memory_format=torch.channels_last)
     other = copy.deepcopy(model)

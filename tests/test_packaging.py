@@ -1,4 +1,4 @@
-"""The wheel, what it links to, what the build says if something is missing, and imports with parts absent."""
+"""The sdist, the wheel and its symbols; messages of the build if something is missing; imports without some parts."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def python(code: str, *flags: str, path: Path | None = None, **env: str) -> subp
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """Builds of packages one after another: they share build/ and src/fasttricks.egg-info."""
+    """Context manager that runs one build at a time: builds share build/ and src/fasttricks.egg-info."""
     (ROOT / "build").mkdir(exist_ok=True)
     with open(ROOT / "build/packaging.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -63,12 +63,12 @@ def unpacked(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-of_the_wheel = pytest.mark.xdist_group("wheel")  # one process builds it, once
+of_the_wheel = pytest.mark.xdist_group("wheel")  # one process builds it once
 
 
 @of_the_wheel
-def test_sdist_holds_what_the_build_reads(tmp_path: Path) -> None:
-    """Every module, source and header of a checkout, as files: in a checkout src/fasttricks/kernels is a link."""
+def test_sdist_contains_all_that_the_build_reads(tmp_path: Path) -> None:
+    """All modules, sources and headers are regular files; in a checkout src/fasttricks/kernels is a link."""
     command = [sys.executable, "-m", "build", "-q", "--sdist", "--no-isolation", "-o", str(tmp_path)]
     with alone():
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -91,8 +91,8 @@ def test_wheel_is_for_every_python_3_on_this_platform(wheel: Path) -> None:
 
 
 @of_the_wheel
-def test_wheel_holds_what_a_checkout_holds(unpacked: Path) -> None:
-    """Every module of the source tree, the library, the build's facts and the typing marker are in the wheel."""
+def test_wheel_contains_every_module_of_a_checkout(unpacked: Path) -> None:
+    """It also contains the library, build.json and py.typed."""
     names = {p.relative_to(unpacked / "fasttricks").as_posix() for p in (unpacked / "fasttricks").rglob("*.py")}
     here = {p.relative_to(ROOT / "src/fasttricks").as_posix() for p in (ROOT / "src/fasttricks").rglob("*.py")}
     here |= {f"kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}  # a link, which rglob may not follow
@@ -102,7 +102,7 @@ def test_wheel_holds_what_a_checkout_holds(unpacked: Path) -> None:
 
 
 @of_the_wheel
-def test_wheel_runs_the_library_it_brings(unpacked: Path) -> None:
+def test_wheel_runs_its_own_library(unpacked: Path) -> None:
     code = (
         "import fasttricks, torch; from fasttricks.backends import LIB; print(LIB); "
         "y = fasttricks.avgpool_conv1x1(torch.randn(2, 3, 4, 4), torch.randn(5, 3, 1, 1)); "
@@ -115,7 +115,7 @@ def test_wheel_runs_the_library_it_brings(unpacked: Path) -> None:
 
 
 @of_the_wheel
-def test_wheel_asks_for_torch_without_a_pin(unpacked: Path) -> None:
+def test_wheel_requires_torch_without_a_pin(unpacked: Path) -> None:
     (metadata,) = unpacked.glob("fasttricks-*.dist-info/METADATA")
     text = metadata.read_text()
     assert "Requires-Dist: torch>=2.10\n" in text
@@ -124,11 +124,11 @@ def test_wheel_asks_for_torch_without_a_pin(unpacked: Path) -> None:
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="nm (binutils) is not installed")
 @pytest.mark.parametrize("library", sorted(LIB.glob("*.so")), ids=lambda p: p.stem)
-def test_library_links_to_the_stable_shims_only(library: Path) -> None:
-    """No ATen, c10 or Python symbol: what is undefined is the C shim of torch, or the C and C++ runtime."""
+def test_library_links_only_to_the_stable_shims(library: Path) -> None:
+    """Undefined symbols belong to torch's C shim or to the C and C++ runtimes, none to ATen, c10 or Python."""
     listing = subprocess.run(["nm", "-D", "--undefined-only", str(library)], capture_output=True, text=True)
     symbols = [line.split()[-1] for line in listing.stdout.splitlines()]
-    assert any(s.startswith("aoti_torch_") for s in symbols), "not the library's symbols"
+    assert any(s.startswith("aoti_torch_") for s in symbols), "nm did not list the symbols of the library"
     unversioned = [s for s in symbols if "@" not in s]  # versioned: glibc, libstdc++, libgcc
     weak_runtime = {"_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable", "__gmon_start__"}
     strangers = [s for s in unversioned if not re.match(r"(aoti_torch_|torch_)", s) and s not in weak_runtime]
@@ -149,7 +149,7 @@ def test_info_command_prints_every_part() -> None:
         assert word in done.stdout, word
 
 
-# What is missing is said in one sentence.
+# ---- builds with something missing: one sentence says what ----
 
 
 def test_build_without_torch_says_so() -> None:
@@ -175,7 +175,7 @@ TORCH = "torch = b.Torch('2.12.0', '13.0', b.ROOT, b.ROOT)"
 
 
 def fake_toolkit(home: Path, release: str = "13.0", known: str = "sm_80 sm_90 sm_100") -> Path:
-    """A folder that looks like a CUDA toolkit; its nvcc answers the questions that the build asks."""
+    """Makes a folder like a CUDA toolkit, with an nvcc that prints its version and its architectures."""
     (home / "include").mkdir(parents=True)
     (home / "include/cuda_runtime.h").touch()
     (home / "bin").mkdir()
@@ -198,7 +198,7 @@ def find_cuda(path: Path, **env: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_toolkit_is_where_its_header_is(tmp_path: Path) -> None:
-    """Found even if the nvcc on the PATH is a script elsewhere and CUDA_HOME points to another folder."""
+    """Even if the nvcc on the PATH is a link in another folder, to which CUDA_HOME points."""
     home = fake_toolkit(tmp_path / "toolkit")
     shim = tmp_path / "shim/bin/nvcc"
     shim.parent.mkdir(parents=True)
@@ -208,7 +208,7 @@ def test_toolkit_is_where_its_header_is(tmp_path: Path) -> None:
     assert "archs=('8.0', '9.0', '10.0+PTX')" in done.stdout
 
 
-def test_no_usable_toolkit_is_a_reason_and_not_a_failure(tmp_path: Path) -> None:
+def test_an_unusable_toolkit_is_reported_and_fails_only_on_request(tmp_path: Path) -> None:
     old = fake_toolkit(tmp_path / "old", release="11.8")
     assert "is of CUDA 11.8; 12.1 is needed" in find_cuda(ROOT, CUDA_HOME=str(old)).stdout
     assert "FASTTRICKS_CUDA=0" in find_cuda(ROOT, FASTTRICKS_CUDA="0").stdout
@@ -218,7 +218,7 @@ def test_no_usable_toolkit_is_a_reason_and_not_a_failure(tmp_path: Path) -> None
     assert "accepted: 0" in find_cuda(ROOT, FASTTRICKS_CUDA="yes").stderr
 
 
-def test_architectures_are_those_asked_for(tmp_path: Path) -> None:
+def test_architectures_are_those_requested(tmp_path: Path) -> None:
     home = str(fake_toolkit(tmp_path / "toolkit"))
     assert "archs=('9.0', '10.0+PTX')" in find_cuda(ROOT, CUDA_HOME=home, TORCH_CUDA_ARCH_LIST="9.0 10.0+PTX").stdout
     for wrong in ("13.5", "Hopper"):
@@ -235,7 +235,7 @@ def test_build_without_a_compiler_says_so(env: dict[str, str]) -> None:
     assert "Traceback" not in done.stderr
 
 
-# Imports with parts absent or broken.
+# ---- imports with parts missing or broken ----
 
 
 def copy_package(to: Path) -> Path:
@@ -255,7 +255,7 @@ print(fasttricks.info()["backend"]["cpu"], fasttricks.info()["not_loaded"].get("
 """
 
 
-def test_a_library_that_does_not_load_is_one_warning_and_the_reference_runs(tmp_path: Path) -> None:
+def test_a_library_that_does_not_load_warns_once_and_the_reference_runs(tmp_path: Path) -> None:
     copy_package(tmp_path)
     (tmp_path / "fasttricks/lib" / "libfasttricks_cpu.so").write_bytes(b"\x7fELF, but no library")
     done = python(USE_OPS, path=tmp_path)
@@ -275,7 +275,7 @@ def test_a_tree_that_was_never_built_runs_the_reference(tmp_path: Path) -> None:
 
 
 def test_import_needs_torch_alone(tmp_path: Path) -> None:
-    """No Triton, ninja, torchvision or timm, nor any compiler on the PATH: importing never compiles."""
+    """No Triton, ninja, torchvision, timm or compiler: importing never compiles."""
     block = "import sys\nfor name in ('triton', 'ninja', 'torchvision', 'timm'): sys.modules[name] = None\n"
     done = python(block + USE_OPS, PATH="/nonexistent")
     assert done.returncode == 0, done.stderr
@@ -283,17 +283,17 @@ def test_import_needs_torch_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif("FASTTRICKS_CPU_ISA" in os.environ, reason="FASTTRICKS_CPU_ISA forces one")
-def test_the_best_instruction_set_is_taken() -> None:
+def test_the_best_instruction_set_is_used() -> None:
     assert torch.ops.fasttricks.cpu_isa() == instruction_sets()[-1]
 
 
-def test_an_instruction_set_that_is_not_there_is_refused() -> None:
+def test_an_unknown_instruction_set_is_refused() -> None:
     done = python("import torch, fasttricks; fasttricks.info()", FASTTRICKS_CPU_ISA="avx1024")
     assert done.returncode != 0
     assert "FASTTRICKS_CPU_ISA=avx1024; accepted: generic, avx2, avx512" in done.stderr
 
 
-# Choosing a backend.
+# ---- the choice of a backend ----
 
 
 def test_backend_names_are_checked() -> None:
@@ -307,7 +307,7 @@ def test_backend_names_are_checked() -> None:
 
 
 def test_a_backend_that_cannot_serve_is_refused_by_the_op() -> None:
-    """In a process of its own: where the emulated kernels are loaded, cuda does serve tensors on the CPU."""
+    """In a process of its own: in this one the emulated kernels may serve cuda on the CPU."""
     done = python(
         "import torch, fasttricks\n"
         "with fasttricks.backend('cuda'):\n"

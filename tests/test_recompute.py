@@ -1,4 +1,4 @@
-"""recompute: the backward pass rebuilds outputs instead of keeping them; gradients are equal bit for bit."""
+"""recompute: the backward pass recomputes outputs instead of keeping them; gradients are equal bit for bit."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Block(nn.Module):
 
 
 def network(channels: int = 4) -> nn.Sequential:
-    """Blocks in a row, so that an output is rebuilt from outputs that are rebuilt themselves."""
+    """Several blocks, so that outputs are recomputed from recomputed outputs."""
     blocks = [Block(channels, shortcut=True), Block(channels), Block(channels)]
     return nn.Sequential(nn.Conv2d(3, channels, 3), BatchNormReLU2d(channels), nn.MaxPool2d(2), *blocks)
 
@@ -59,7 +59,7 @@ def equal(some: list[Tensor], others: list[Tensor]) -> bool:
 
 
 def live_bytes(run: Callable[[], object]) -> int:
-    """Bytes allocated by run, and not freed while its result lives."""
+    """Bytes that `run` allocates and that are not freed while its result is alive."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         kept = run()
     del kept
@@ -67,14 +67,14 @@ def live_bytes(run: Callable[[], object]) -> int:
 
 
 def synchronised(model: nn.Module) -> nn.Module:
-    """torch's own SyncBatchNorm, in the shortcut, does not run on the CPU."""
+    """Converts the fused BatchNorms only: the one in a shortcut could not run on the CPU."""
     for module in [m for m in model.modules() if isinstance(m, BatchNormReLU2d | BatchNormAddReLU2d)]:
         nn.SyncBatchNorm.convert_sync_batchnorm(module)
     return model
 
 
 def fsdp1(model: nn.Module) -> nn.Module:
-    """Each block is sharded on its own: its output is rebuilt when the next block has its weights, and it has none."""
+    """Shards each block: when its output is recomputed, the next block has its weights and this one has not."""
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
@@ -112,11 +112,11 @@ def worker(rank: int, meeting: str, seed: int) -> None:
         want = local_gradients(model, x)
         assert want, wrap
         assert equal(local_gradients(twin, x), want), wrap
-        if wrap is synchronised:  # outputs that have the statistics of all ranks are rebuilt too
+        if wrap is synchronised:  # outputs with statistics of all ranks are recomputed, too
             assert live_bytes(lambda m=twin, x=x: m(x).sum()) < 0.8 * live_bytes(lambda m=model, x=x: m(x).sum())
     dist.barrier()
     dist.destroy_process_group()
-    os._exit(0)  # a thread of gloo may still hold the barrier's tensor
+    os._exit(0)  # a gloo thread that still holds a tensor would abort when the interpreter ends
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -135,7 +135,7 @@ def test_gradients_are_equal_to_the_last_bit(dtype: torch.dtype, layout: torch.m
 
 
 @pytest.mark.parametrize("mode", ["zero weight", "frozen", "eval"])
-def test_other_modes(mode: str) -> None:
+def test_gradients_are_equal_in_other_modes(mode: str) -> None:
     model = network()
     for norm in [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]:
         if mode == "zero weight":
@@ -153,8 +153,8 @@ def test_other_modes(mode: str) -> None:
     assert equal(run(within(model)), run(model))
 
 
-def test_what_is_kept() -> None:
-    """Of each output that a convolution reads, nothing; the input of the op is saved as before."""
+def test_no_output_read_by_a_convolution_is_kept() -> None:
+    """The input of the op is still kept."""
     x = torch.randn(4, 8, 32, 32)
     conv = nn.Conv2d(8, 8, 1, bias=False)
     model = nn.Sequential(nn.Conv2d(8, 8, 1, bias=False), BatchNormReLU2d(8), conv)
@@ -163,7 +163,7 @@ def test_what_is_kept() -> None:
     def mean(forward: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
         return lambda: forward(x).mean()
 
-    mean(model)()  # what the first call alone allocates
+    mean(model)()  # the first call allocates more
     plain, rebuilt = live_bytes(mean(model)), live_bytes(mean(within(model)))
     assert plain == pytest.approx(2 * size, rel=0.05)
     assert rebuilt == pytest.approx(size, rel=0.05)
@@ -187,7 +187,7 @@ def test_an_output_that_was_changed_in_place_is_kept() -> None:
     assert equal(gradients(conv, x, rebuilt), want)
 
 
-def test_changes_in_place_are_errors_as_they_are_without() -> None:
+def test_tensors_changed_in_place_are_errors() -> None:
     norm, conv = BatchNormReLU2d(4), nn.Conv2d(4, 4, 1)
     for changed in (lambda x: x, lambda x: norm.weight):
         x = torch.randn(2, 4, 5, 5).requires_grad_() * 1
@@ -199,7 +199,7 @@ def test_changes_in_place_are_errors_as_they_are_without() -> None:
             y.sum().backward()
 
 
-def test_twice_through_one_graph() -> None:
+def test_a_graph_can_be_used_twice() -> None:
     model, x = network(), torch.randn(3, 3, 17, 15)
     with fasttricks.recompute():
         loss = model(x).square().mean()
@@ -208,7 +208,7 @@ def test_twice_through_one_graph() -> None:
     assert equal(list(torch.autograd.grad(loss, parameters)), list(first))
 
 
-def test_double_backward() -> None:
+def test_double_backward_equals_the_plain_one() -> None:
     model, x = network().double(), torch.randn(2, 3, 9, 9, dtype=torch.float64, requires_grad=True)
 
     def second(forward: Callable[[Tensor], Tensor]) -> Tensor:
@@ -218,7 +218,7 @@ def test_double_backward() -> None:
     torch.testing.assert_close(second(within(model)), second(model))
 
 
-def test_inside_checkpoints_and_autocast() -> None:
+def test_gradients_are_equal_in_checkpoints_and_autocast() -> None:
     model = network()
 
     def checkpointed(x: Tensor) -> Tensor:
@@ -238,7 +238,7 @@ def test_inside_checkpoints_and_autocast() -> None:
         assert equal(gradients(model, x, rebuilt), gradients(model, x, forward))
 
 
-def test_compiled_graphs_are_as_without() -> None:
+def test_compiled_gradients_are_equal() -> None:
     model, x = network(), torch.randn(3, 3, 17, 15)
     torch._dynamo.reset()
     compiled = torch.compile(within(model), backend="aot_eager", fullgraph=True)
@@ -247,7 +247,7 @@ def test_compiled_graphs_are_as_without() -> None:
         torch.testing.assert_close(a, b)
 
 
-def test_fuse_with_recompute() -> None:
+def test_fuse_with_recompute_gives_equal_gradients() -> None:
     torchvision = pytest.importorskip("torchvision")
     model = torchvision.models.resnet18(num_classes=5)
     fused = fasttricks.fuse(copy.deepcopy(model))
@@ -260,8 +260,8 @@ def test_fuse_with_recompute() -> None:
 
 
 @pytest.mark.parametrize("name", ["torchvision/resnet50", "resnet50d", "torchvision/densenet121"])
-def test_saved_bytes_of_whole_models(name: str) -> None:
-    """At most 0.6 of what eager torch keeps, whose ReLUs work in place."""
+def test_whole_models_keep_at_most_60_percent(name: str) -> None:
+    """Compared with eager torch, whose ReLUs are in place."""
     from fasttricks.models import build
 
     model = build(name, fused=False)
@@ -271,7 +271,7 @@ def test_saved_bytes_of_whole_models(name: str) -> None:
     assert live_bytes(lambda: rebuilt(x).sum()) <= 0.6 * eager
 
 
-def test_no_module_is_no_context() -> None:
-    with fasttricks.recompute(), fasttricks.recompute():  # the inner one joins the outer one
+def test_nested_contexts_without_fused_modules_change_nothing() -> None:
+    with fasttricks.recompute(), fasttricks.recompute():  # the inner context joins the outer one
         y = F.relu(torch.randn(3, requires_grad=True))
     y.sum().backward()

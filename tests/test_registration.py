@@ -1,6 +1,6 @@
-"""Every op through torch.library.opcheck and a full-graph compile; an op without a sample fails.
+"""torch.library.opcheck and a full-graph compile of every op; an op without samples fails.
 
-The ops are the library's, or, in a process with TRITON_INTERPRET=1, those in Triton.
+The ops are those of the library or, with TRITON_INTERPRET=1, those in Triton.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if BACKEND in not_loaded:
     pytest.skip(f"{BACKEND}: {not_loaded[BACKEND]}", allow_module_level=True)
 OPS = getattr(torch.ops, namespaces[BACKEND])
 
-# without tensors there is nothing to trace, fake or differentiate
+# they take no tensors, so there is nothing to trace or differentiate
 NO_TENSORS = {"cpu_isa", "cuda_why_not"}
 
 
@@ -43,7 +43,7 @@ SHAPES = ((2, 3, 5, 4), (2, 1, 4, 4), (3, 3, 1, 1), (0, 3, 4, 4))
 
 
 def activations(grad: bool = False) -> list[torch.Tensor]:
-    """Each layout, the shapes where layouts are ambiguous, an empty one, a transposed one and a slice."""
+    """Both layouts, shapes that are contiguous in both, an empty tensor, a transposed one and a slice."""
     made = [x(*shape, layout=layout, grad=grad) for shape in SHAPES for layout in LAYOUTS]
     made.append(torch.randn(2, 3, 4, 5).transpose(2, 3).requires_grad_(grad))
     made.append(torch.randn(2, 6, 5, 4)[:, ::2].requires_grad_(grad))
@@ -51,7 +51,7 @@ def activations(grad: bool = False) -> list[torch.Tensor]:
 
 
 def running() -> list[tuple]:
-    """Running statistics of three channels and momenta: nothing, both kinds of average, half statistics."""
+    """Running statistics of three channels and momenta: none, both kinds of average, statistics in half."""
     number = torch.tensor(3)
     half = (channel().half(), channel().half())
     return [(), (channel(), channel()), (channel(), channel(), number, None), (*half, number.clone(), 0.3)]
@@ -117,7 +117,7 @@ def bn_relu_backward_apply() -> list[tuple]:
 
 
 def avgpool_conv1x1_forward() -> list[tuple]:
-    """Every activation in one mode, the first one in every mode."""
+    """All activations in one mode, the first one in all modes."""
     some = [a for a in activations(True) if min(a.shape[2:]) > 1]
     modes = [(bias, stride, ceil) for bias in (False, True) for stride, ceil in ((1, False), (2, False), (2, True))]
     calls = [(a, True, 2, True) for a in some] + [(some[0], *mode) for mode in modes]
@@ -160,8 +160,8 @@ def test_every_op_has_samples() -> None:
     assert sorted(SAMPLES) == names(namespaces[BACKEND])
 
 
-@pytest.mark.skipif("cpu" in not_loaded or "triton" in not_loaded, reason="there is nothing to compare")
-def test_schemas_are_those_of_the_library() -> None:
+@pytest.mark.skipif("cpu" in not_loaded or "triton" in not_loaded, reason="needs the CPU library and Triton")
+def test_triton_schemas_equal_those_of_the_library() -> None:
     for name in names("fasttricks_triton"):
         mine, theirs = (
             getattr(getattr(torch.ops, namespace), name).default._schema
@@ -175,14 +175,14 @@ def test_schemas_are_those_of_the_library() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(SAMPLES))
-def test_opcheck(name: str) -> None:
+def test_opcheck_passes(name: str) -> None:
     for arguments in SAMPLES[name]():
         torch.library.opcheck(getattr(OPS, name).default, arguments)
 
 
 @pytest.mark.parametrize("name", sorted(SAMPLES))
-def test_full_graph_compile(name: str) -> None:
-    """One compiled graph gives what the op gives, for the first sample of each op."""
+def test_full_graph_compile_equals_eager(name: str) -> None:
+    """One graph, for the first sample of each op."""
     op = getattr(OPS, name).default
     arguments = SAMPLES[name]()[0]
 
@@ -191,15 +191,15 @@ def test_full_graph_compile(name: str) -> None:
             return value.detach().clone()
         return [copy(v) for v in value] if isinstance(value, list) else value
 
-    torch._dynamo.reset()  # every op is a new graph of the same lambda
+    torch._dynamo.reset()  # the lambda below is the same for all ops
     eager, traced = [copy(a) for a in arguments], [copy(a) for a in arguments]
     want = op(*eager)
     got = torch.compile(lambda *a: op(*a), fullgraph=True, backend="aot_eager")(*traced)
     torch.testing.assert_close(got, want, rtol=0, atol=0)
-    torch.testing.assert_close(traced, eager, rtol=0, atol=0)  # arguments that the op mutates, too
+    torch.testing.assert_close(traced, eager, rtol=0, atol=0)  # including arguments that the op mutates
 
 
-def test_the_version_is_that_of_the_package() -> None:
+def test_info_has_the_version_of_the_package() -> None:
     from importlib.metadata import version
 
     assert fasttricks.info()["fasttricks"] == version("fasttricks")

@@ -34,7 +34,7 @@ def master_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class Reference:
-    """torch.optim.SGD on the masters; the oracle."""
+    """torch.optim.SGD on fp32 masters (fp64 for fp64), whose results are expected."""
 
     def __init__(self, params: list[Tensor], lr: float, **options: object) -> None:
         self.masters = [p.detach().to(master_dtype(p.dtype), copy=True).requires_grad_() for p in params]
@@ -50,13 +50,13 @@ class Reference:
 
 
 class Ours:
-    """The raw lists of sgd_step."""
+    """The lists of tensors for sgd_step."""
 
     def __init__(self, params: list[Tensor], lr: float, **options: object) -> None:
         self.params = params
         self.masters = [p.to(torch.float32) for p in params if p.dtype in HALF]
         moving = params if options.get("momentum") else []
-        # poisoned: a first step must not read the buffer
+        # NaN, since a first step must not read its buffer
         self.buffers = [torch.full_like(p, math.nan, dtype=master_dtype(p.dtype)) for p in moving]
         self.steps = [torch.zeros(()) for _ in moving]
         self.lr, self.options = lr, options
@@ -71,12 +71,12 @@ class Ours:
 
 
 def bits(tensors: list[Tensor]) -> list[Tensor]:
-    """Copies whose bit patterns are compared: NaN equals NaN."""
+    """Copies as bytes, so that NaN equals NaN."""
     return [t.detach().clone().contiguous().reshape(-1).view(torch.uint8) for t in tensors]
 
 
 def assert_close(got: Tensor, want: Tensor, ulps: float = 2.0) -> None:
-    """Within `ulps` of the largest value: a float64 sum may round differently in one place."""
+    """Asserts equality up to `ulps` units in the last place of the largest value."""
     if want.numel() == 0:
         assert got.shape == want.shape
         return
@@ -85,7 +85,7 @@ def assert_close(got: Tensor, want: Tensor, ulps: float = 2.0) -> None:
 
 
 def run_modes(backend: str, exact: bool) -> None:
-    """Three steps of every mode over every length and dtype at once; parameters are the rounded masters of torch's."""
+    """Three steps of every mode, over all lengths and dtypes in one call; parameters are rounded masters."""
     for options in MODES:
         params = [torch.randn(n).to(dtype) for dtype in DTYPES for n in TAILS]
         reference, ours = Reference(params, 0.1, **options), Ours(params, 0.1, **options)
@@ -111,18 +111,18 @@ def test_every_element_moves(backend: str) -> None:
     assert all((p == -1).all() for p in [*params, *masters])
 
 
-# torch's own kernels fuse multiply and add where the CPU can
+# if the CPU has them, torch's kernels use fused multiply-adds
 HAS_FMA = torch.backends.cpu.get_cpu_capability() != "DEFAULT"
 
 
-def test_modes_and_tails(backend: str) -> None:
+def test_modes_and_tails_equal_torch(backend: str) -> None:
     run_modes(backend, exact=backend == "cpu" and HAS_FMA)
 
 
 @pytest.mark.skipif("cpu" in not_loaded, reason="the CPU library is not loaded")
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
-def test_every_isa(isa: str) -> None:
-    """The same in a process that is bound to one instruction set; the plain one rounds twice in one of 2^29 sums."""
+def test_every_isa_equals_torch(isa: str) -> None:
+    """In a process that forces one instruction set. The generic one rounds twice in one of 2^29 sums."""
     order = ["generic", "avx2", "avx512"]
     if order.index(isa) > order.index(torch.ops.fasttricks.cpu_isa()):
         pytest.skip(f"this CPU has no {isa}")
@@ -142,7 +142,7 @@ def test_every_isa(isa: str) -> None:
 
 @pytest.mark.parametrize("value", [1.0, 2.0, 0.5, math.inf, math.nan])
 def test_found_inf_changes_nothing(backend: str, value: float) -> None:
-    """Any found_inf but 0 leaves every bit as it was (it may be a sum over devices), on the first step and later."""
+    """Any found_inf except 0, such as a sum over devices, leaves every bit unchanged, on the first step and later."""
     params = [torch.randn(n).to(dtype) for dtype in DTYPES for n in (17, 1025)]
     ours = Ours(params, 0.1, momentum=0.9, dampening=0.5)
     grads = [torch.randn(p.shape).to(p.dtype) for p in params]
@@ -156,8 +156,8 @@ def test_found_inf_changes_nothing(backend: str, value: float) -> None:
     assert all(p.isfinite().all() for p in [*params, *ours.buffers])
 
 
-def test_strides_of_gradients_differ(backend: str) -> None:
-    """Channels-last gradients of contiguous parameters and the reverse, transposed, sliced and expanded ones."""
+def test_any_strides_of_gradients_and_state(backend: str) -> None:
+    """Channels-last gradients of contiguous parameters and the reverse; transposed, sliced and expanded ones."""
     last = torch.channels_last
     cases: list[tuple[Tensor, Tensor]] = []
     for dtype in DTYPES:
@@ -180,7 +180,7 @@ def test_strides_of_gradients_differ(backend: str) -> None:
     params, grads = [c[0] for c in cases], [c[1] for c in cases]
     options = {"momentum": 0.9, "weight_decay": 1e-2}
     reference, ours = Reference(params, 0.1, **options), Ours(params, 0.1, **options)
-    # state that was loaded in another layout
+    # as loaded from a checkpoint in another layout
     ours.buffers = [
         b.contiguous(memory_format=last) if b.ndim == 4 and i % 2 else b for i, b in enumerate(ours.buffers)
     ]
@@ -196,14 +196,14 @@ def test_strides_of_gradients_differ(backend: str) -> None:
         assert_close(p, m.detach().to(p.dtype), ulps=1.0 if p.dtype in HALF else 2.0)
 
 
-def test_outside_a_sliced_parameter_nothing_is_written(backend: str) -> None:
+def test_nothing_outside_a_sliced_parameter_is_written(backend: str) -> None:
     whole = torch.full((8, 9), 7.0)
     sgd_step([whole[::2, 1:8]], [torch.ones(4, 7)], lr=1.0)
     assert whole.sum() == 7 * 72 - 28
     assert (whole[::2, 1:8] == 6).all()
 
 
-def test_other_gradient_dtypes(backend: str) -> None:
+def test_gradients_may_have_another_dtype(backend: str) -> None:
     for dtype, grad_dtype in itertools.product(DTYPES, DTYPES):
         p, g = torch.randn(37).to(dtype), torch.randn(37).to(grad_dtype)
         reference, ours = Reference([p], 0.1, momentum=0.9), Ours([p], 0.1, momentum=0.9)
@@ -213,8 +213,8 @@ def test_other_gradient_dtypes(backend: str) -> None:
         assert_close(p, reference.masters[0].detach().to(dtype), ulps=1.0)
 
 
-def test_groups(backend: str) -> None:
-    """Groups of several options, one of them empty, in one call give the same as one call per group."""
+def test_groups_in_one_call_equal_one_call_each(backend: str) -> None:
+    """Groups with different options, one of them empty."""
     options = [
         {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "nesterov": True},
         {"lr": 0.5},
@@ -259,8 +259,8 @@ def test_groups(backend: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(params, wants, strict=True))
 
 
-def test_first_step_is_a_matter_of_each_parameter(backend: str) -> None:
-    """p = 0, g = 1, lr = 1, momentum = dampening = 0.5: p -1, -2, -3 and buf 1, 1, 1, also where it starts later."""
+def test_each_parameter_has_its_own_first_step(backend: str) -> None:
+    """g = lr = 1, momentum = dampening = 0.5: p is -1, -2, -3 and the buffer 1, also if a parameter starts later."""
     params = [torch.zeros(3), torch.zeros(3)]
     buffers, steps = [torch.full((3,), math.nan) for _ in params], [torch.zeros(()) for _ in params]
     options = {"lr": 1.0, "momentum": 0.5, "dampening": 0.5}
@@ -274,8 +274,8 @@ def test_first_step_is_a_matter_of_each_parameter(backend: str) -> None:
             assert (buffers[1] == 1).all()
 
 
-def test_changed_parameters_are_taken(backend: str) -> None:
-    """Where a half parameter is no longer its rounded master the master follows it, value by value."""
+def test_masters_follow_changed_parameters(backend: str) -> None:
+    """Where a half parameter no longer equals its rounded master, the master is set to it, element by element."""
     for dtype in HALF:
         p = torch.randn(100).to(dtype)
         ours = Ours([p], 0.0)
@@ -293,7 +293,7 @@ def test_changed_parameters_are_taken(backend: str) -> None:
 
 
 def test_special_values_round_as_in_torch(backend: str) -> None:
-    """Overflow to infinity, subnormals, ties and NaN in the rounding of the master."""
+    """Overflow to infinity, subnormals, ties and NaN when the master is rounded."""
     values = torch.tensor(
         [65519.0, 65520.0, 7e4, 3e-8, 2.98e-8, 5.96e-8, 1e-7, 6.1e-5, 1.0004883, 1.00146484, 0.0, math.nan]
     )
@@ -304,8 +304,8 @@ def test_special_values_round_as_in_torch(backend: str) -> None:
         torch.testing.assert_close(p, values.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
-def test_parameters_that_share_memory(backend: str) -> None:
-    """A parameter given twice is stepped twice, views of one tensor one after the other, as torch does it."""
+def test_parameters_that_share_memory_are_stepped_in_order(backend: str) -> None:
+    """A parameter given twice is stepped twice; views of one tensor are stepped one after another."""
     n = 200_000
     once = torch.randn(n)
     want = once - 0.5 * torch.ones(n) - 0.5 * torch.full((n,), 2.0)
@@ -319,7 +319,7 @@ def test_parameters_that_share_memory(backend: str) -> None:
     assert_close(whole, want)
 
 
-def test_empty_lists(backend: str) -> None:
+def test_empty_lists_are_accepted(backend: str) -> None:
     sgd_step([], [], lr=0.1)
     found = torch.zeros(())
     sgd_check([], found)
@@ -327,7 +327,7 @@ def test_empty_lists(backend: str) -> None:
 
 
 def samples() -> dict[str, list[tuple]]:
-    """Arguments of the raw ops for opcheck; also read by the test of all registrations."""
+    """Arguments of the raw ops for opcheck; see test_registration.py."""
     params = [torch.randn(5, 3).to(d) for d in DTYPES] + [torch.randn(4, 6).t(), torch.randn(0)]
     grads = [torch.randn(p.shape).to(p.dtype) for p in params]
     buffers = [torch.zeros_like(p, dtype=master_dtype(p.dtype)) for p in params]
@@ -351,7 +351,7 @@ def samples() -> dict[str, list[tuple]]:
 
 
 def test_backends_agree() -> None:
-    """The plain torch functions compute what the kernel computes, LARS and clipping included."""
+    """The reference and the kernels give the same, with LARS and clipping."""
     results = []
     torch.manual_seed(torch.initial_seed())
     params = [torch.randn(6, 5).to(d) for d in (*DTYPES, *DTYPES)]

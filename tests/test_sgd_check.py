@@ -1,4 +1,4 @@
-"""sgd_check: what is not finite, and norms, against float64; clipping, which is made of both ops."""
+"""sgd_check: non-finite values, and norms against float64; clipping with sgd_check and sgd_step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TAILS = (1, 7, 8, 9, 15, 16, 17, 31, 33, 1025)
 
 
 def run_check(backend: str) -> None:
-    """An infinity or NaN at any place of any length and dtype is found; the largest finite value is none."""
+    """An infinity or NaN is found at any place, for all lengths and dtypes; the largest finite value is not one."""
     for dtype, n in itertools.product(DTYPES, TAILS):
         found = torch.zeros(())
         grads = [torch.full((5,), torch.finfo(dtype).max, dtype=dtype), -torch.rand(n).to(dtype)]
@@ -29,10 +29,10 @@ def run_check(backend: str) -> None:
             assert found == 1, (dtype, n, value, place)
     found = torch.ones(())
     sgd_check([torch.ones(3)], found)
-    assert found == 1  # never cleared
+    assert found == 1  # it is never cleared
 
 
-def test_check(backend: str) -> None:
+def test_check_finds_every_non_finite_value(backend: str) -> None:
     run_check(backend)
 
 
@@ -52,13 +52,13 @@ def run_norms(backend: str) -> None:
     torch.testing.assert_close(weight_sq, torch.stack([w.double().square().sum() for w in weights]), rtol=1e-6, atol=0)
 
 
-def test_norms(backend: str) -> None:
+def test_norms_equal_float64(backend: str) -> None:
     run_norms(backend)
 
 
 @pytest.mark.parametrize("size", [1e-42, 1e-30, 1e-20, 1.0, 1e18, 1e25, 3e38])
 def test_norms_of_every_magnitude(backend: str, size: float) -> None:
-    """Finite gradients and weights whose squares fp32 cannot hold have the norm that they have."""
+    """Also of finite gradients and weights whose squares overflow or underflow fp32."""
     for dtype, n in itertools.product((torch.float32, torch.bfloat16), (1, 17, 20_000)):
         grads = [(torch.rand(n) * 0.9 + 0.1).to(dtype) * size, torch.randn(n).to(dtype), torch.zeros(n, dtype=dtype)]
         found, squares = torch.zeros(()), [torch.zeros(3, dtype=torch.float64) for _ in range(2)]
@@ -93,7 +93,7 @@ def test_norms_do_not_depend_on_threads() -> None:
     assert torch.equal(*squares)
 
 
-def test_clipping(backend: str) -> None:
+def test_clipping_equals_clip_grad_norm(backend: str) -> None:
     for scale, max_norm in itertools.product((1.0, 64.0), (0.5, 1e6)):
         grads = [torch.randn(n) for n in (1, 17, 1025)]
         params = [torch.randn(g.shape) for g in grads]

@@ -1,4 +1,4 @@
-"""The launch plan of the SGD kernels: which tensors share a launch, in how many bytes of kernel parameters."""
+"""The launch plan of the SGD kernels: which tensors share a launch, and the bytes of its kernel parameters."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import torch
 
 from fasttricks.optim import param_groups
 
-LIMIT, OLD_LIMIT = 32764, 4096  # bytes of kernel parameters, from CUDA 12.1 on and before
-CHECK, STEP_FP32, STEP_HALF = 1, 4, 5  # pointers of an entry: gradient; parameter, momentum, count; master
+LIMIT, OLD_LIMIT = 32764, 4096  # bytes of kernel parameters since CUDA 12.1, and before
+CHECK, STEP_FP32, STEP_HALF = 1, 4, 5  # pointers per entry: gradient; parameter, momentum and count; master
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def planner() -> Planner:
 
 
 def check(planner: Planner, numels: list[int], keys: list[int], pointers: int, limit: int) -> list[Launch]:
-    """Every value in exactly one entry, every block in exactly one entry, one key a group, each table within limit."""
+    """Asserts that each value and each block is in one entry, each group has one key, each table fits the limit."""
     launches = planner.plan(numels, keys, pointers, limit)
     done = [0] * len(numels)
     counted = [0] * len(numels)
@@ -110,15 +110,15 @@ def check(planner: Planner, numels: list[int], keys: list[int], pointers: int, l
 
 @pytest.mark.parametrize("limit", [LIMIT, OLD_LIMIT, 200])
 @pytest.mark.parametrize("pointers", [CHECK, STEP_FP32, STEP_HALF])
-def test_random_tensors(planner: Planner, pointers: int, limit: int) -> None:
+def test_random_tensors_are_covered_once(planner: Planner, pointers: int, limit: int) -> None:
     random.seed(torch.initial_seed())
     edges = [0, 1, planner.block - 1, planner.block, planner.block + 1]
     numels = [random.choice([*edges, random.randrange(10**6)]) for _ in range(random.randrange(1, 300))]
     check(planner, numels, [random.randrange(4) for _ in numels], pointers, limit)
 
 
-def test_tensors_beyond_32_bits(planner: Planner) -> None:
-    """They are cut; only the last piece counts the step, also where pieces come to lie in several launches."""
+def test_tensors_beyond_32_bits_are_cut(planner: Planner) -> None:
+    """Only the last piece counts the step, also if the pieces are in several launches."""
     numels = [5, 2 * planner.piece + 7, planner.piece]
     assert [e.count for e in check(planner, numels, [0, 0, 0], STEP_HALF, LIMIT)[0].entries] == [
         5,
@@ -130,8 +130,8 @@ def test_tensors_beyond_32_bits(planner: Planner) -> None:
     assert len(check(planner, numels, [0, 0, 0], STEP_HALF, 200)) > 1
 
 
-def test_layout(planner: Planner) -> None:
-    """The arrays follow each other without overlap, each aligned to its elements."""
+def test_arrays_of_a_table_do_not_overlap(planner: Planner) -> None:
+    """They are aligned to their elements."""
     for entries, groups, pointers in ((1, 1, 1), (7, 3, 5), (604, 4, 5)):
         at = planner.offsets(entries, groups, pointers)
         sizes = [groups * 48, entries * pointers * 8, entries * 4, entries * 4, entries * 2]
@@ -139,13 +139,13 @@ def test_layout(planner: Planner) -> None:
         assert all(offset % align == 0 for offset, align in zip(at, (8, 8, 4, 4, 2), strict=False))
 
 
-def test_impossible_limits(planner: Planner) -> None:
+def test_impossible_limits_give_no_plan(planner: Planner) -> None:
     assert planner.plan([3], [0], STEP_HALF, 100) == []
     assert planner.plan([1] * (2**16 + 1), [0] * (2**16 + 1), CHECK) == []
     assert planner.plan([], [], CHECK) == []
 
 
-# torchvision's name, tensors, launches of a step in 4,096 bytes of parameters
+# model of torchvision, its tensors, launches of a step with 4,096 bytes of kernel parameters
 MODELS = [("resnet50", 161, 4), ("vgg16", 32, 2), ("vgg16_bn", 58, 2), ("densenet201", 604, 11)]
 
 
@@ -155,7 +155,7 @@ MODELS = [("resnet50", 161, 4), ("vgg16", 32, 2), ("vgg16_bn", 58, 2), ("densene
 def test_a_step_of_a_network_is_two_launches(
     planner: Planner, name: str, count: int, before: int, batch_norm: torch.dtype, groups: int
 ) -> None:
-    """One check and one step, in fp16 with masters and momentum, with and without decay of biases and norms."""
+    """One for the check and one for the step, in fp16 with masters and momentum, in one or two parameter groups."""
     build: Any = getattr(pytest.importorskip("torchvision").models, name)
     with torch.device("meta"):
         model = build().half()

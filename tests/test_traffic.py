@@ -1,4 +1,4 @@
-"""The table of bytes moved (benchmarks/traffic.py): every formula is kept to 5%, and launches are as documented."""
+"""The table of bytes moved (benchmarks/traffic.py): within 5% of every formula, with the documented launches."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from traffic import Row, rows
 
 
 def launches(row: Row) -> tuple[int, ...]:
-    """How many a call may take."""
+    """How many launches a call may take."""
     if row.op.startswith("bn"):
-        one_pass = row.backend == "cuda"  # where the tensor fits on the chip
+        one_pass = row.backend == "cuda"  # if the tensor fits in shared memory
         return (1,) if "evaluation" in row.op else (1, 3) if one_pass else (3,)
     if row.op == "sgd_step":
         return (1,) if row.backend == "cuda" else (2,)
@@ -28,10 +28,10 @@ def check(backend: str) -> None:
 
 if os.environ.get("TRITON_INTERPRET") == "1":
 
-    def test_triton() -> None:
+    def test_bytes_and_launches_of_triton() -> None:
         check("triton")
 
 else:
 
-    def test_cuda() -> None:
+    def test_bytes_and_launches_of_cuda() -> None:
         check("cuda")

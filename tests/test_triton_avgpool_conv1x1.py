@@ -1,4 +1,4 @@
-"""avgpool_conv1x1 in Triton: determinism, offsets, splits, bytes. test_avgpool_conv1x1.py has the values."""
+"""avgpool_conv1x1 in Triton: determinism, offsets, splits, bytes. For values see test_avgpool_conv1x1.py."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ops = torch.ops.fasttricks_triton
 
 
 def tensors(n: int, c: int, h: int, w: int, o: int, layout: torch.memory_format) -> list[torch.Tensor]:
-    """x, weight, bias and a gradient of y, for windows that do not overhang."""
+    """x, weight, bias and dy, for floor mode."""
     x, dy = (
         torch.randn(shape, device=DEVICE).half().contiguous(memory_format=layout)
         for shape in ((n, c, h, w), (n, o, h // 2, w // 2))
@@ -34,7 +34,7 @@ def results(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, dy: torch
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
-def test_same_bits_and_64_bit_offsets(layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_64_bit_offsets_give_the_same_bits(layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch) -> None:
     for shape in ((3, 40, 8, 16, 24), (2, 17, 7, 9, 33)):
         given = tensors(*shape, layout)
         first, second = results(*given), results(*given)
@@ -46,8 +46,8 @@ def test_same_bits_and_64_bit_offsets(layout: torch.memory_format, monkeypatch: 
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
-def test_many_splits(layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The sums over the pixels in more parts than one, the last of them shorter."""
+def test_sums_in_many_splits_are_right(layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums over the pixels in several parts, the last of them shorter."""
     monkeypatch.setattr(launching, "programs", lambda device: 64)
     x, weight, _, dy = tensors(6, 9, 34, 34, 20, layout)
     shape = implementation.Shape.of(x, weight, 2, False)
@@ -74,10 +74,10 @@ def test_only_what_is_needed_is_launched(monkeypatch: pytest.MonkeyPatch) -> Non
         assert names == want + ["avgpool_conv1x1_bias_kernel", "avgpool_conv1x1_sum_kernel"] * need[2]
 
 
-@pytest.mark.skipif(not launching.INTERPRETED, reason="bytes are counted by the interpreter only")
+@pytest.mark.skipif(not launching.INTERPRETED, reason="only the interpreter counts bytes")
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
-def test_bytes(layout: torch.memory_format) -> None:
-    """Every operand once for each tile of the other's side, every result once."""
+def test_bytes_equal_the_formula(layout: torch.memory_format) -> None:
+    """Each operand is read once per tile of the other one, each result written once."""
     n, c, h, w, o = 2, 192, 16, 16, 320
     x, weight, _, dy = tensors(n, c, h, w, o, layout)
     shape = implementation.Shape.of(x, weight, 2, False)
@@ -100,6 +100,6 @@ def test_bytes(layout: torch.memory_format) -> None:
         _, dweight, _ = ops.avgpool_conv1x1_backward(dy, x, weight, 2, False, False, True, False)
         tile = implementation.weight_tiles(shape)[0]
         want = tiles(c, tile.n) * size(dy) + tiles(o, tile.m) * size(x) + size(dweight)
-        assert meter.take(dy, x, dweight) == (want, 2 * 2 * size(dweight), 2), "one partial sum, written and read"
+        assert meter.take(dy, x, dweight) == (want, 2 * 2 * size(dweight), 2), "one partial sum, written, then read"
         *_, dbias = ops.avgpool_conv1x1_backward(dy, x, weight, 2, False, False, False, True)
         assert meter.take(dy, dbias) == (size(dy) + size(dbias), 2 * 2 * size(dbias), 2)

@@ -1,6 +1,6 @@
-"""bn_relu and bn_add_relu in Triton: against torch in float64, bytes moved, determinism, offsets.
+"""bn_relu and bn_add_relu in Triton: values against float64, bytes, determinism, offsets.
 
-On a machine without a GPU the kernels run under TRITON_INTERPRET=1, which must be set before the process starts.
+Without a GPU the kernels need TRITON_INTERPRET=1, set before the process starts.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fasttricks.ops.bn_relu import unpack_mask  # noqa: E402
 
 ops = torch.ops.fasttricks_triton
 EPS = 1e-5
-# planes and channels that are and are not multiples of 8, several tiles; test_bn_relu.py has the other shapes
+# planes and channels that are multiples of 8 or not, several tiles; for other shapes see test_bn_relu.py
 SHAPES = ((2, 3, 5, 7), (4, 8, 4, 4), (5, 16, 12, 16))
 
 
@@ -37,7 +37,7 @@ def tensors(shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_for
 def composition(
     t: dict[str, torch.Tensor], dtype: torch.dtype, residual: bool, training: bool, mask: torch.Tensor | None
 ) -> list[torch.Tensor]:
-    """y and the gradients of x, residual, weight and bias by torch's ops in `dtype`, with the given mask or its own."""
+    """y and all gradients by torch's ops in `dtype`; mask: that of the ReLU, None: computed."""
     x, r = (t[k].to(dtype).requires_grad_() for k in ("x", "residual"))
     parameter = torch.promote_types(dtype, torch.float32)
     w, b = (t[k].to(parameter).requires_grad_() for k in ("weight", "bias"))
@@ -78,7 +78,7 @@ def test_equals_torch(
         )
     through = ~(y <= 0)
     if mask is not None:
-        assert torch.equal(unpack_mask(mask, y), through), "the saved mask is y's"
+        assert torch.equal(unpack_mask(mask, y), through), "the saved mask is that of y"
     assert y.stride() == t["x"].stride()
     assert dx.stride() == t["x"].stride()
     exact = composition(t, torch.float64, residual, training, through)
@@ -88,9 +88,9 @@ def test_equals_torch(
         limit = allowed(relative_error(other.cpu(), want.cpu()), dtype if name in ("y", "dx", "dr") else other.dtype)
         if name in ("dw", "db"):
             limit = max(limit, 2e-6)  # float32 sums of values that cancel
-        if dtype == torch.float32:  # whose statistics torch sums in float64 on the CPU
+        if dtype == torch.float32:  # on the CPU torch sums statistics in float64
             limit = max(limit, 4 * torch.finfo(dtype).eps)
-        if dtype == torch.float64:  # the oracle has this precision itself: both err by some roundings
+        if dtype == torch.float64:  # the exact values are float64 themselves
             limit = 64 * torch.finfo(dtype).eps
         assert relative_error(got.cpu(), want.cpu()) <= limit, name
     if training:
@@ -100,7 +100,7 @@ def test_equals_torch(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
-def test_statistics_far_from_zero(layout: torch.memory_format) -> None:
+def test_statistics_far_from_zero_are_exact(layout: torch.memory_format) -> None:
     x = (torch.randn(8, 4, 16, 16, device=DEVICE) + 1e4).contiguous(memory_format=layout)
     y, _, var = ops.bn_relu_forward(x, None, None, EPS)
     assert relative_error(var.cpu(), x.double().var((0, 2, 3), unbiased=False).cpu()) < 1e-4
@@ -124,11 +124,11 @@ def test_nan_passes_and_stays_in_its_channel(layout: torch.memory_format) -> Non
     eval_y = ops.bn_relu_apply(
         x, torch.zeros(3, device=DEVICE), None, torch.zeros(3, device=DEVICE), torch.ones(3, device=DEVICE), EPS
     )
-    assert eval_y.isnan().sum() == 1, "with given statistics 0 * NaN is NaN in its element only"
+    assert eval_y.isnan().sum() == 1, "with given statistics only the element itself is NaN"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
-def test_zero_weight(layout: torch.memory_format) -> None:
+def test_zero_weight_is_exact(layout: torch.memory_format) -> None:
     t = tensors((3, 8, 4, 4), torch.float32, layout)
     zero = torch.zeros(8, device=DEVICE)
     y, mean, var, mask = ops.bn_add_relu_forward(t["x"], t["residual"], zero, None, EPS)
@@ -143,7 +143,7 @@ def test_zero_weight(layout: torch.memory_format) -> None:
     assert all((o == 0).all() for o in (y, dx, dw, db))
 
 
-def test_gradients_of_any_strides() -> None:
+def test_any_strides_of_dy_are_accepted() -> None:
     x = torch.randn(2, 8, 4, 4, device=DEVICE)
     mean, var = ops.bn_stats(x)
     dy = torch.randn_like(x)
@@ -158,7 +158,7 @@ def test_gradients_of_any_strides() -> None:
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-def test_empty() -> None:
+def test_empty_input_has_zero_gradients() -> None:
     for shape in ((0, 4, 3, 3), (2, 4, 0, 3)):
         x = torch.ones(shape, device=DEVICE)
         y, mean, var, mask = ops.bn_add_relu_forward(x, x, None, None, EPS)
@@ -175,7 +175,7 @@ def test_empty() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_running_statistics(dtype: torch.dtype) -> None:
+def test_running_statistics_equal_torch(dtype: torch.dtype) -> None:
     x = torch.randn(3, 5, 2, 2, dtype=dtype, device=DEVICE)
     running_mean, running_var = torch.rand(5, dtype=dtype, device=DEVICE), torch.rand(5, dtype=dtype, device=DEVICE)
     want_mean, want_var = running_mean.clone(), running_var.clone()
@@ -196,7 +196,7 @@ def test_statistics_in_half_are_averaged_in_float32(dtype: torch.dtype) -> None:
     torch.testing.assert_close(var, torch.full_like(var, 0.7 + 0.3 * 3.5))
 
 
-def test_halves_of_a_synchronised_backward_are_the_whole() -> None:
+def test_synchronised_backward_in_halves_equals_the_whole() -> None:
     t = tensors((4, 6, 3, 3), torch.float32, torch.contiguous_format)
     _, mean, var, mask = ops.bn_add_relu_forward(t["x"], t["residual"], t["weight"], t["bias"], EPS)
     arguments = t["dy"], t["x"], mask, t["weight"], t["bias"], mean, var, EPS
@@ -210,7 +210,7 @@ def test_halves_of_a_synchronised_backward_are_the_whole() -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
-def test_same_bits_and_64_bit_offsets(layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_64_bit_offsets_give_the_same_bits(layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch) -> None:
     t = tensors((5, 10, 4, 9), torch.float16, layout)
 
     def everything() -> list[torch.Tensor]:
@@ -224,7 +224,7 @@ def test_same_bits_and_64_bit_offsets(layout: torch.memory_format, monkeypatch: 
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
-def test_many_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sums_in_many_splits_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launching, "programs", lambda device: 40)
     monkeypatch.setattr(implementation, "STATS_TILE", 64)
     monkeypatch.setattr(implementation, "BACKWARD_TILE", 64)
@@ -240,8 +240,8 @@ def test_many_splits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("channels", [24, 8, 256])
-def test_programs_of_several_tiles(channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles of one program lie a multiple of the channels apart; what it computes does not depend on how many."""
+def test_several_tiles_per_program_give_the_same_bits(channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of one program share their channels; results do not depend on the number of tiles."""
     t = tensors((7, channels, 9, 5), torch.float16, torch.channels_last)
     mean, var = ops.bn_stats(t["x"])
     parameters = t["weight"], t["bias"], mean, var, EPS
@@ -261,7 +261,7 @@ def test_programs_of_several_tiles(channels: int, monkeypatch: pytest.MonkeyPatc
     assert all(torch.equal(a, b) for a, b in zip(both(), want, strict=True))
 
 
-@pytest.mark.skipif(not launching.INTERPRETED, reason="bytes are counted by the interpreter only")
+@pytest.mark.skipif(not launching.INTERPRETED, reason="only the interpreter counts bytes")
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
 @pytest.mark.parametrize(
     ("residual", "zero", "forward_n", "backward_n"),
@@ -273,8 +273,10 @@ def test_programs_of_several_tiles(channels: int, monkeypatch: pytest.MonkeyPatc
     ],
     ids=["bn_relu", "bn_add_relu", "bn_add_relu-zero", "bn_relu-zero"],
 )
-def test_bytes(layout: torch.memory_format, residual: bool, zero: bool, forward_n: float, backward_n: float) -> None:
-    """Bytes of activations and masks, in units of x's; zero: all weights are 0, and the last pass skips what it can."""
+def test_bytes_equal_the_formula(
+    layout: torch.memory_format, residual: bool, zero: bool, forward_n: float, backward_n: float
+) -> None:
+    """Of activations and masks, in units of the bytes of x; zero: all weights are 0, which saves reads of x."""
     t = tensors((4, 16, 8, 8), torch.float16, layout)
     weight = torch.zeros_like(t["weight"]) if zero else t["weight"]
     unit = t["x"].numel() * 2

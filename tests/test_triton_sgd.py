@@ -1,4 +1,4 @@
-"""sgd in Triton: launches, tables, many entries and blocks, misaligned tensors, bytes. test_sgd.py has the values."""
+"""sgd in Triton: launches, tables, entries and blocks, misaligned tensors, bytes. For values see test_sgd.py."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HALF = torch.float16
 
 
 class State:
-    """Tensors of `sizes`, two in three of them half, and what a step of them needs."""
+    """Parameters of `sizes`, two in three of them half, and the other arguments of sgd_check and sgd_step."""
 
     def __init__(self, sizes: list[int], dtypes: tuple[torch.dtype, ...] = (HALF, torch.float32, HALF)) -> None:
         self.params = [torch.randn(n).to(dtypes[i % len(dtypes)]).to(DEVICE) for i, n in enumerate(sizes)]
@@ -48,7 +48,7 @@ class State:
         return [*self.params, *self.masters, *self.buffers, *self.steps, *self.squares]
 
     def moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> State:
-        """The same values in tensors that `move` made."""
+        """The same state with every tensor replaced by move(tensor)."""
         other = State.__new__(State)
         other.__dict__ = dict(self.__dict__)
         for name in ("params", "grads", "masters", "buffers", "steps", "squares"):
@@ -70,14 +70,14 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def test_launches_and_the_table_is_written_once(launched: list[str]) -> None:
+def test_the_table_is_written_once(launched: list[str]) -> None:
     state = State([9000, 5, 0, 64], dtypes=(HALF,))
     state.check()
     assert launched == ["sgd_table_kernel", *["sgd_check_kernel"] * 4, "sgd_norms_kernel"]
     state.step()
     del launched[:]
     state.step()
-    # those of an odd length take a launch of their own
+    # tensors of odd lengths take a launch of their own
     assert launched == ["sgd_step_kernel", "sgd_step_kernel", "sgd_count_kernel"]
     state.grads = [g.clone() for g in state.grads]
     del launched[:]
@@ -86,8 +86,8 @@ def test_launches_and_the_table_is_written_once(launched: list[str]) -> None:
     assert [float(s) for s in state.steps] == [3, 3, 3, 3]
 
 
-def test_many_tensors_of_many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More entries than a block looks through at once, tables of several launches, and small blocks: the same bits."""
+def test_many_tensors_of_many_blocks_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More entries than a block searches at once, tables with several launches, and small blocks."""
     if launching.INTERPRETED:
         monkeypatch.setattr(kernels, "SEARCH", tl.constexpr(16))
     state = State([24 if i % 7 else i % 5 for i in range(40 if launching.INTERPRETED else 280)])
@@ -102,7 +102,7 @@ def test_many_tensors_of_many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
             got = s.moved(torch.clone)
             got.check()
             torch.testing.assert_close(got.squares[0], square, rtol=1e-12, atol=0)
-            got.squares = [q.clone() for q in want[-2:]]  # the sums' order is another one
+            got.squares = [q.clone() for q in want[-2:]]  # they were summed in another order
             got.step()
             got.step()
             mine = [*got.params, *got.masters, *got.buffers, *got.steps]
@@ -140,8 +140,8 @@ def test_any_layout_of_a_momentum_buffer_is_kept() -> None:
     assert buffer.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_beyond_2_to_the_31_values() -> None:
-    """The last block alone, of a gradient whose values 32 bits cannot count; its other pages are never touched."""
+def test_values_beyond_2_to_the_31_are_checked() -> None:
+    """Runs the last two blocks of a gradient, whose other pages are never touched."""
     grad = torch.empty(2**31 + 9000, dtype=HALF, device=DEVICE)
     grad[-3 * sgd.BLOCK :] = 0
     grad[-1] = math.inf
@@ -155,9 +155,9 @@ def test_beyond_2_to_the_31_values() -> None:
         assert found_inf == want
 
 
-@pytest.mark.skipif(not launching.INTERPRETED, reason="bytes are counted by the interpreter only")
-def test_bytes() -> None:
-    """22 a half parameter with master and momentum, 20 an fp32 one, 4 less each on a first step; checks read once."""
+@pytest.mark.skipif(not launching.INTERPRETED, reason="only the interpreter counts bytes")
+def test_bytes_equal_the_formula() -> None:
+    """A step moves 22 bytes per half value, 20 per fp32 value, 4 less if it is the first; a check reads once."""
     for dtype, check, step in ((HALF, 2, 22), (torch.float32, 4, 20)):
         state = State([4096, 999], dtypes=(dtype,))
         count = 4096 + 999

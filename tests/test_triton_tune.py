@@ -1,4 +1,4 @@
-"""The choice of tiles: the default, or the fastest if requested, kept on disk; every choice computes the same."""
+"""Autotuning: the default or the fastest tiles, cached on disk; every choice gives the same results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fasttricks.kernels import tune  # noqa: E402
 
 @pytest.fixture
 def times(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[float]]:
-    """Autotuning into tmp_path, where one run after another takes these milliseconds."""
+    """Autotuning with a cache in tmp_path; the list holds the milliseconds that the next runs seem to take."""
     taken: list[float] = []
 
     def measured(run: Callable[[], Any]) -> float:
@@ -37,13 +37,13 @@ def times(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[floa
 
 
 def forget() -> None:
-    """As a new process."""
+    """Drops what the process has cached, as a new process would start."""
     tune._path.cache_clear()
     tune._kept.cache_clear()
 
 
 def choose(shapes: str = "a", choices: tuple[str, ...] = ("first", "second", "third")) -> tuple[str, list[str]]:
-    """The choice, and what ran to find it."""
+    """(the choice, the choices that were run to find it)."""
     ran: list[str] = []
     return tune.fastest("kernel", lambda: shapes, DEVICE, choices, ran.append), ran
 
@@ -71,7 +71,7 @@ def test_the_fastest_is_found_once_and_kept(times: list[float], tmp_path: Path) 
     assert json.loads(file(tmp_path).read_text()) == {"kernel a": "second", "kernel another class": "first"}
 
 
-def test_a_file_that_is_damaged_or_of_other_choices(times: list[float], tmp_path: Path) -> None:
+def test_a_damaged_file_and_unknown_choices_are_ignored(times: list[float], tmp_path: Path) -> None:
     times += [3.0, 1.0, 2.0]
     choose()
     file(tmp_path).write_text("{")
@@ -82,7 +82,7 @@ def test_a_file_that_is_damaged_or_of_other_choices(times: list[float], tmp_path
     assert choose(choices=("first", "other")) == ("first", [])
 
 
-def test_what_another_process_found_is_kept(times: list[float], tmp_path: Path) -> None:
+def test_choices_of_another_process_are_kept(times: list[float], tmp_path: Path) -> None:
     times += [3.0, 1.0, 2.0]
     choose()
     path = file(tmp_path)
@@ -92,7 +92,7 @@ def test_what_another_process_found_is_kept(times: list[float], tmp_path: Path) 
     assert json.loads(path.read_text()).keys() == {"kernel a", "kernel b", "kernel c"}
 
 
-def test_a_folder_that_cannot_be_written(times: list[float], tmp_path: Path) -> None:
+def test_choices_stay_in_memory_if_the_folder_cannot_be_written(times: list[float], tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file")
     times += [3.0, 1.0, 2.0]
     assert choose()[0] == "second"

@@ -1,7 +1,7 @@
-"""Corrections for what Triton's interpreter, up to 3.8, does differently from cards.
+"""Corrects three faults of Triton's interpreter, up to 3.8.
 
-float32 is cut off where it becomes bfloat16; bfloat16 is multiplied as integers; of an argument from 2**31 to 2**32
-four of its eight bytes are stored.
+It truncates float32 to bfloat16 instead of rounding, multiplies bfloat16 values as integers, and stores four of the
+eight bytes of an integer argument between 2**31 and 2**32.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 
 def correct() -> None:
-    """From here on it does as cards do."""
+    """Patches the interpreter of this process to do what a GPU does."""
     import triton.language as tl
     from triton.runtime import interpreter
 

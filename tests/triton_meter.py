@@ -1,4 +1,4 @@
-"""The traffic meter of the Triton kernels: launches, and the bytes that loads and stores move under the interpreter."""
+"""Counts the launches of Triton kernels, and the bytes that they load and store in the interpreter."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch
 
 
 class Meter:
-    """Counts since the last take(). An address that several elements of one access read is read once."""
+    """Counts since the last take(). Within one access each address counts once."""
 
     def __init__(self) -> None:
         self.launches = 0
         self._accesses: list[tuple[np.ndarray, int]] = []
-        # no tensor of a launch may be freed before take(), and its memory become another's
+        # tensors of a launch stay alive until take(), so that their memory is not reused
         self._alive: list[Any] = []
 
     def launched(self, arguments: dict[str, Any]) -> None:
@@ -28,7 +28,7 @@ class Meter:
         self._accesses.append((np.unique(addresses[np.broadcast_to(valid, addresses.shape)]), itemsize))
 
     def take(self, *tensors: torch.Tensor) -> tuple[int, int, int]:
-        """(bytes of these tensors, bytes of all others, launches)."""
+        """Returns (bytes of these tensors, bytes of all others, launches), and resets the counts."""
         of_these = total = 0
         spans = [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors]
         for addresses, itemsize in self._accesses:
@@ -42,7 +42,7 @@ class Meter:
 
 @contextlib.contextmanager
 def metered() -> Iterator[Meter]:
-    """Within this context the interpreter's accesses are counted."""
+    """Context manager that counts the accesses of the interpreter."""
     from triton.runtime.interpreter import InterpreterBuilder
 
     from fasttricks.kernels import launch as launching

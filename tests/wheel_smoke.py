@@ -1,4 +1,4 @@
-"""Every op of one backend against plain torch: python tests/wheel_smoke.py [cpu | cuda | triton].
+"""Compares every op of one backend with plain torch: python tests/wheel_smoke.py [cpu | cuda | triton].
 
 Run by `make wheel-matrix` under each Python and torch, and by benchmarks/gpu.sh on a card under compute-sanitizer.
 """
@@ -17,7 +17,7 @@ warnings.simplefilter("error")
 
 
 def run(backend: str) -> list[torch.Tensor]:
-    """Outputs and gradients of every op, from the same inputs on each call."""
+    """Outputs and gradients of every op; the inputs are the same on each call."""
     torch.manual_seed(0)
     made: list[torch.Tensor] = []
     for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
@@ -50,6 +50,6 @@ assert backend in fasttricks.info()["loaded"], fasttricks.info()
 with torch.device("cpu" if backend == "cpu" else "cuda"):
     for got, want in zip(run(backend), run("reference"), strict=True):
         error = (got - want).norm() / want.norm().clamp_min(1e-30)
-        assert error < 2e-2, error  # bfloat16 is among them
+        assert error < 2e-2, error  # bfloat16 has 8 bits of precision
 facts = f"python {platform.python_version()}, torch {torch.__version__}, {fasttricks.info()['cpu_isa']}"
 print(f"{facts}: the {backend} kernels agree with torch")
