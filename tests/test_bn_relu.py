@@ -412,6 +412,14 @@ def test_raw_update_of_running_statistics(raw_ops: Any) -> None:
     assert mean.tolist() == [0.5] * 3
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_raw_update_from_half_statistics_is_float32(raw_ops: Any, dtype: torch.dtype) -> None:
+    mean, var, batch = torch.zeros(3), torch.ones(3), torch.ones(3, dtype=dtype)
+    raw_ops.bn_update_stats_(mean, var, batch, 3 * batch, torch.tensor(7.0, dtype=torch.float64), None, 0.3)
+    torch.testing.assert_close(mean, torch.full_like(mean, 0.3))
+    torch.testing.assert_close(var, torch.full_like(var, 0.7 + 0.3 * 3.5))
+
+
 def test_negative_variance_gives_nan_as_in_torch(backend: str) -> None:
     x, zeros, ones = torch.randn(2, 3, 4, 4), torch.zeros(3), torch.ones(3)
     y = bn_relu(x, running_mean=zeros, running_var=-ones, training=False)

@@ -312,8 +312,8 @@ def test_functional_call_leaves_the_module_as_it_was() -> None:
 
 
 @pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
-def test_functionalize(mode: bool) -> None:
-    """Statistics that are no arguments of the function move, too, and so do those that are."""
+def test_functionalize_changes_running_statistics(mode: bool) -> None:
+    """Running statistics change whether or not they are arguments of the function."""
     ours, plain = (net.double().train(mode) for net in nets())
     x = torch.randn(3, 3, 8, 8, dtype=torch.float64)
     assert relative_error(torch.func.functionalize(ours)(x), plain(x)) < 1e-10

@@ -1,4 +1,4 @@
-"""Modules and fused models whose tensors torch.nn.utils computes from others: weight norm, spectral norm, pruning."""
+"""Modules and fused models with tensors computed by torch.nn.utils: weight norm, spectral norm, pruning."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fasttricks.nn import AvgPoolConv1x1, BatchNormAddReLU2d, BatchNormReLU2d
 
 
 class Held(nn.Module):
-    """The modules of fasttricks."""
+    """A network with the modules of fasttricks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Held(nn.Module):
 
 
 class Plain(nn.Module):
-    """The same network of torch's modules."""
+    """The same network with torch's modules."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
 def nets(tool: Callable[[Any], Any]) -> tuple[nn.Module, nn.Module, nn.Module]:
-    """With our modules, fused, and plain."""
+    """Networks with equal weights: with the modules of fasttricks, fused, and plain."""
     plain = Plain().double()
     for bn in (plain.bn1, plain.bn2):
         for t in (bn.weight, bn.bias, bn.running_mean):
@@ -101,7 +101,7 @@ def step(net: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("tool", TOOLS.values(), ids=list(TOOLS))
-def test_values_names_copies_and_files(tool: Callable[[Any], Any]) -> None:
+def test_values_names_copies_and_state_dicts_equal_torch(tool: Callable[[Any], Any]) -> None:
     *ours, plain = nets(tool)
     x = torch.randn(4, 6, 8, 8, dtype=torch.float64)
     for mode in (True, False):
@@ -118,13 +118,13 @@ def test_values_names_copies_and_files(tool: Callable[[Any], Any]) -> None:
         assert list(net.state_dict()) == list(plain.state_dict())
         net.load_state_dict(plain.state_dict())
         plain.load_state_dict(net.state_dict())
-        with torch.no_grad():  # the older tools keep what they compute, and only leaves of a graph can be copied
+        with torch.no_grad():  # the older tools store what they compute, and deepcopy takes only leaves of a graph
             net(x)
         assert relative_error(copy.deepcopy(net)(x), plain(x)) < 1e-10
 
 
 @pytest.mark.parametrize("name", ["weight norm", "several", "pruned"])
-def test_compiled_and_exported(name: str) -> None:
+def test_compiled_and_exported_models_equal_torch(name: str) -> None:
     *ours, plain = nets(TOOLS[name])
     x = torch.randn(4, 6, 8, 8, dtype=torch.float64)
     want = plain.eval()(x)
@@ -135,7 +135,7 @@ def test_compiled_and_exported(name: str) -> None:
         assert relative_error(torch.export.export(net, (x,)).module()(x), want) < 1e-10
 
 
-def test_removed() -> None:
+def test_parametrizations_can_be_removed() -> None:
     held, fused, plain = nets(several)
     x = torch.randn(4, 6, 8, 8, dtype=torch.float64)
     for net in (held, fused, plain):
@@ -149,8 +149,8 @@ def test_removed() -> None:
         assert relative_error(net(x), plain(x)) < 1e-10
 
 
-def test_on_the_child() -> None:
-    """A loop over the convolutions and BatchNorms of a model finds the children."""
+def test_children_can_be_parametrized() -> None:
+    """A loop over the convolutions and BatchNorms of a model finds the children, not the holders."""
     made = nets(lambda net: None)
     x = torch.randn(4, 6, 8, 8, dtype=torch.float64)
     for net in made:

@@ -194,7 +194,7 @@ def test_a_process_group_is_shared_by_copies_and_not_pickled(kind: Any, tmp_path
         dist.destroy_process_group()
 
 
-# ---- what is no state_dict ----
+# ---- arguments that are not a state_dict ----
 
 NO_STATE: list[tuple[Any, type[Exception], str]] = [
     (None, TypeError, r"state_dict is a NoneType; accepted: the state_dict of"),
@@ -213,7 +213,7 @@ NO_OPTIMIZER: list[tuple[Any, type[Exception], str]] = [
 
 
 @pytest.mark.parametrize("kind", [FusedSGD, FusedLARS])
-def test_what_is_no_state_of_an_optimizer(kind: type) -> None:
+def test_an_optimizer_refuses_what_is_not_a_state_dict(kind: type) -> None:
     optimizer = kind(make_model().parameters(), lr=0.1, momentum=0.9)
     before = snapshot(optimizer)
     for wrong, error, message in NO_STATE + NO_OPTIMIZER:
@@ -222,7 +222,7 @@ def test_what_is_no_state_of_an_optimizer(kind: type) -> None:
     assert_same(snapshot(optimizer), before)
 
 
-def test_what_is_no_state_of_a_scaler() -> None:
+def test_a_scaler_refuses_what_is_not_a_state_dict() -> None:
     good = torch.amp.GradScaler("cpu", init_scale=8.0).state_dict()
     for wrong, error, message in [
         *NO_STATE,
@@ -237,5 +237,5 @@ def test_what_is_no_state_of_a_scaler() -> None:
         assert scaler.state_dict() == LossScaler(2.0).state_dict()
     with pytest.raises(ValueError, match="state_dict lacks scale, growth_factor, backoff_factor"):
         LossScaler().load_state_dict(LossScaler(enabled=False).state_dict())
-    scaler.load_state_dict({**good, "scale": torch.tensor(8.0)})  # as checkpoint libraries restore numbers
+    scaler.load_state_dict({**good, "scale": torch.tensor(8.0)})  # checkpoint libraries restore numbers as tensors
     assert scaler.state_dict() == good

@@ -186,16 +186,6 @@ def test_running_statistics_equal_torch(dtype: torch.dtype) -> None:
     torch.testing.assert_close(running_var, want_var)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_statistics_in_half_are_averaged_in_float32(dtype: torch.dtype) -> None:
-    mean, var = torch.zeros(3, device=DEVICE), torch.ones(3, device=DEVICE)
-    count = torch.tensor(7.0, dtype=torch.float64, device=DEVICE)
-    batch = torch.ones(3, dtype=dtype, device=DEVICE)
-    ops.bn_update_stats_(mean, var, batch, 3 * batch, count, None, 0.3)
-    torch.testing.assert_close(mean, torch.full_like(mean, 0.3))
-    torch.testing.assert_close(var, torch.full_like(var, 0.7 + 0.3 * 3.5))
-
-
 def test_synchronised_backward_in_halves_equals_the_whole() -> None:
     t = tensors((4, 6, 3, 3), torch.float32, torch.contiguous_format)
     _, mean, var, mask = ops.bn_add_relu_forward(t["x"], t["residual"], t["weight"], t["bias"], EPS)
