@@ -153,6 +153,33 @@ def test_lightning_clips_in_16_mixed() -> None:
         run(lambda p: FusedSGD(p, **options))
 
 
+@pytest.mark.parametrize("half", [False, True])
+def test_fabric_steps_the_optimizer_that_it_wraps(half: bool) -> None:
+    """Scaling, masters' gradients and norms of the wrapper, which copies attributes, are those of the optimizer."""
+    fabric = pytest.importorskip("lightning.fabric").Fabric(accelerator="cpu", devices=1)
+    results, data = [], batches()
+    for wrap in (False, True):
+        torch.manual_seed(0)
+        net: Any = Net().bfloat16() if half else Net()
+        optimizer: Any = FusedSGD(net.parameters(), lr=0.1, momentum=0.9, max_grad_norm=0.5)
+        if wrap:
+            net, optimizer = fabric.setup(net, optimizer)
+        scaler = LossScaler(64.0)
+        for i, (x, y) in enumerate(data):
+            optimizer.zero_grad()
+            scaler.scale(nn.functional.cross_entropy(net(x.to(net.layers[1].weight.dtype)).float(), y)).backward()
+            if i == 1:
+                optimizer.load_state_dict(optimizer.state_dict())
+            if i % 2:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(optimizer.master_params(), 0.1)
+            scaler.step(optimizer)
+            scaler.update()
+        results.append([optimizer.grad_norm, *optimizer.master_params()])
+    for got, want in zip(*results, strict=True):
+        assert torch.equal(got, want)
+
+
 def test_accelerate_notices_skipped_steps() -> None:
     accelerate = pytest.importorskip("accelerate")
     from accelerate.optimizer import AcceleratedOptimizer

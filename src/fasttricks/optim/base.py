@@ -29,6 +29,22 @@ from .state import (
 )
 
 
+class StepData:
+    """What outlives a call between backward passes and steps.
+
+    An object of its own, since the wrappers of Lightning and Fabric take over an optimizer's attributes once, and step
+    the optimizer itself: both see the same.
+    """
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.master_grads = MasterGrads()
+        self.norms: Norms | None = None
+        self.scaling: Scaling | None = None
+
+
 class FusedOptimizer(torch.optim.Optimizer):
     """Base of the fused optimizers: masters, clipping, loss scaling, checkpoints."""
 
@@ -68,9 +84,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._plan: Plan | None = None
         # (group, device) -> lr as a float and on the device
         self._lr_on_device: dict[tuple[int, torch.device], tuple[float, Tensor]] = {}
-        self._master_grads = MasterGrads()
-        self._norms: Norms | None = None
-        self._scaling: Scaling | None = None
+        self._step_data = getattr(self, "_step_data", None) or StepData()
+        self._step_data.reset()
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -151,7 +166,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                     yield p
                     continue
                 master = master_of(p, self.state[p])
-                self._master_grads.give(p, master)
+                self._step_data.master_grads.give(p, master)
                 yield master
 
     @torch.no_grad()
@@ -182,7 +197,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch.optim.Optimizer.zero_grad; also drops the masters' gradients."""
-        self._master_grads.clear()
+        self._step_data.master_grads.clear()
         super().zero_grad(set_to_none)
 
     # -- loss scaling
@@ -204,11 +219,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             check: False: overflow is read, not set, and a step changes nothing unless it is 0 (after unscale_()).
         """
         flags = {"overflow": overflow} if check else {"found_inf": overflow}
-        self._scaling = Scaling(grad_scale, process_groups=process_groups, **flags)
+        self._step_data.scaling = Scaling(grad_scale, process_groups=process_groups, **flags)
         try:
             yield
         finally:
-            self._scaling = None
+            self._step_data.scaling = None
 
     @torch.no_grad()
     def unscale_(self, grad_scale: Tensor, overflow: Tensor, process_groups: Sequence[Any] = ()) -> None:
@@ -235,7 +250,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     @property
     def grad_norm(self) -> Tensor | None:
         """The global L2 norm (unscaled, not yet clipped) of the last step that measured it, or None."""
-        return None if self._norms is None else self._norms.total()
+        return None if self._step_data.norms is None else self._step_data.norms.total()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -254,7 +269,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        scaling = self._scaling
+        scaling = self._step_data.scaling
         if scaling is None:
             scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
             scaling = Scaling(None if scale is None else full(scale), None if found is None else full(found))
@@ -262,12 +277,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         norms = check_pass(
             plan.batches, scaling, measures=self._measures(), shard_group=self.shard_group, home=self._home(scaling)
         )
-        self._norms = norms or self._norms
+        self._step_data.norms = norms or self._step_data.norms
         for batch in plan.batches:
             batch.call.grad_scale = on(scaling.grad_scale, batch.owners[0].device)
             run_step(batch.call)
             batch.call.grads = ()  # zero_grad() can free them
-        self._master_grads.clear()
+        self._step_data.master_grads.clear()
         return loss
 
     def _measures(self) -> bool:
@@ -286,8 +301,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         groups = self.param_groups
         params = [p for group in groups for p in group["params"]]
         grads: list[Tensor | None] = [p.grad for p in params]
-        if self._master_grads:
-            of_masters = [self._master_grads.get(p) for p in params]
+        if self._step_data.master_grads:
+            of_masters = [self._step_data.master_grads.get(p) for p in params]
             grads = [mine if given is None else given for given, mine in zip(of_masters, grads, strict=True)]
         options = [o for i, group in enumerate(groups) for o in self._group_options(i, group)]
         plan = self._plan
