@@ -242,6 +242,26 @@ def test_functions_are_nodes_of_torch_fx() -> None:
         assert torch.equal(traced(x), model(x))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("dynamo", [True, False])
+def test_functions_are_exported_as_plain_operations(dynamo: bool) -> None:
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    model, x = Functional().eval(), torch.randn(2, 3, 5, 7)
+    nn.init.normal_(model.norm.running_mean)
+    exported = torch.export.export(model, (x,))
+    assert not [n for n in exported.graph.nodes if "fasttricks" in str(n.target)]
+    torch.testing.assert_close(exported.module()(x), model(x))
+    file = io.BytesIO()
+    if dynamo:
+        torch.onnx.export(model, (x,), dynamo=True, verbose=False).save(file)
+    else:
+        torch.onnx.export(model, (x,), file, dynamo=False)
+    session = runtime.InferenceSession(file.getvalue())
+    (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert relative_error(torch.from_numpy(got), model(x)) < 1e-4
+
+
 def test_modules_can_wrap_existing_ones() -> None:
     bn = nn.BatchNorm2d(6, eps=0.1).eval()
     module = BatchNormReLU2d.from_bn(bn)
@@ -335,6 +355,24 @@ def one_rank(tmp_path: Path) -> Iterator[None]:
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
+
+
+def test_statistics_of_several_ranks_have_no_transforms(one_rank: None) -> None:
+    """Of collectives there are no derivatives under torch.func; a converted model can be evaluated there."""
+    from torch import func
+    from torch.autograd import forward_ad
+
+    group, x = torch.distributed.group.WORLD, torch.randn(3, 4, 2, 2)
+    apply: Callable[[torch.Tensor], torch.Tensor] = lambda x: bn_relu(x, group=group)  # noqa: E731
+    for transformed in (func.grad(lambda x: apply(x).sum()), func.vmap(apply), lambda x: func.jvp(apply, (x,), (x,))):
+        with pytest.raises(RuntimeError, match=r"bn_relu: group is given within torch\.func or .*accepted"):
+            transformed(x)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="no rules for collectives"):
+        bn_add_relu(forward_ad.make_dual(x, x), x, group=group)
+    module = BatchNormReLU2d(4, process_group=group).eval()
+    torch.testing.assert_close(
+        func.jacrev(lambda x: module(x).sum((1, 2, 3)))(x).sum(0), func.grad(lambda x: module(x).sum())(x)
+    )
 
 
 def fully_sharded(net: nn.Module) -> nn.Module:

@@ -24,6 +24,13 @@ def functionalizes() -> bool:
     return any(level.key() == torch._C._functorch.TransformType.Functionalize for level in stack)
 
 
+def exports() -> bool:
+    """Whether torch.export or torch.onnx.export records, for programs that may not have the ops of fasttricks."""
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    return torch.jit.is_tracing() and torch.onnx.is_in_onnx_export()
+
+
 def recorded(function: Callable[..., Any], x: fx.Proxy, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
     """The call of a function as one node of the graph that torch.fx traces."""
     return x.tracer.create_proxy("call_function", function, args, options)

@@ -81,11 +81,11 @@ def avgpool_conv1x1(
 def _traced(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: int, ceil_mode: bool
 ) -> torch.Tensor:
-    """The call under torch.compile, torch.export and torch.jit.trace: one op in their graph."""
+    """The call under torch.compile and torch.jit.trace: one op in their graph; operations of torch in exported ones."""
     x, weight, bias = _autocast(x, weight, bias)
     check_forward("avgpool_conv1x1", x, weight, bias, stride, ceil_mode)
     namespace = namespace_for("avgpool_conv1x1", x.device)
-    if namespace is None or transforms.active():
+    if namespace is None or transforms.active() or transforms.exports():
         return reference(x, weight, bias, stride=stride, ceil_mode=ceil_mode)
     # a constant: with dynamic=True stride may be a symbol, which Triton's inferred schema would keep
     constant = 2 if stride == 2 else 1

@@ -171,13 +171,14 @@ def _run(
     transformed = not compiling and transforms.active()
     if transformed and transforms.functionalizes():
         return _by_batch_norm(x, residual, weight, bias, running_mean, running_var, training, momentum, eps, batches)
-    if ops is None:
+    tracing = compiling or torch.jit.is_tracing()
+    if ops is None or (tracing and transforms.exports()):
         return plain.bn_add_relu(
             x, residual, weight, bias, running_mean, running_var, training=training, momentum=momentum, eps=eps,
             num_batches_tracked=batches,
         )  # fmt: skip
     constants = (ops, training, momentum, eps, running_mean, running_var, batches)
-    if compiling or transformed or torch.jit.is_tracing():
+    if tracing or transformed:
         return _raw(x, residual, weight, bias, constants)[0]
     if torch.is_grad_enabled():
         return _Fused.apply(x, residual, weight, bias, constants, False)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import distributed
 
+from .. import transforms
 from ..backends import ops_for
 from ..recomputation import current
 from ..reference import bn_relu as plain
@@ -103,7 +104,15 @@ def synchronised(
     """The op in training with statistics over all ranks: one all_gather forward, one all_reduce backward.
 
     The number of values stays on the device: only a rank with at most one value per channel waits for it.
+
+    Raises:
+        RuntimeError: within torch.func or forward mode, which have no rules for collectives.
     """
+    if transforms.active():
+        raise RuntimeError(
+            f"{op}: group is given within torch.func or forward-mode AD, which have no rules for collectives; "
+            "accepted: no group there, evaluation, or nn.BatchNorm2d instead of a converted nn.SyncBatchNorm"
+        )
     return _SynchronisedBatchNorm.apply(
         op, x, residual, weight, bias, running_mean, running_var, momentum, eps, group, batches
     )
