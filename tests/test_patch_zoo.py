@@ -19,6 +19,7 @@ from courses import (
     assert_survives_copies,
     batches_of,
     taken,
+    total_error,
     train,
     twins,
 )
@@ -109,8 +110,8 @@ def test_all_of_timm() -> None:
 
 # ---- each model's numbers ----
 
-# models of more parameters train in float32, so that two of them fit into memory
-MOST_IN_FLOAT64 = 150_000_000
+# of two models with more parameters the training does not fit into 12 GB
+MOST_IN_FLOAT64 = 100_000_000
 # batch and edge of the images
 BATCHES = ((4, 64), (4, 96), (16, 64), (4, 128), (16, 96))
 
@@ -154,6 +155,9 @@ def test_every_model_trains_as_it_did(name: str, full_edge: int) -> None:
     model = on_meta(make)
     if not fasttricks.fusions(fasttricks.fuse(model)).fused:
         pytest.skip("no pairs")
+    if sum(p.numel() for p in model.parameters()) > MOST_IN_FLOAT64:
+        check_large(make, *smallest_batch(model, full_edge))
+        return
     try:
         check(make, *smallest_batch(model, full_edge))
     except AssertionError:  # statistics of few values enlarge rounding from layer to layer: less so on large images
@@ -165,13 +169,34 @@ def check(make: Callable[[], nn.Module], batch: int, edge: int) -> None:
     batches = batches_of(Case(make, edge, batch), 3)
     fused, plain = twins(make)
     pairs = len(fasttricks.fusions(fused).fused)
-    if sum(p.numel() for p in plain.parameters()) > MOST_IN_FLOAT64:
-        fused, plain = fused.float(), plain.float()
-        batches = [x.float() for x in batches[:1]]
-        single = fused, plain
-    else:
-        single = copy.deepcopy(fused).float(), copy.deepcopy(plain).float()
-        assert_same(train(fused, batches), train(plain, batches), 1e-10)
-    assert_close_in_float32(*single, batches[:1])
+    singles = copy.deepcopy(fused).float(), copy.deepcopy(plain).float()
+    assert_same(train(fused, batches), train(plain, batches), 1e-10)
+    assert_close_in_float32(*singles, batches[:1])
     assert taken(fused.train(), batches[0]) >= pairs
     assert_survives_copies(fused.eval(), batches[0])
+
+
+def check_large(make: Callable[[], nn.Module], batch: int, edge: int) -> None:
+    """In float32, and for the parameters of one dimension: one model, before and after it is fused."""
+    model = make().train()
+    for p in model.parameters():
+        p.requires_grad_(p.dim() == 1)
+    x = torch.randn(batch, 3, edge, edge)
+    start = {name: b.clone() for name, b in model.named_buffers()}
+
+    def results() -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
+        torch.manual_seed(0)
+        out = model(x)
+        gradients = torch.autograd.grad(out.square().sum(), [p for p in model.parameters() if p.requires_grad])
+        buffers = [b.clone() for b in model.buffers()]
+        for name, b in model.named_buffers():
+            b.copy_(start[name])
+        return [out.detach()], list(gradients), buffers
+
+    want = results()
+    fasttricks.fuse(model)
+    assert taken(model, x) >= len(fasttricks.fusions(model).fused)
+    for name, b in model.named_buffers():
+        b.copy_(start[name])
+    for got, expected, tolerance in zip(results(), want, (1e-2, 0.1, 1e-3), strict=True):
+        assert total_error(got, expected) < tolerance
