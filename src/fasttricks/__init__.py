@@ -3,6 +3,7 @@
 from . import nn, optim
 from .backends import backend
 from .diagnostics import info
+from .memory import keep_freed_memory
 from .nn import zero_init_last
 from .ops.avgpool_conv1x1 import avgpool_conv1x1
 from .ops.bn_relu import bn_add_relu, bn_relu
@@ -18,6 +19,7 @@ __all__ = [
     "fuse",
     "fusions",
     "info",
+    "keep_freed_memory",
     "nn",
     "optim",
     "recompute",

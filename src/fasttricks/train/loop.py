@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.transforms import v2
 
-from .. import optim
+from .. import keep_freed_memory, optim
 from . import checkpoint, distributed, graph, parts
 from .average import Average
 from .checkpoint import CheckpointError
@@ -63,6 +63,8 @@ class Trainer:
     def __init__(self, recipe: Recipe, run: Run, train_set: Images, val_set: Images, world: World, console: Console):
         self.recipe, self.run, self.world, self.console = recipe, run, world, console
         self.device = world.device
+        if self.device.type == "cpu":
+            keep_freed_memory()
         if recipe.batch_size % world.size or recipe.batch_size // world.size < 2:
             raise TrainingError(
                 f"batch {recipe.batch_size} cannot be divided into at least 2 images for each of "
