@@ -14,8 +14,8 @@ def keep_freed_memory() -> bool:
 
     By default glibc gives blocks of more than 32 MB back to the system as soon as they are freed, and the next tensor
     of that size waits until the system has cleared its pages. A training step on a CPU makes the same tensors again and
-    again, so that this can take longer than the kernels. After this call (mallopt: M_MMAP_MAX=0, M_TRIM_THRESHOLD=-1) the
-    process stays as large as it was at its largest. It concerns every large block of the process, not only tensors;
+    again, so that this can take longer than the kernels. After this call (mallopt: M_MMAP_MAX=0, M_TRIM_THRESHOLD=-1)
+    the process stays as large as it was at its largest. It concerns every large block of the process, not only tensors;
     `fasttricks train` calls it when it trains on a CPU.
 
     Returns:
