@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -118,6 +117,14 @@ def train(args: argparse.Namespace) -> int:
     except (DataError, RecipeError, CheckpointError, TrainingError, OSError) as error:
         print(f"fasttricks train: {error}", file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        if not distributed.lost_peer(error):
+            raise
+        print(
+            f"fasttricks train: rank {world.rank} lost the connection to another rank: {str(error).splitlines()[0]}",
+            file=sys.stderr,
+        )
+        return 1
     except KeyboardInterrupt:
         print("fasttricks train: interrupted; --resume continues from the last checkpoint, if any", file=sys.stderr)
         return 130
@@ -193,7 +200,7 @@ def _train(args: argparse.Namespace, given: dict[str, Any], world: World, consol
 def _what_to_resume(args: argparse.Namespace, out: Path) -> tuple[Path | None, bool]:
     """The checkpoint to continue from, or None, and whether a new run may replace the one in ``out``."""
     last = out / "last.pt"
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:  # torchrun restarted this run after a failure
+    if distributed.restarts():
         return (last, True) if last.exists() else (None, True)
     if args.resume is not True:
         return args.resume, args.overwrite

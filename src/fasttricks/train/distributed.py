@@ -7,10 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as differentiable
 from torch import Tensor, nn
-
-from ..nn.holder import Holder
 
 
 class World(NamedTuple):
@@ -62,8 +59,16 @@ def start(device: str) -> World:
     place = torch.device("cuda", local) if device == "cuda" else torch.device("cpu")
     if size == 1:
         return World(0, 1, place)
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    return World(dist.get_rank(), size, place)
+    # torchrun keeps its store over restarts: addresses of the processes before must not be read again (pytorch#135712)
+    store, rank, size = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"restart-{restarts()}", store)
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=rank, world_size=size)
+    return World(rank, size, place)
+
+
+def restarts() -> int:
+    """How often torchrun has restarted this run after a failure."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def stop(world: World) -> None:
@@ -72,20 +77,38 @@ def stop(world: World) -> None:
         dist.destroy_process_group()
 
 
-class _SyncBatchNorm(nn.SyncBatchNorm):
-    """torch.nn.SyncBatchNorm on the CPU, where torch has none."""
+def lost_peer(error: RuntimeError) -> bool:
+    """Whether the error is that of a collective whose other ranks are gone."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection closed by peer" in str(error)
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over all ranks, whose gradient is the sum of the gradients of all ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        total = grads[0].clone()
+        dist.all_reduce(total)
+        return total
+
+
+class _SyncBatchNorm(nn.BatchNorm2d):
+    """BatchNorm2d on the CPU with batch statistics over all ranks. torch.nn.SyncBatchNorm is for devices only."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or x.device.type != "cpu":
+        if not self.training:
             return super().forward(x)
-        axes = [axis for axis in range(x.ndim) if axis != 1]
-        shape = [1, -1] + [1] * (x.ndim - 2)
-        count = x.new_tensor(x.numel() // x.shape[1], dtype=torch.float64)
-        dist.all_reduce(count)
-        total = int(count)
-        mean = differentiable.all_reduce(x.sum(axes)) / total
+        axes, shape = (0, 2, 3), (1, -1, 1, 1)
+        total = x.numel() // x.shape[1] * dist.get_world_size()  # all ranks have as many images
+        mean = _Sum.apply(x.sum(axes)) / total
         centred = x - mean.view(shape)
-        var = differentiable.all_reduce(centred.square().sum(axes)) / total
+        var = _Sum.apply(centred.square().sum(axes)) / total
         if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
             assert self.num_batches_tracked is not None
             self.num_batches_tracked.add_(1)
@@ -93,18 +116,14 @@ class _SyncBatchNorm(nn.SyncBatchNorm):
             self.running_mean.lerp_(mean.detach(), momentum)
             self.running_var.lerp_(var.detach() * (total / (total - 1)), momentum)
         y = centred * (var + self.eps).rsqrt().view(shape)
-        if self.affine:
-            y = y * self.weight.view(shape) + self.bias.view(shape)
-        return y
+        return y * self.weight.view(shape) + self.bias.view(shape) if self.affine else y
 
 
-def synchronised(model: nn.Module) -> nn.Module:
+def synchronised(model: nn.Module, device: torch.device) -> nn.Module:
     """The model with batch statistics over all ranks."""
-    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    if any(p.device.type == "cpu" for p in model.parameters()):
-        held = {id(module.held) for module in model.modules() if isinstance(module, Holder)}
-        for module in model.modules():
-            # the fused operators have statistics over ranks on the CPU, too
-            if type(module) is nn.SyncBatchNorm and id(module) not in held:
-                module.__class__ = _SyncBatchNorm
+    if device.type != "cpu":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = _SyncBatchNorm
     return model

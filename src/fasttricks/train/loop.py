@@ -82,7 +82,7 @@ class Trainer:
         torch.manual_seed(recipe.seed)
         self.model = parts.model_of(recipe, len(self.classes), self.device)
         if recipe.sync_bn and world.size > 1:
-            self.model = distributed.synchronised(self.model)
+            self.model = distributed.synchronised(self.model, self.device)
         self._seed(recipe.seed + world.rank)
         self.optimizer = parts.optimizer_of(recipe, self.model)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
