@@ -22,30 +22,35 @@ inline bool is_half(ScalarType t) { return t == ScalarType::Half || t == ScalarT
 
 // ---- geometry of one tensor ----
 
+// Sizes and strides are fetched once for a tensor: every question to it is a call across the library's boundary.
 inline bool sgd_same_sizes(const Tensor& a, const Tensor& b) {
-  return a.dim() == b.dim() && std::equal(a.sizes().begin(), a.sizes().end(), b.sizes().begin());
+  const auto left = a.sizes(), right = b.sizes();
+  return left.size() == right.size() && std::equal(left.begin(), left.end(), right.begin());
 }
 
+// Of tensors of the same sizes.
 inline bool sgd_same_strides(const Tensor& a, const Tensor& b) {
-  for (int64_t d = 0; d < a.dim(); ++d)
-    if (a.size(d) > 1 && a.stride(d) != b.stride(d)) return false;
+  const auto sizes = a.sizes(), left = a.strides(), right = b.strides();
+  for (size_t d = 0; d < sizes.size(); ++d)
+    if (sizes[d] > 1 && left[d] != right[d]) return false;
   return true;
 }
 
 // Whether the elements lie one after another in some order of the dimensions.
 inline bool sgd_dense(const Tensor& t) {
+  const auto sizes = t.sizes(), strides = t.strides();
   int order[kSgdMaxDims];
   int n = 0;
-  for (int64_t d = 0; d < t.dim(); ++d) {
-    if (t.size(d) == 1) continue;
+  for (int d = 0; d < int(sizes.size()); ++d) {
+    if (sizes[d] == 1) continue;
     int j = n++;
-    for (; j > 0 && t.stride(order[j - 1]) > t.stride(d); --j) order[j] = order[j - 1];
-    order[j] = int(d);
+    for (; j > 0 && strides[order[j - 1]] > strides[d]; --j) order[j] = order[j - 1];
+    order[j] = d;
   }
   int64_t expected = 1;
   for (int j = 0; j < n; ++j) {
-    if (t.stride(order[j]) != expected) return false;
-    expected *= t.size(order[j]);
+    if (strides[order[j]] != expected) return false;
+    expected *= sizes[order[j]];
   }
   return true;
 }
@@ -254,8 +259,9 @@ struct SgdStepCall {
     spans.reserve(params.size());
     for (const Tensor& t : params) {
       if (t.numel() == 0) continue;
+      const auto sizes = t.sizes(), strides = t.strides();
       int64_t last = 0;
-      for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
+      for (size_t d = 0; d < sizes.size(); ++d) last += (sizes[d] - 1) * strides[d];
       const char* data = static_cast<const char*>(t.const_data_ptr());
       spans.emplace_back(data, data + (last + 1) * int64_t(t.element_size()));
     }

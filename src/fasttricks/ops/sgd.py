@@ -24,20 +24,29 @@ from ..reference import sgd as _reference
 from .sgd_call import CheckCall, StepCall, widest_dtype
 
 
+def _run(op: str, call: CheckCall | StepCall, device: torch.device) -> bool:
+    """Runs an op on the backend of the device; only the op checks the arguments. Returns whether it is a raw op."""
+    ops = ops_for(op, device)
+    if ops is None:
+        getattr(_reference, op)(*call.arguments())
+        return False
+    if torch.compiler.is_compiling():
+        getattr(ops, op).default(*call.arguments())
+    else:  # no gradient is recorded: the dispatch for autograd looks at every tensor
+        with torch._C._AutoDispatchBelowAutograd():
+            getattr(ops, op).default(*call.arguments())
+    return True
+
+
 def run_check(call: CheckCall) -> None:
-    """Runs sgd_check on the backend of its device; only the op checks the arguments."""
-    ops = ops_for("sgd_check", call.found_inf.device)
-    (_reference.sgd_check if ops is None else ops.sgd_check.default)(*call.arguments())
+    """Runs sgd_check on the backend of its device."""
+    _run("sgd_check", call, call.found_inf.device)
 
 
 def run_step(call: StepCall) -> None:
-    """Runs sgd_step on the backend of its device; only the op checks the arguments."""
-    ops = ops_for("sgd_step", call.params[0].device)
-    (_reference.sgd_step if ops is None else ops.sgd_step.default)(*call.arguments())
-    if (
-        ops is not None and not torch.compiler.is_compiling()
-    ):  # autograd must detect that a saved parameter was modified
-        torch.autograd.graph.increment_version(call.params)
+    """Runs sgd_step on the backend of its device."""
+    if _run("sgd_step", call, call.params[0].device) and not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(call.params)  # autograd must detect that a saved parameter was modified
 
 
 @torch.no_grad()
