@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ pytest.importorskip("torchvision")
 from train_runs import refused, same, train
 
 from fasttricks import models
-from fasttricks.train import cli, command, data, loop, preview
-from fasttricks.train.recipe import Recipe
+from fasttricks.train import cli, command, data, loop, parts, preview
+from fasttricks.train.average import Average
+from fasttricks.train.objective import Objective
+from fasttricks.train.recipe import DTYPES, Recipe
 
 pytestmark = pytest.mark.filterwarnings("always::fasttricks.train.data.DataWarning")
 
@@ -58,11 +61,51 @@ def test_dry_run(tree: Path, tmp_path: Path, capsys: object) -> None:
     model = models.build("resnet18d", 3, width=4)
     assert f"parameters {sum(p.numel() for p in model.parameters()):,}" in printed
     assert "3 per epoch, 24 in 8 epochs" in printed
+    assert re.search(r"memory per process [0-9.]+ [kM]B, of which: [0-9.]+ kB parameters", printed)
     assert not out.exists()
     recipe = Recipe(model="resnet50d")
     assert preview.multiply_adds(recipe, 1000) == 4_328_824_832
     assert preview.curve([0.0, 0.5, 1.0, 0.5, 0.0]) == "▁▅█▅▁"
     assert preview.curve([1.0] * 1000, 4) == "████"
+
+
+@pytest.mark.parametrize("fields", [{}, {"fused": False}, {"precision": "bf16", "channels_last": True}], ids=str)
+def test_the_memory_of_the_preview_is_that_of_a_run(fields: dict[str, Any]) -> None:
+    """What a forward pass on the CPU keeps; and the state of the optimizer after a step."""
+    recipe = Recipe(model="resnet18d", width=8, image_size=40, batch_size=6, ema=0.5, label_smoothing=0.1, **fields)
+    found = preview.memory(recipe, 5, 1)
+    cpu = torch.device("cpu")
+    model = parts.model_of(recipe, 5, cpu).train()
+    images = torch.randn(6, 3, 40, 40).to(DTYPES[recipe.precision])
+    if recipe.channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    labels, criterion = torch.randint(5, (6,)), Objective(0.1, 1.0)
+    kept = preview.saved_bytes(model, images, labels, criterion)
+    assert found["saved for the backward pass"] == pytest.approx(kept, rel=0.01)
+    optimizer = parts.optimizer_of(recipe, model)
+    criterion(model(images), labels).backward()
+    optimizer.step()
+    state = sum(
+        t.numel() * t.element_size()
+        for of_parameter in optimizer.state.values()
+        for t in of_parameter.values()
+        if isinstance(t, torch.Tensor)
+    )
+    assert found["momentum"] + found.get("fp32 masters", 0) == pytest.approx(state, rel=0.01)
+    assert found["gradients"] == sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+    averaged = Average(model, 0.5).module.state_dict().values()
+    assert found["average"] == sum(t.nbytes for t in averaged if t.is_floating_point())
+
+
+def test_the_memory_of_parts() -> None:
+    """Ranks divide the batch, accumulation does not multiply it, and half precision halves it."""
+    key = "saved for the backward pass"
+    recipe = Recipe(model="resnet50d", width=16, image_size=64, batch_size=32)
+    whole = preview.memory(recipe, 10, 1)[key]
+    assert preview.memory(recipe, 10, 4)[key] == pytest.approx(whole / 4, rel=0.01)
+    assert preview.memory(recipe.model_copy(update={"accumulate": 4}), 10, 1)[key] == whole
+    assert preview.memory(recipe.model_copy(update={"precision": "fp16"}), 10, 1)[key] < 0.6 * whole
+    assert whole < preview.memory(recipe.model_copy(update={"fused": False}), 10, 1)[key]
 
 
 def test_the_learning_rates_of_the_preview_are_those_of_the_run(tree: Path, tmp_path: Path) -> None:

@@ -174,7 +174,14 @@ def _train(args: argparse.Namespace, given: dict[str, Any], world: World, consol
     trainer = Trainer(recipe, run, train_set, val_set, world, console)
     if args.dry_run:
         if world.first:
-            preview.show(recipe, trainer.model, len(train_set.classes), trainer.learning_rates(), console)
+            preview.show(
+                recipe,
+                len(train_set.classes),
+                world.size,
+                trainer.training_step.teacher,
+                trainer.learning_rates(),
+                console,
+            )
         return
     if world.first:
         trainer.check_output()
