@@ -12,8 +12,11 @@ from cases import relative_error
 from networks import timm_net, torchvision_net, twins
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, update_bn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 from torch.utils.flop_counter import FlopCounterMode
+
+import fasttricks
 
 NETS = [torchvision_net, timm_net]
 Make = Callable[[], nn.Module]
@@ -107,6 +110,55 @@ def test_channels_last_is_kept(make: Make) -> None:
     same(step(fused, fused, x), step(plain, plain, x), 1e-10)
     assert len(seen) > 4
     assert all(t.is_contiguous(memory_format=torch.channels_last) for t in seen)
+
+
+# ---- default dtypes and devices, devices without float64 ----
+
+
+class WithoutFloat64(TorchDispatchMode):
+    """A device that has no float64: making such a tensor raises, as on MPS."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        made = result if isinstance(result, (tuple, list)) else [result]
+        if any(isinstance(t, Tensor) and t.dtype is torch.float64 for t in made):
+            raise TypeError(f"{func}: this device has no float64")
+        return result
+
+
+@nets
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_device_without_float64(make: Make, momentum: float | None, recompute: bool) -> None:
+    """There the ops run as plain torch."""
+    fused, plain = twins(make(), torch.float32)
+    for model in (fused, plain):
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = momentum
+    fasttricks.fuse(fused, recompute=recompute)
+    x = images(dtype=torch.float32)
+    with fasttricks.backend("reference"), WithoutFloat64():
+        got = step(fused, fused, x)
+        checkpoint(fused, x.clone().requires_grad_(), use_reentrant=False).sum().backward()
+    same(got, step(plain, plain, x), 1e-3)
+
+
+@nets
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_changes_nothing(make: Make, dtype: torch.dtype) -> None:
+    fused, plain = twins(make(), torch.float32)
+    x = images(dtype=torch.float32)
+    torch.set_default_dtype(dtype)
+    try:
+        got = step(fused, fused, x)
+        with torch.device("meta"):  # and neither does a default device
+            again = step(fused, fused, x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(t.dtype != dtype for t in got.values())
+    assert torch.equal(got["output"], again["output"])
+    same(got, step(plain, plain, x), 1e-3)
 
 
 # ---- checkpoints of activations ----

@@ -170,6 +170,32 @@ def test_zero_init_last_of_timms_other_families(name: str, count: int, fused: bo
     assert len(zeroed) == count
 
 
+@pytest.mark.parametrize(
+    ("name", "kind", "count"),
+    [
+        ("legacy_seresnet18", "SEResNetBlock", 8),
+        ("botnet26t_256", "SelfAttnBlock", 8),
+        ("gcresnet33ts", "BottleneckBlock", 10),
+        ("tresnet_m", "BasicBlock", 21),
+    ],
+)
+def test_blocks_start_as_their_shortcuts(name: str, kind: str, count: int) -> None:
+    """Also of families whose last BatchNorm is within a child."""
+    net = pytest.importorskip("timm").create_model(name)
+    assert zero_init_last(net) == count
+    block = next(m for m in net.modules() if type(m).__name__ == kind and _shortcut_of(m) is None).eval()
+    channels = next(p.shape[0] for n, p in reversed(list(block.named_parameters())) if "bn" in n and p.dim() == 1)
+    x = torch.randn(1, channels, 16, 16)
+    activation = getattr(block, "act", torch.relu)  # a SiLU in some
+    torch.testing.assert_close(block(x), activation(x.clone()), rtol=0, atol=0)
+
+
+def _shortcut_of(block: nn.Module) -> nn.Module | None:
+    """What a block's input goes through before it is added; None: nothing."""
+    shortcut = getattr(block, "downsample", None) or getattr(block, "shortcut", None)
+    return None if isinstance(shortcut, nn.Identity) else shortcut
+
+
 def test_zero_init_last_of_torchvisions_regnet() -> None:
     net = pytest.importorskip("torchvision").models.regnet_y_400mf()
     assert zero_init_last(net) == 16

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import pickle
 from collections import OrderedDict
@@ -287,8 +288,28 @@ def test_use_as_norm_layer_of_a_model_zoo_is_refused() -> None:
         with pytest.raises(TypeError, match=r"norm_layer=BatchNormReLU2d.*fasttricks\.fuse\(model\)"):
             models.get_model(name, norm_layer=BatchNormReLU2d)
     timm = pytest.importorskip("timm")
-    with pytest.raises(TypeError, match=r"fasttricks\.fuse\(model\)"):
-        timm.create_model("resnet18", norm_layer=BatchNormReLU2d)
+
+    def made(channels: int, **options: Any) -> nn.Module:
+        return BatchNormReLU2d(channels)
+
+    for layer in (BatchNormReLU2d, functools.partial(BatchNormReLU2d, eps=1e-3), lambda *a, **k: made(*a, **k), made):
+        for build, name in (
+            (models.get_model, "resnet34"),
+            (timm.create_model, "resnet26"),
+            (timm.create_model, "seresnet18"),
+        ):
+            with pytest.raises(TypeError, match=r"^norm_layer=.*fasttricks\.fuse\(model\)"):
+                build(name, norm_layer=layer)
+
+    class Block(models.resnet.BasicBlock):
+        """A block of one's own may hold one."""
+
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            self.bn1, self.relu = BatchNormReLU2d(self.bn1.num_features), nn.ReLU()
+
+    model = models.ResNet(Block, [1, 1, 1, 1], num_classes=3)
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 3)
 
 
 def test_scripting_is_refused_and_tracing_works() -> None:

@@ -239,3 +239,18 @@ def test_a_scaler_refuses_what_is_not_a_state_dict() -> None:
         LossScaler().load_state_dict(LossScaler(enabled=False).state_dict())
     scaler.load_state_dict({**good, "scale": torch.tensor(8.0)})  # checkpoint libraries restore numbers as tensors
     assert scaler.state_dict() == good
+
+
+def test_copies_of_a_scaler_with_a_process_group(tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        scaler = LossScaler(8.0, process_group=torch.distributed.group.WORLD)
+        twin = copy.deepcopy({"scaler": scaler})["scaler"]
+        assert twin.process_group is scaler.process_group
+        twin.update(2.0)
+        assert (scaler.get_scale(), twin.get_scale()) == (8.0, 2.0)
+        with pytest.raises(TypeError, match=r"process_group cannot be pickled; save scaler\.state_dict\(\)"):
+            pickle.dumps(scaler)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert pickle.loads(pickle.dumps(LossScaler(8.0))).get_scale() == 8.0

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.ao.quantization as quantization
@@ -14,6 +15,7 @@ from cases import relative_error
 from torch import nn
 
 import fasttricks
+from fasttricks.nn import AvgPoolConv1x1
 
 
 def network() -> nn.Sequential:
@@ -52,12 +54,22 @@ def test_flags(name: str) -> None:
         assert type(model) is nn.Sequential
 
 
-def test_min_elements() -> None:
+def test_numbers() -> None:
+    """Those of NumPy are taken, too."""
     for value, given in [("9", "str"), (None, "NoneType"), (1.5, "float"), (True, "bool")]:
         with pytest.raises(TypeError, match=f"^fuse: min_elements is a {given}; accepted: an int$"):
             fasttricks.fuse(network(), min_elements=value)
     with pytest.raises(ValueError, match=r"^fuse: min_elements is -1; accepted: 0 or more$"):
         fasttricks.fuse(network(), min_elements=-1)
+    x = torch.randn(2, 3, 6, 6)
+    assert fasttricks.fuse(network(), min_elements=np.int64(9))(x).shape == (2, 2, 4, 4)
+    assert AvgPoolConv1x1(np.int64(3), np.int32(4), stride=np.int64(2))(x).shape == (2, 4, 3, 3)
+    with pytest.raises(ValueError, match=r"stride is np.int64\(3\); accepted: 1, 2"):
+        AvgPoolConv1x1(3, 4, stride=np.int64(3))
+    weight = torch.randn(4, 3, 1, 1)
+    assert torch.equal(
+        fasttricks.avgpool_conv1x1(x, weight, stride=np.int64(1)), fasttricks.avgpool_conv1x1(x, weight, stride=1)
+    )
 
 
 def test_filter() -> None:

@@ -59,7 +59,7 @@ class AvgPoolConv1x1(Holder):
         if stride not in (1, 2):
             raise ValueError(f"AvgPoolConv1x1: stride is {stride!r}; accepted: 1, 2")
         super().__init__(nn.Conv2d(in_channels, out_channels, 1, bias=bias, device=device, dtype=dtype))
-        self.stride = stride
+        self.stride = int(stride)
         self.ceil_mode = ceil_mode
 
     @classmethod

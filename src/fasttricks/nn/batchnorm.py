@@ -172,15 +172,19 @@ class BatchNormAddReLU2d(_FusedBatchNorm2d):
 
 
 def _refuse_norm_layer(cls: type) -> None:
-    """Raises if a model of torchvision or timm is being built with cls as its `norm_layer`."""
+    """Raises if a model of torchvision or timm is being built with cls, or a function that makes it, as norm_layer."""
     frame = sys._getframe(2)
+    functions = set()  # whose calls led here from a frame
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
         if module.startswith(("torchvision.models.", "timm.models.")):
-            layer = frame.f_locals.get("norm_layer")
-            if cls in (layer, getattr(layer, "func", None)):
-                raise TypeError(
-                    f"norm_layer={cls.__name__}: {module} uses norm_layer also where no ReLU follows, so this would be "
-                    "another network; accepted: its default norm_layer, then fasttricks.fuse(model)"
-                )
+            for name, layer in frame.f_locals.items():
+                made_by = cls in (layer, getattr(layer, "func", None)) or getattr(layer, "__code__", None) in functions
+                if name.startswith("norm") and made_by:
+                    raise TypeError(
+                        f"{name}={getattr(layer, '__name__', cls.__name__)}: {module} uses {name} also where no ReLU "
+                        f"follows, so that {cls.__name__} would make it another network; accepted: its default "
+                        f"{name}, then fasttricks.fuse(model)"
+                    )
+        functions.add(frame.f_code)
         frame = frame.f_back  # type: ignore[assignment]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import nn
 
@@ -9,12 +11,20 @@ from .batchnorm import BatchNormAddReLU2d
 
 # the last BatchNorm of blocks that have no zero_init_last method, by the class of the block
 _LAST = {
-    "BasicBlock": "bn2",
-    "Bottleneck": "bn3",
-    "ResBottleneckBlock": "f.c.1",  # torchvision's RegNet
-    "DlaBasic": "bn2",
-    "DlaBottleneck": "bn3",
-    "DlaBottle2neck": "bn3",
+    "BasicBlock": ("bn2", "conv2.bn", "conv2_kxk.bn"),
+    "Bottleneck": ("bn3", "conv3.bn"),
+    "ResBottleneckBlock": ("f.c.1",),  # torchvision's RegNet
+    "DlaBasic": ("bn2",),
+    "DlaBottleneck": ("bn3",),
+    "DlaBottle2neck": ("bn3",),
+    "SEResNetBlock": ("bn2",),
+    "SEBottleneck": ("bn3",),
+    "SEResNetBottleneck": ("bn3",),
+    "SEResNeXtBottleneck": ("bn3",),
+    "BottleneckBlock": ("conv3_1x1.bn",),  # this one and the next three: timm's ByobNet
+    "SelfAttnBlock": ("conv3_1x1.bn",),
+    "DarkBlock": ("conv2_kxk.bn",),
+    "EdgeBlock": ("conv2_1x1.bn",),
 }
 
 
@@ -23,8 +33,8 @@ def zero_init_last(model: nn.Module) -> int:
 
     He et al. 2018, section 3.1. Blocks that have a method zero_init_last (most of timm's) do it themselves; timm's
     pre-activation blocks zero their last convolution. Other blocks are recognised by a BatchNormAddReLU2d,
-    or by their class in torchvision and timm: BasicBlock (bn2), Bottleneck (bn3), ResBottleneckBlock, DlaBasic,
-    DlaBottleneck. The model may be fused.
+    or by their class in torchvision and timm: BasicBlock, Bottleneck, the blocks of RegNet, DLA, SENet and ByobNet. The
+    model may be fused.
 
     Returns:
         The number of weights that were set.
@@ -45,13 +55,14 @@ def zero_init_last(model: nn.Module) -> int:
         if callable(own):
             weights.update(_zeroed_by(module))
             continue
+        last: nn.Module
         if isinstance(module, BatchNormAddReLU2d):
             last, path = module, name
-        elif type(module).__name__ in _LAST and _child(module, _LAST[type(module).__name__]) is not None:
-            path = _LAST[type(module).__name__]
-            last, path = module.get_submodule(path), f"{name}.{path}"
         else:
-            continue
+            found = _last_of(module)
+            if found is None:
+                continue
+            last, path = found[0], f"{name}.{found[1]}"
         if last.weight is None:
             raise ValueError(f"zero_init_last: {path} has no weight (affine=False); accepted: an affine BatchNorm")
         assert isinstance(last.weight, torch.Tensor)
@@ -66,11 +77,16 @@ def zero_init_last(model: nn.Module) -> int:
     return len(weights)
 
 
-def _child(module: nn.Module, path: str) -> nn.Module | None:
-    try:
-        return module.get_submodule(path)
-    except AttributeError:
+def _last_of(block: nn.Module) -> tuple[nn.Module, str] | None:
+    """The last normalisation of a residual block of a known class, and its path; None of any other module."""
+    if getattr(block, "shortcut", block) is None:  # a block of timm's ByobNet without one
         return None
+    for path in _LAST.get(type(block).__name__, ()):
+        with contextlib.suppress(AttributeError):
+            last = block.get_submodule(path)
+            if isinstance(last, nn.modules.batchnorm._BatchNorm):
+                return last, path
+    return None
 
 
 def _zeroed_by(block: nn.Module) -> dict[int, torch.Tensor]:

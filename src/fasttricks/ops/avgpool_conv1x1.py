@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -74,6 +75,8 @@ def avgpool_conv1x1(
     except Exception:
         check_forward("avgpool_conv1x1", x, weight, bias, stride, ceil_mode)  # names the arguments of this function
         raise
+    if isinstance(stride, Integral) and not isinstance(stride, int):  # of NumPy
+        return avgpool_conv1x1(x, weight, bias, stride=int(stride), ceil_mode=ceil_mode)
     check_forward("avgpool_conv1x1", x, weight, bias, stride, ceil_mode)
     return reference(x, weight, bias, stride=stride, ceil_mode=ceil_mode)
 

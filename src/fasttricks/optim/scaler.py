@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -218,6 +219,21 @@ class LossScaler:
                 self.growth_interval,
             )
         self._stages = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LossScaler:
+        memo[id(self.process_group)] = self.process_group  # a copy works with the same ranks
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.process_group is not None:
+            raise TypeError(
+                "LossScaler: process_group cannot be pickled; save scaler.state_dict(), and give process_group to the "
+                "scaler that loads it"
+            )
+        return self.__dict__.copy()
 
     def state_dict(self) -> dict[str, Any]:
         """The scale, the factors and the counter, as torch.amp.GradScaler's state_dict; {} if not enabled."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from numbers import Integral
 from typing import Any, TypeVar
 
 import torch
@@ -74,18 +75,18 @@ def fuse(
     if filter_fn is not None and not callable(filter_fn):
         accepted = "a function of (module, name), or None"
         fail("fuse", "filter_fn", f"is a {type(filter_fn).__name__}", accepted, TypeError)
-    if type(min_elements) is not int:
+    if not isinstance(min_elements, Integral) or isinstance(min_elements, bool):
         fail("fuse", "min_elements", f"is a {type(min_elements).__name__}", "an int", TypeError)
     if min_elements < 0:
         fail("fuse", "min_elements", f"is {min_elements}", "0 or more")
-    changes, rows = _analyse(model, wanted, filter_fn, min_elements)
+    changes, rows = _analyse(model, wanted, filter_fn, int(min_elements))
     if strict and (left := [row for row in rows if row.kind is not None and row.reason not in ("", NOT_WANTED)]):
         raise ValueError(f"fuse: strict is True, and pairs are left as they are:\n{Fusions(left)}")
     unfuse(model)
     for module, cls in changes:
         module.__class__ = cls
     if recompute:
-        model.__class__ = recomputing_class(type(model))  # type: ignore[assignment]
+        model.__class__ = recomputing_class(type(model))
     return model
 
 
