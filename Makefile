@@ -10,7 +10,7 @@ PYTEST := $(PY) -m pytest -q -n logical --maxprocesses 8 --dist loadgroup
 QUICKLY := -q --no-compile
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: train ablate test test-all test-long test-zoo test-oldest-triton libraries lint bench bench-traffic docs sdist wheel wheel-matrix clean
+.PHONY: train ablate test test-all test-long test-zoo test-oldest-triton libraries lint bench bench-check bench-traffic docs sdist wheel wheel-matrix clean
 
 # ResNet-50-D on real scans with both recipes: a table and curves.
 train: libraries
@@ -36,7 +36,7 @@ test: libraries lint
 	TRITON_INTERPRET=1 $(PYTEST) tests -m "not long and not zoo" -k "triton or registration"
 
 # Everything, in about an hour and a half on two cores.
-test-all: test test-oldest-triton test-long test-zoo
+test-all: test test-oldest-triton test-long test-zoo bench-check
 
 # Sanitizers and planted faults on the emulated CUDA kernels, tensors past 2^31 elements, Triton for sm_80 and sm_100,
 # the older instruction sets, more models.
@@ -84,6 +84,10 @@ lint: $(VENV)/ready
 bench: libraries
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(PY) -m pytest benchmarks --benchmark-only -s --benchmark-json=build/bench.json
 	$(PY) benchmarks/report.py build/bench.json benchmarks/results/cpu.json
+
+# The operators' speed against eager torch, compared with benchmarks/results/cpu.json if that is of this kind of machine.
+bench-check: libraries
+	PYTHONPATH=benchmarks $(PY) benchmarks/regression.py
 
 # Bytes and launches of the CUDA and Triton kernels, emulated: no card is needed.
 bench-traffic: libraries
