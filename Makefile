@@ -17,7 +17,7 @@ train: libraries
 	@echo "fasttricks: training ResNet-50-D twice, about 2 minutes each on two cores"
 	$(PY) -m fasttricks.train --data digits --model resnet50d --recipe baseline --out $(RUNS)/baseline --overwrite
 	$(PY) -m fasttricks.train --data digits --model resnet50d --recipe efficient --out $(RUNS)/efficient --overwrite
-	$(VENV)/bin/fasttricks report $(RUNS)/baseline $(RUNS)/efficient --png $(RUNS)/curves.png
+	$(VENV)/bin/fasttricks report $(RUNS)/baseline $(RUNS)/efficient --png $(RUNS)/curves.png --html $(RUNS)/report.html
 
 # Sections 3 and 4 of the paper on real scans, three seeds.
 ABLATION := --seeds 3 --jobs 2 --data digits --width 8 --image-size 32 --epochs 10

@@ -31,7 +31,8 @@ def test_a_run_learns_and_writes_its_parts(tree: Path, tmp_path: Path, recipe: s
         state = torch.load(out / name, weights_only=True)
         assert state["classes"] == ["cat", "dog", "owl"]
     assert not [p for p in out.iterdir() if p.name.startswith(".")]  # no draft is left
-    assert cli.main(["report", str(out), str(out), "--png", str(tmp_path / "curves.png")]) == 0
+    files = ["--png", str(tmp_path / "curves.png"), "--html", str(tmp_path / "report.html")]
+    assert cli.main(["report", str(out), str(out), *files]) == 0
     assert Image.open(tmp_path / "curves.png").size[0] > 500
     printed = capsys.readouterr().out
     assert "top-1, last epoch" in printed

@@ -141,8 +141,3 @@ def test_a_terminated_ablation_terminates_its_runs(
     assert "the same command continues" in capsys.readouterr().err
     assert saved.exists()
     assert len(list((tmp_path / "out").glob("*/seed-0"))) == 1
-
-
-def test_spread() -> None:
-    assert ablation.spread([1.0, 2.0, 4.0]) == "2.33 ± 1.53"
-    assert ablation.spread([1.0]) == "1.00"

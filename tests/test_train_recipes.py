@@ -115,7 +115,8 @@ def test_teachers(tree: Path, tmp_path: Path, capsys: object, monkeypatch: pytes
     assert train(tree, teacher, *more, "--ema", "0.5") == 0
     student = ["--recipe", "refined", "--teacher", str(teacher / "best.pt"), "--out", str(tmp_path / "student")]
     assert cli.main(["train", "--data", str(tree), *SMALL, *more, *student, "--model", "resnet18b"]) == 0
-    assert cli.main(["report", str(tmp_path / "student"), "--png", str(tmp_path / "c.png")]) == 0
+    files = ["--png", str(tmp_path / "c.png"), "--html", str(tmp_path / "c.html")]
+    assert cli.main(["report", str(tmp_path / "student"), *files]) == 0
     assert "distillation" in " ".join(capsys.readouterr().out.split())
     base = ["--data", tree, "--out", tmp_path / "run", *SMALL, *more]
     assert "no published weights" in refused(capsys, *base, "--teacher", "resnet18d")

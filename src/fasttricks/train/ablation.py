@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import json
-import math
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,15 +19,19 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from queue import SimpleQueue
-from statistics import mean, stdev
-from typing import Any, NamedTuple
+from statistics import mean
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from . import checkpoint
-from .report import ReportError, Run, read_run
+from .page import Section, new_figure, write_page
+from .report import Group, ReportError, Run, draw_epochs, read_run, spread
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 TABLES = ("efficient", "tweaks", "refinements", "models")
 TEACHER = "teacher"  # name of the row that trains the teacher
@@ -275,18 +280,7 @@ def show_plan(jobs: Sequence[Job], at_once: int, console: Console) -> None:
         console.print(f"{len(left)} runs to do; --dry-run estimates the time once one has finished", highlight=False)
 
 
-class Arm(NamedTuple):
-    """The runs of one row of the table."""
-
-    name: str
-    runs: list[Run]
-
-    def last(self) -> list[float]:
-        """Top-1 of the last epoch for each seed."""
-        return [run.rows[-1]["val_top1"] for run in self.runs]
-
-
-def read(out: Path) -> tuple[dict[str, Any], list[Arm]]:
+def read(out: Path) -> tuple[dict[str, Any], list[Group]]:
     """The description of an ablation, and its rows with the runs that have finished.
 
     Raises:
@@ -302,47 +296,56 @@ def read(out: Path) -> tuple[dict[str, Any], list[Arm]]:
         lines.setdefault(job.arm, [])
         if job.finished:
             lines[job.arm].append(read_run(job.out))
-    found = [Arm(name, runs) for name, runs in lines.items() if runs]
+    found = [Group(name, runs) for name, runs in lines.items() if runs]
     if not found:
         raise ReportError(f"{out}: no run of this ablation has finished")
     return description, found
 
 
-def spread(values: Sequence[float]) -> str:
-    """Mean and sample standard deviation; a single value has none."""
-    return f"{mean(values):.2f} ± {stdev(values):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
+def section(out: Path) -> Section:
+    """The table of an ablation and its curves; writes table.csv, with a row for each run, to ``out``.
 
-
-def report(out: Path, console: Console) -> None:
-    """Prints the table of an ablation and writes table.csv and curves.png to ``out``."""
+    Raises:
+        ReportError: see :func:`read`.
+    """
     description, lines = read(out)
-    view = Table(title=f"{description['table']}: validation, in percent, over the seeds")
-    for title in ("", "top-1, last epoch", "change", "top-1, best epoch", "top-5", "img/s", "seeds"):
-        view.add_column(title, justify="left" if not title else "right")
-    records = []
-    compared = [arm for arm in lines if arm.name != TEACHER]
-    for arm in lines:
-        last = arm.last()
-        change = mean(last) - mean(compared[0].last()) if compared and arm is not compared[0] else math.nan
-        view.add_row(
-            arm.name,
-            spread(last),
-            "" if math.isnan(change) or arm.name == TEACHER else f"{change:+.2f}",
-            spread([run.best["val_top1"] for run in arm.runs]),
-            spread([run.rows[-1]["val_top5"] for run in arm.runs]),
-            f"{mean(run.img_per_s for run in arm.runs):.0f}",
-            str(len(arm.runs)),
+    header = ["", "top-1, last epoch", "change", "top-1, best epoch", "top-5", "img/s", "seeds"]
+    rows, records = [], []
+    compared = [line for line in lines if line.name != TEACHER]
+    for line in lines:
+        last = line.each(lambda run: run.rows[-1]["val_top1"])
+        reference = compared[0].each(lambda run: run.rows[-1]["val_top1"]) if compared else []
+        changed = line in compared[1:]
+        rows.append(
+            [
+                line.name,
+                spread(last),
+                f"{mean(last) - mean(reference):+.2f}" if changed else "",
+                spread(line.each(lambda run: run.best["val_top1"])),
+                spread(line.each(lambda run: run.rows[-1]["val_top5"])),
+                f"{mean(line.each(lambda run: run.img_per_s)):.0f}",
+                str(len(line.runs)),
+            ]
         )
         records += [
-            {"arm": arm.name, "seed": run.recipe["seed"], "epochs": len(run.rows), **_figures(run)} for run in arm.runs
+            {"arm": line.name, "seed": run.recipe["seed"], "epochs": len(run.rows), **_figures(run)}
+            for run in line.runs
         ]
-    console.print(view)
-    with (out / "table.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(records[0]))
-        writer.writeheader()
-        writer.writerows(records)
-    _draw(lines, out / "curves.png")
-    console.print(f"{out / 'table.csv'}, {out / 'curves.png'}", highlight=False, soft_wrap=True)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(records[0]))
+    writer.writeheader()
+    writer.writerows(records)
+    checkpoint.write(out / "table.csv", lambda file: file.write(text.getvalue().encode()))
+    title = f"{description['table']}: validation, in percent, over the seeds"
+    return Section(title, header, rows, _draw(lines), {"command": _command(out, description)})
+
+
+def _command(out: Path, description: dict[str, Any]) -> str:
+    """The command that continues or repeats the ablation."""
+    words = ["fasttricks", "ablate", description["table"], "--out", str(out), "--seeds", str(description["seeds"])]
+    words += ["--model", description["model"]]
+    words += ["--teacher", description["teacher"]] if description["teacher"] else []
+    return shlex.join([*words, *description["options"]])
 
 
 def _figures(run: Run) -> dict[str, float]:
@@ -350,20 +353,24 @@ def _figures(run: Run) -> dict[str, float]:
     return {"top1": last["val_top1"], "top5": last["val_top5"], "best_top1": run.best["val_top1"]}
 
 
-def _draw(lines: Sequence[Arm], png: Path) -> None:
+def _draw(lines: Sequence[Group]) -> Figure:
     """Draws the mean top-1 of each epoch and its range over the seeds."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8, 5)
     axes = figure.subplots()
-    for i, arm in enumerate(lines):
-        by_epoch = list(zip(*([row["val_top1"] for row in run.rows] for run in arm.runs), strict=False))
-        epochs = range(1, len(by_epoch) + 1)
-        axes.plot(epochs, [mean(values) for values in by_epoch], color=f"C{i}", label=arm.name)
-        axes.fill_between(epochs, [min(v) for v in by_epoch], [max(v) for v in by_epoch], color=f"C{i}", alpha=0.15)
+    for i, line in enumerate(lines):
+        draw_epochs(axes, line, "val_top1", f"C{i}", line.name)
     axes.set(xlabel="epoch", ylabel="validation top-1, %")
     axes.grid(alpha=0.3)
     axes.legend()
-    checkpoint.write(png, lambda file: figure.savefig(file, format="png", dpi=120))
+    return figure
+
+
+def report(out: Path, console: Console) -> Section:
+    """Prints the table of an ablation, and writes table.csv, curves.png and report.html to ``out``."""
+    found = section(out)
+    found.print(console)
+    found.save_png(out / "curves.png")
+    write_page(out / "report.html", f"Ablation {out.name}", [found])
+    files = ", ".join(str(out / name) for name in ("table.csv", "curves.png", "report.html"))
+    console.print(files, highlight=False, soft_wrap=True)
+    return found

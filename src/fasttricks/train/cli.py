@@ -120,8 +120,9 @@ def parser() -> argparse.ArgumentParser:
     ablate.add_argument("--jobs", type=_at_least_one, default=1, metavar="N", help="runs at a time, one per device")
     ablate.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
 
-    report = commands.add_parser("report", help="compare runs: a table and a PNG of the curves")
+    report = commands.add_parser("report", help="compare runs: a table, curves, and an HTML page of both")
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="--out folders of runs or of ablations")
+    report.add_argument("--html", type=Path, help="file of the page (default: report.html, or that of the ablation)")
     report.add_argument("--png", type=Path, default=Path("curves.png"), help="file of the curves (default: curves.png)")
     return main_parser
 
@@ -157,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fasttricks {args.command}: {error}; pip install 'fasttricks[train]'", file=sys.stderr)
         return 1
     if args.command == "report":
-        return command.report(args.runs, args.png)
+        return command.report(args.runs, args.png, args.html)
     if args.command == "ablate":
         return command.ablate(args, rest)
     return command.train(args)

@@ -23,24 +23,34 @@ from .data import DataError, DataWarning, open_data, worker_deaths_explained
 from .distributed import World
 from .errors import Interrupted, TrainingError
 from .loop import Trainer
+from .page import write_page
 from .recipe import Recipe, RecipeError, Run, asked_fields, resolve
-from .report import ReportError
-from .report import report as compare
+from .report import ReportError, read_runs, section
 
 
-def report(runs: Sequence[Path], png: Path) -> int:
+def report(folders: Sequence[Path], png: Path, page: Path | None) -> int:
     """Runs ``fasttricks report``; returns the exit status."""
     console = Console()
     try:
-        for folder in runs:
-            if (folder / "ablation.json").exists():
-                ablation.report(folder, console)
-        if alone := [folder for folder in runs if not (folder / "ablation.json").exists()]:
-            compare(alone, png, console)
-    except ReportError as error:
+        sections = [ablation.report(folder, console) for folder in folders if _is_ablation(folder)]
+        if alone := [folder for folder in folders if not _is_ablation(folder)]:
+            compared = section(read_runs(alone))
+            compared.print(console)
+            compared.save_png(png)
+            console.print(f"curves: {png}", highlight=False, soft_wrap=True)
+            sections.append(compared)
+        if page is not None or alone or len(sections) > 1:  # an ablation has a page of its own
+            page = page or Path("report.html")
+            write_page(page, "Training runs", sections)
+            console.print(f"page: {page}", highlight=False, soft_wrap=True)
+    except (ReportError, OSError) as error:
         print(f"fasttricks report: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _is_ablation(folder: Path) -> bool:
+    return (folder / "ablation.json").exists()
 
 
 def ablate(args: argparse.Namespace, options: Sequence[str]) -> int:

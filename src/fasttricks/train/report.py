@@ -6,15 +6,17 @@ import csv
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
-from statistics import median
-from typing import Any, NamedTuple
-
-from rich.console import Console
-from rich.table import Table
+from statistics import mean, median, stdev
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import checkpoint
+from .page import Section, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 COLUMNS = (
     "epoch",
@@ -97,7 +99,7 @@ class Run(NamedTuple):
 
 
 def read_run(folder: Path) -> Run:
-    """Read a run.
+    """Reads a run.
 
     Raises:
         ReportError: a file is missing or damaged, or no epoch has ended yet.
@@ -112,30 +114,91 @@ def read_run(folder: Path) -> Run:
     return Run(folder.name or str(folder), recipe, rows)
 
 
-def table(runs: Sequence[Run]) -> Table:
-    """A table with one column per run."""
-    view = Table(title="top-1 and top-5: validation, in percent")
-    view.add_column("")
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """Reads runs. Where the names of different folders are the same, those of their parents are added.
+
+    Raises:
+        ReportError: see :func:`read_run`.
+    """
+    paths = [folder.resolve() for folder in folders]
+    depth = 1
+    while len({path.parts[-depth:] for path in paths}) < len(set(paths)):
+        depth += 1
+    return [read_run(path)._replace(name="/".join(path.parts[-depth:])) for path in paths]
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Mean and sample standard deviation; of a single value, the value."""
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f}"
+
+
+class Group(NamedTuple):
+    """Runs that differ in their seeds only."""
+
+    name: str
+    runs: list[Run]
+
+    def each(self, value: Callable[[Run], float]) -> list[float]:
+        """A value of each run."""
+        return [value(run) for run in self.runs]
+
+    def by_epoch(self, column: str) -> list[tuple[float, ...]]:
+        """For each epoch that all runs have, the values of the runs."""
+        return list(zip(*([row[column] for row in run.rows] for run in self.runs), strict=False))
+
+
+def grouped(runs: Sequence[Run]) -> list[Group]:
+    """The runs, those of the same recipe and different seeds together."""
+    found: dict[str, list[Run]] = {}
     for run in runs:
-        view.add_column(run.name, justify="right")
+        same = json.dumps({name: value for name, value in run.recipe.items() if name != "seed"}, sort_keys=True)
+        key = same
+        while any(other.recipe["seed"] == run.recipe["seed"] for other in found.get(key, [])):
+            key += "again"  # the same run twice is no spread
+        found.setdefault(key, []).append(run)
+    return [Group(", ".join(run.name for run in group), group) for group in found.values()]
 
-    def row(title: str, *cells: str) -> None:
-        view.add_row(title, *cells)
 
-    row("model", *(r.recipe["model"] for r in runs))
-    row("width", *(str(r.recipe["width"] or "full") for r in runs))
-    row("modules", *("fused" if r.recipe["fused"] else "eager" for r in runs))
-    row("batch", *(str(r.recipe["batch_size"]) for r in runs))
-    row("precision", *(r.recipe["precision"] for r in runs))
-    row("tricks", *(", ".join(_tricks(r.recipe)) or "none" for r in runs))
-    row("epochs", *(str(len(r.rows)) for r in runs))
-    view.add_section()
-    row("top-1, last epoch", *(f"{r.rows[-1]['val_top1']:.2f}" for r in runs))
-    row("top-1, best epoch", *(f"{r.best['val_top1']:.2f} (epoch {r.best['epoch']:.0f})" for r in runs))
-    row("top-5, last epoch", *(f"{r.rows[-1]['val_top5']:.2f}" for r in runs))
-    row("img/s, training", *(f"{r.img_per_s:.0f}" for r in runs))
-    row("training seconds", *(f"{sum(x['train_seconds'] for x in r.rows):.1f}" for r in runs))
-    return view
+def section(runs: Sequence[Run]) -> Section:
+    """A table with one column for each recipe, and its curves."""
+    groups = grouped(runs)
+    rows: list[list[str]] = []
+
+    def setting(title: str, value: Callable[[dict[str, Any]], str]) -> None:
+        rows.append([title, *(value(group.runs[0].recipe) for group in groups)])
+
+    def figure(title: str, value: Callable[[Run], float], digits: int = 2) -> None:
+        rows.append([title, *(spread(group.each(value), digits) for group in groups)])
+
+    setting("model", lambda recipe: recipe["model"])
+    setting("width", lambda recipe: str(recipe["width"] or "full"))
+    setting("modules", lambda recipe: "fused" if recipe["fused"] else "eager")
+    setting("batch", lambda recipe: str(recipe["batch_size"] * recipe.get("accumulate", 1)))
+    setting("precision", lambda recipe: recipe["precision"])
+    setting("tricks", lambda recipe: ", ".join(_tricks(recipe)) or "none")
+    rows.append(["seeds", *(", ".join(str(run.recipe["seed"]) for run in group.runs) for group in groups)])
+    rows.append(["epochs", *(_range([len(run.rows) for run in group.runs]) for group in groups)])
+    figure("top-1, last epoch", lambda run: run.rows[-1]["val_top1"])
+    figure("top-1, best epoch", lambda run: run.best["val_top1"])
+    rows.append(["best epoch", *(_range([int(run.best["epoch"]) for run in group.runs]) for group in groups)])
+    figure("top-5, last epoch", lambda run: run.rows[-1]["val_top5"])
+    figure("img/s, training", lambda run: run.img_per_s, 0)
+    figure("training seconds", lambda run: sum(row["train_seconds"] for row in run.rows), 1)
+    header = ["", *(group.name for group in groups)]
+    details = {f"settings of {run.name}": json.dumps(run.recipe, indent=2) for run in runs}
+    return Section("top-1 and top-5: validation, in percent", header, rows, draw(groups), details)
+
+
+def _short(name: str) -> str:
+    """A name for a legend, which must leave space for the curves."""
+    return name if len(name) <= 40 else f"{name[:24]}...{name[-13:]}"
+
+
+def _range(values: Sequence[int]) -> str:
+    low, high = min(values), max(values)
+    return str(low) if low == high else f"{low} to {high}"
 
 
 def _tricks(recipe: dict[str, Any]) -> list[str]:
@@ -154,38 +217,32 @@ def _tricks(recipe: dict[str, Any]) -> list[str]:
     return [name for name, used in named.items() if used]
 
 
-def draw(runs: Sequence[Run], png: Path) -> None:
-    """Draws loss and top-1 by epoch and top-1 by training time."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def draw_epochs(axes: Any, group: Group, column: str, color: str, label: str, style: str = "-") -> None:
+    """Draws the mean of each epoch, and its range over the seeds."""
+    values = group.by_epoch(column)
+    epochs = range(1, len(values) + 1)
+    axes.plot(epochs, [mean(each) for each in values], style, color=color, label=_short(label))
+    if len(group.runs) > 1:
+        low, high = [min(each) for each in values], [max(each) for each in values]
+        axes.fill_between(epochs, low, high, color=color, alpha=0.15)
 
-    figure = Figure(figsize=(15, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
+
+def draw(groups: Sequence[Group]) -> Figure:
+    """Loss and top-1 by epoch, and top-1 by training time."""
+    figure = new_figure(15, 4.5)
     loss, top1, timed = figure.subplots(1, 3)
-    for i, run in enumerate(runs):
-        epochs = [row["epoch"] for row in run.rows]
-        seconds, total = [], 0.0
-        for row in run.rows:
-            total += row["train_seconds"]
-            seconds.append(total)
-        color, accuracy = f"C{i}", [row["val_top1"] for row in run.rows]
-        loss.plot(epochs, [row["train_loss"] for row in run.rows], color=color, label=f"{run.name}, training")
-        loss.plot(epochs, [row["val_loss"] for row in run.rows], color=color, ls="--", label=f"{run.name}, validation")
-        top1.plot(epochs, accuracy, color=color, label=f"{run.name} ({run.img_per_s:.0f} img/s)")
-        timed.plot(seconds, accuracy, color=color, label=run.name)
+    for i, group in enumerate(groups):
+        color, seconds = f"C{i}", [mean(each) for each in group.by_epoch("train_seconds")]
+        draw_epochs(loss, group, "train_loss", color, f"{group.name}, training")
+        draw_epochs(loss, group, "val_loss", color, f"{group.name}, validation", "--")
+        speed = mean(group.each(lambda run: run.img_per_s))
+        draw_epochs(top1, group, "val_top1", color, f"{group.name} ({speed:.0f} img/s)")
+        means = [mean(each) for each in group.by_epoch("val_top1")]
+        timed.plot(list(accumulate(seconds)), means, color=color, label=_short(group.name))
     loss.set(xlabel="epoch", ylabel="loss", yscale="log")
     top1.set(xlabel="epoch", ylabel="validation top-1, %")
     timed.set(xlabel="training time, s", ylabel="validation top-1, %")
     for axes in (loss, top1, timed):
         axes.grid(alpha=0.3)
         axes.legend()
-    png.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.write(png, lambda file: figure.savefig(file, format="png", dpi=120))
-
-
-def report(folders: Sequence[Path], png: Path, console: Console) -> None:
-    """Prints the table of the runs and draws their curves to ``png``."""
-    runs = [read_run(folder) for folder in folders]
-    console.print(table(runs))
-    draw(runs, png)
-    console.print(f"curves: {png}", highlight=False, soft_wrap=True)
+    return figure
