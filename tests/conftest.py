@@ -83,8 +83,12 @@ LONGEST_FIRST = (
     "test_examples.py",
     "test_train.py",
     "test_train_config.py",
+    "test_train_distributed.py",
+    "test_train_faults.py",
+    "test_train_kills.py",
     "test_train_recipes.py",
     "test_train_resume.py",
+    "test_train_step.py",
     "test_optim_distributed.py",
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -62,11 +63,17 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tree = write_tree(root / "data")
     every = [["--data", str(tree), *options_of(name), "--out", str(root / name)] for name in VARIANTS]
     every += [["--data", str(tree), *SMALL, "--batch-size", "8", "--epochs", "1", "--out", str(root / "apart")]]
+    diverging = ["--data", str(tree), *SMALL, "--batch-size", "8", "--lr", "1e38", "--out", str(root / "diverging")]
     ran = subprocess.run(
-        [sys.executable, train_ranks.__file__, "2", json.dumps(every)], capture_output=True, text=True, env=ENVIRONMENT
+        [sys.executable, train_ranks.__file__, "2", json.dumps([*every, diverging])],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
-    assert ran.stdout.count("2 processes on cpu") == len(every)
+    assert ran.stdout.count("2 processes on cpu") == len(every) + 1
+    assert ran.stdout.count("exit statuses [0, 0]") == len(every)
+    assert ran.stdout.count("exit statuses [1, 1]") == 1
     return root
 
 
@@ -90,6 +97,36 @@ def test_statistics_of_each_rank(two_ranks: Path, tmp_path: Path) -> None:
     with pytest.raises(AssertionError):
         assert_close(tmp_path / "one", two_ranks / "apart")
     assert len(torch.load(two_ranks / "apart" / "last.pt", weights_only=True)["rng"]) == 2
+
+
+def test_a_loss_that_is_not_finite(two_ranks: Path) -> None:
+    """All ranks stop, and each keeps its batch."""
+    kept = [torch.load(two_ranks / "diverging" / f"not-finite-{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert kept[0]["step"] == kept[1]["step"]
+    assert not same(kept[0]["images"], kept[1]["images"])
+    assert all(len(images) == 4 for each in kept for images in each["images"])
+
+
+def test_a_signal_stops_all_ranks_after_the_same_step(tree: Path, tmp_path: Path) -> None:
+    """Sent to one of them; the run resumes."""
+    out = tmp_path / "run"
+    where = ["--data", str(tree), "--out", str(out), *SMALL, *ONE_STATISTIC]
+    arguments = [sys.executable, train_ranks.__file__, "2", json.dumps([[*where, "--epochs", "1000"]])]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(arguments, env=ENVIRONMENT, **pipes) as process:
+        while not (out / "last.pt").exists():
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.01)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(children[1]), Signals.SIGTERM)
+        printed, errors = process.communicate(timeout=120)
+    assert printed.endswith("exit statuses [143, 143]\n")
+    lines = [line for line in errors.splitlines() if line.startswith("fasttricks train:")]
+    assert len(lines) == 2
+    assert lines[0] == lines[1]
+    assert re.search(r"stopped by SIGTERM after (step|epoch) \d+; ", lines[0])
+    state = torch.load(out / "last.pt", weights_only=True)
+    assert [each["steps"] for each in state["progress"]] == [state["step"] - 3 * state["epoch"]] * 2
 
 
 def rank_of(pid: int, rank: int) -> int | None:

@@ -136,6 +136,20 @@ def test_the_output_is_checked_before_training(
     assert 3 * 2 * state < needed < 3 * 5 * state
 
 
+def test_space_where_blocks_cannot_be_reserved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are written."""
+
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(os, "posix_fallocate", unsupported)
+    with files_of_at_most(100_000_000):
+        checkpoint.check_space(tmp_path, 33_000_000)
+        with pytest.raises(checkpoint.CheckpointError, match="File too large; checkpoints need 102 MB"):
+            checkpoint.check_space(tmp_path, 34_000_000)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_disk_that_fills_up_later(
     tree: Path, tmp_path: Path, capsys: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,8 +15,8 @@ import sys
 from fasttricks.train import cli, command
 
 
-def run(ranks: int, options: list[str]) -> None:
-    """Runs the trainer; all ranks must succeed."""
+def run(ranks: int, options: list[str]) -> list[int]:
+    """Runs the trainer; returns the exit status of each rank."""
     with socket.create_server(("localhost", 0)) as server:
         port = server.getsockname()[1]
     sys.stdout.flush()
@@ -30,11 +30,10 @@ def run(ranks: int, options: list[str]) -> None:
         status = cli.main(["train", *options])
         sys.stdout.flush()
         os._exit(status)
-    statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in processes]
-    assert statuses == [0] * ranks, statuses
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in processes]
 
 
 if __name__ == "__main__":
     assert command  # imported here, not in each rank
     for options in json.loads(sys.argv[2]):
-        run(int(sys.argv[1]), options)
+        print("exit statuses", run(int(sys.argv[1]), options), flush=True)

@@ -88,7 +88,7 @@ def check_space(folder: Path, size: int, option: str = "--out") -> None:
         with probe.open("wb") as file:
             file.write(bytes(1 << 16))
             file.flush()
-            os.posix_fallocate(file.fileno(), 0, needed)
+            _reserve(file, needed)
             os.fsync(file.fileno())
     except OSError as error:
         reason = error.strerror or str(error)
@@ -98,6 +98,19 @@ def check_space(folder: Path, size: int, option: str = "--out") -> None:
     finally:
         with contextlib.suppress(OSError):
             probe.unlink()
+
+
+def _reserve(file: IO[bytes], size: int) -> None:
+    """Allocates the blocks of a file; writes them where the file system cannot allocate."""
+    try:
+        os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+        chunk = bytes(1 << 24)
+        for start in range(0, size, len(chunk)):
+            file.write(chunk[: size - start])
+        file.flush()
 
 
 def size_of(model: nn.Module, masters: bool, averaged: bool) -> int:

@@ -199,8 +199,8 @@ def _train(args: argparse.Namespace, given: dict[str, Any], world: World, consol
         text = json.dumps(recipe.model_dump(), indent=2) + "\n"
         write(out / "recipe.json", lambda file: file.write(text.encode()))
         if resume is None:
-            for name in ("last.pt", "best.pt", "log.csv", "not-finite.pt"):
-                (out / name).unlink(missing_ok=True)
+            for old in (out / "last.pt", out / "best.pt", out / "log.csv", *out.glob("not-finite*.pt")):
+                old.unlink(missing_ok=True)
     size, parameters = recipe.image_size, sum(p.numel() for p in trainer.model.parameters())
     say(
         f"{recipe.model}, {parameters / 1e6:.2f} M parameters, {'fused' if recipe.fused else 'eager'} modules; "
@@ -217,10 +217,11 @@ def _train(args: argparse.Namespace, given: dict[str, Any], world: World, consol
 def _what_to_resume(args: argparse.Namespace, out: Path) -> tuple[Path | None, bool]:
     """The checkpoint to continue from, or None, and whether a new run may replace the one in ``out``."""
     last = out / "last.pt"
-    if distributed.restarts():
-        return (last, True) if last.exists() else (None, True)
+    restarted = distributed.restarts() > 0
+    if restarted and last.exists():
+        return last, True
     if args.resume is not True:
-        return args.resume, args.overwrite
+        return args.resume, args.overwrite or restarted
     # without a checkpoint, a run that was started here starts again
     return None if (out / "config.yaml").exists() and not last.exists() else last, True
 

@@ -65,4 +65,5 @@ class BadBatch:
             "labels": [labels.cpu() for _, labels in self.batches],
             **more,
         }
+        path.parent.mkdir(parents=True, exist_ok=True)  # on other machines than that of rank 0, nothing has made it
         checkpoint.save(path, state)

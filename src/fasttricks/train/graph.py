@@ -52,7 +52,8 @@ class CUDARecorder:
 
     def capture(self, run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self.stream):
+        # other threads, such as that which pins memory, may call CUDA meanwhile
+        with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
             result = run()
         return graph.replay, result
 
