@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,26 @@ def test_forms(form: str, recompute: bool, tmp_path: Path) -> None:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         torch._dynamo.reset()
+
+
+def test_graphs_that_are_edited_after_fusing() -> None:
+    """recompile() makes the module of the graph that it has now; the next fuse sees that graph. Pickles are its own."""
+    x = torch.randn(2, 3, 7, 5)
+    fused, plain = (torch.fx.symbolic_trace(network()) for _ in range(2))
+    plain.load_state_dict(fused.state_dict())
+    assert fasttricks.fuse(fused).recompile() is not None
+    assert not any(row.fused for row in fasttricks.fusions(fused))
+    fasttricks.fuse(fused)
+    for model in (fused, plain):
+        node = next(n for n in model.graph.nodes if n.target == "1")
+        with model.graph.inserting_after(node):
+            doubled = model.graph.call_function(torch.mul, (node, 2.0))
+        node.replace_all_uses_with(doubled, lambda user, doubled=doubled: user is not doubled)
+        model.recompile()
+    assert relative_error(fused(x), plain(x)) < 1e-6
+    assert not fasttricks.fusions(fasttricks.fuse(fused)).fused
+    loaded = pickle.loads(pickle.dumps(fasttricks.fuse(torch.fx.symbolic_trace(network()))))
+    assert fasttricks.fusions(fasttricks.fuse(loaded)).counts == {"bn_relu": 1}
 
 
 def test_meta() -> None:

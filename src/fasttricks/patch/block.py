@@ -204,6 +204,8 @@ def _subclass(base: type[nn.Module], forward: Callable[..., Any], pairs: dict[st
         "_fasttricks_original": base,
         "_fasttricks_pairs": dict(pairs),
     }
+    if issubclass(base, fx.GraphModule):
+        namespace["recompile"] = _recompile_as_original
     return type(base.__name__, (base,), namespace)
 
 
@@ -220,9 +222,18 @@ def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
     return new
 
 
-def _reduce_as_original(self: nn.Module, protocol: int) -> tuple[Any, ...]:
+def _recompile_as_original(self: fx.GraphModule) -> Any:
+    """A graph that was edited is another forward: the module has its own class again."""
+    self.__class__ = original_class(self)  # type: ignore[assignment]
+    return self.recompile()
+
+
+def _reduce_as_original(self: nn.Module, protocol: int) -> Any:
     """Pickles contain the original class, which loads without fasttricks."""
-    return copyreg._reconstructor, (original_class(self), object, None), _state_of(self)  # type: ignore[attr-defined]
+    original = original_class(self)
+    if original.__reduce_ex__ is not object.__reduce_ex__ or original.__reduce__ is not object.__reduce__:
+        return original.__reduce_ex__(self, protocol)
+    return copyreg._reconstructor, (original, object, None), _state_of(self)  # type: ignore[attr-defined]
 
 
 def _state_of(module: nn.Module) -> Any:
