@@ -144,6 +144,39 @@ def test_forms(form: str, recompute: bool, tmp_path: Path) -> None:
         torch._dynamo.reset()
 
 
+class Shaped(nn.Module):
+    """An argument that is a shape, or a tensor of it, is given to functions in C, and asked for its type."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.bn, self.relu, self.how = nn.BatchNorm2d(3), nn.ReLU(), how
+
+    def forward(self, x: torch.Tensor, like: Any) -> torch.Tensor:
+        y = self.relu(self.bn(x))
+        if self.how == "given":
+            return y + torch.ones(like)
+        if self.how == "asked":
+            return y + (torch.ones_like(like) if isinstance(like, torch.Tensor) else 2 * torch.ones(like))
+        match like:
+            case torch.Tensor():
+                return y + torch.ones_like(like)
+            case _:
+                return y + 2 * torch.ones(like)
+
+
+@pytest.mark.parametrize("how", ["given", "asked", "matched"])
+def test_arguments_that_are_no_tensors(how: str) -> None:
+    plain = Shaped(how).double()
+    fused = fasttricks.fuse(nn.Sequential(copy.deepcopy(plain)))[0]
+    x = torch.randn(2, 3, 5, 4, dtype=torch.float64)
+    for like in ([2, 3, 5, 4], [1, 1, 5, 4], x):
+        if how == "given" and like is x:
+            continue
+        assert relative_error(fused(x, like), plain(x, like)) < 1e-10
+    assert not isinstance(3, torch.Tensor)
+    assert isinstance.__module__ == "builtins"
+
+
 def test_graphs_that_are_edited_after_fusing() -> None:
     """recompile() makes the module of the graph that it has now; the next fuse sees that graph. Pickles are its own."""
     x = torch.randn(2, 3, 7, 5)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import builtins
 import contextlib
+import dis
 import inspect
 import itertools
 import random
 import sys
+import threading
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -44,18 +47,53 @@ def kind_of(value: Any, default: Any = inspect.Parameter.empty) -> str | None:
 
 
 class _ArgumentProxy(fx.Proxy):
-    """A proxy of an argument that answers isinstance(argument, torch.Tensor) as the argument would, and notes it."""
+    """A proxy of an argument."""
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        frame = sys._getframe(1)
-        asker = frame.f_globals.get("__name__", "")
-        if (asker == "torch" or asker.startswith("torch.")) and frame.f_code.co_name != "is_tensor":
-            return _ArgumentProxy  # torch.fx itself
+        """Read by C code: by torch, for which this is no tensor, and by the patterns of `match`."""
+        if _MATCH_CLASS in sys._getframe(1).f_code.co_code[::2]:
+            raise Untraceable("its forward matches an argument with a class pattern")
+        return _ArgumentProxy
+
+    def is_a(self, classes: Any) -> bool:
+        """What isinstance(argument, classes) would be for the argument; notes that it was asked."""
         tracer: Any = self.tracer
         position = tracer.names.index(self.node.target)
         tracer.asked.add(position)
-        return torch.Tensor if tracer.kinds[position] == TENSOR else _ArgumentProxy
+        return tracer.kinds[position] == TENSOR and issubclass(torch.Tensor, classes)
+
+
+_MATCH_CLASS = dis.opmap.get("MATCH_CLASS", -1)
+_isinstance = builtins.isinstance
+_lock, _traces = threading.Lock(), 0  # several threads may fuse models at once
+
+
+def _answering(value: Any, classes: Any) -> bool:
+    """isinstance, for forwards that look at the types of their arguments."""
+    if type(value) is not _ArgumentProxy:
+        return _isinstance(value, classes)
+    frame = sys._getframe(1)
+    asker = frame.f_globals.get("__name__", "")
+    if (asker == "torch" or asker.startswith("torch.")) and frame.f_code.co_name != "is_tensor":  # torch.fx itself
+        return _isinstance(value, classes)
+    return _isinstance(value, classes) or value.is_a(classes)
+
+
+@contextlib.contextmanager
+def _answering_isinstance() -> Iterator[None]:
+    """For what a forward calls by name. `__class__` alone would also tell C code that a proxy is a tensor."""
+    global _traces
+    with _lock:
+        _traces += 1
+        builtins.isinstance = _answering
+    try:
+        yield
+    finally:
+        with _lock:
+            _traces -= 1
+            if not _traces:
+                builtins.isinstance = _isinstance
 
 
 class _Tracer(fx.Tracer):
@@ -165,7 +203,7 @@ def trace(
     """
     tracer = _Tracer(inline, signature.names, kinds, signature.defaults)
     try:
-        with _left_as_it_was(module, training, inline):
+        with _left_as_it_was(module, training, inline), _answering_isinstance():
             return tracer.trace(module), tracer.asked
     except Exception as error:  # arbitrary code, run on proxies, may raise anything
         if not isinstance(error, Untraceable):
