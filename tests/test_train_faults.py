@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import math
 import multiprocessing
 import os
@@ -29,6 +30,7 @@ from fasttricks import models
 from fasttricks.train import checkpoint, command, data, loop
 from fasttricks.train.objective import keep_norms_in_fp32
 from fasttricks.train.recipe import DTYPES, Recipe
+from fasttricks.train.step import Step
 
 pytestmark = pytest.mark.filterwarnings("always::fasttricks.train.data.DataWarning")
 
@@ -97,6 +99,24 @@ def test_divergence_keeps_the_last_good_epoch(tree: Path, tmp_path: Path, capsys
     assert "not finite" in printed
     assert "last.pt holds an earlier state" in printed
     assert (out / "best.pt").read_bytes() == best
+
+
+def test_weights_that_are_not_finite_are_not_saved(
+    tree: Path, tmp_path: Path, capsys: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a loss that was finite, as when a gradient overflows."""
+    update = Step.update
+
+    def poison(self: Step) -> None:
+        update(self)
+        if next(steps) == 5:
+            next(self.model.parameters()).data.flatten()[0] = float("nan")
+
+    monkeypatch.setattr(Step, "update", poison)
+    steps = itertools.count(1)
+    assert train(tree, tmp_path / "run", "--epochs", "3", "--batch-size", "4", "--save-every", "1") == 1
+    assert "a weight or a running statistic is not finite (epoch 1, step 5" in capsys.readouterr().err
+    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"] == 4
 
 
 # ---- output that cannot be written ----

@@ -190,8 +190,7 @@ class Trainer:
             with Stop(self.world) as self.stop:
                 while self.epoch < self.recipe.epochs:
                     row = self.train_epoch(tensorboard)
-                    if not checkpoint.all_finite(self.model):
-                        raise self._failure("a weight or a running statistic is not finite")
+                    self._check_weights()
                     row |= self.validate()
                     self.epoch += 1
                     self.partial = Partial()
@@ -277,6 +276,9 @@ class Trainer:
                 due = self.run.save_every and self.step % self.run.save_every == 0
                 stop = self.stop.requested()
                 if due or stop:
+                    if not look:
+                        self._check_loss(bad_batch)
+                    self._check_weights()
                     account(i)
                     self._save()
                 if stop:
@@ -349,6 +351,11 @@ class Trainer:
             )
             kept = f"; its batch and the weights are in {self.run.out / name}"
         raise self._failure(f"the loss of step {step} is not finite{kept}", step)
+
+    def _check_weights(self) -> None:
+        """Stops before a checkpoint is overwritten with weights that are not finite."""
+        if not checkpoint.all_finite(self.model):
+            raise self._failure("a weight or a running statistic is not finite")
 
     def _check_scale(self, in_a_row: int) -> None:
         """Stops if the loss scale cannot recover."""
