@@ -13,7 +13,7 @@ from train_runs import SMALL, refused, rows, train, write_tree
 
 from fasttricks.train import cli
 
-pytestmark = pytest.mark.filterwarnings("always::fasttricks.train.data.DataWarning")
+pytestmark = pytest.mark.filterwarnings("always::fasttricks.train.images.DataWarning")
 
 
 @pytest.mark.parametrize("recipe", ["baseline", "efficient"])

@@ -21,7 +21,7 @@ from train_runs import SMALL, rows
 from fasttricks.train import ablation, cli, command
 from fasttricks.train.recipe import Recipe, resolve
 
-pytestmark = pytest.mark.filterwarnings("always::fasttricks.train.data.DataWarning")
+pytestmark = pytest.mark.filterwarnings("always::fasttricks.train.images.DataWarning")
 
 
 def ablation_lines(table: str, *more: str) -> dict[str, Recipe]:

@@ -19,7 +19,7 @@ from fasttricks.train.average import Average
 from fasttricks.train.objective import Objective
 from fasttricks.train.recipe import DTYPES, Recipe
 
-pytestmark = pytest.mark.filterwarnings("always::fasttricks.train.data.DataWarning")
+pytestmark = pytest.mark.filterwarnings("always::fasttricks.train.images.DataWarning")
 
 
 def test_a_configuration_with_overrides(tree: Path, tmp_path: Path, capsys: object) -> None:

@@ -27,12 +27,12 @@ from torch.utils.data import get_worker_info
 from train_runs import SMALL, differences, refused, same, train
 
 from fasttricks import models
-from fasttricks.train import checkpoint, command, data, loop
+from fasttricks.train import checkpoint, command, data, images, loop
 from fasttricks.train.objective import keep_norms_in_fp32
 from fasttricks.train.recipe import DTYPES, Recipe
 from fasttricks.train.step import Step
 
-pytestmark = pytest.mark.filterwarnings("always::fasttricks.train.data.DataWarning")
+pytestmark = pytest.mark.filterwarnings("always::fasttricks.train.images.DataWarning")
 
 
 def diverged(tree: Path, out: Path, *more: str) -> dict[str, Any]:
@@ -262,14 +262,14 @@ def test_an_interrupt_from_the_terminal(tree: Path, tmp_path: Path) -> None:
 def test_a_killed_worker_takes_one_sentence(
     tree: Path, tmp_path: Path, capsys: object, monkeypatch: pytest.MonkeyPatch, signal: Signals
 ) -> None:
-    load = data.load_rgb
+    decode = images.decode_rgb
 
-    def load_or_die(path: str) -> Image.Image:
+    def decode_or_die(file: bytes) -> Image.Image | torch.Tensor:
         if get_worker_info() is not None:
             os.kill(os.getpid(), signal)
-        return load(path)
+        return decode(file)
 
-    monkeypatch.setattr(data, "load_rgb", load_or_die)  # forked workers have it too
+    monkeypatch.setattr(images, "decode_rgb", decode_or_die)  # forked workers have it too
     monkeypatch.setattr(
         multiprocessing.context._default_context, "_actual_context", multiprocessing.get_context("fork")
     )

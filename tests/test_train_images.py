@@ -12,9 +12,9 @@ pytest.importorskip("torchvision")
 from PIL import Image
 from train_runs import SMALL, refused, rows, train
 
-from fasttricks.train import data
+from fasttricks.train import augment
 
-pytestmark = pytest.mark.filterwarnings("always::fasttricks.train.data.DataWarning")
+pytestmark = pytest.mark.filterwarnings("always::fasttricks.train.images.DataWarning")
 
 
 def test_modes_bad_files_and_strays(tree: Path, tmp_path: Path, capsys: object) -> None:
@@ -66,13 +66,13 @@ def test_a_class_without_validation_images_keeps_its_number(tree: Path, tmp_path
 def test_colours_are_scaled_in_hsv() -> None:
     """A factor of one changes nothing; every other is exact at the pixels whose hue, saturation and value are known."""
     image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (9, 11, 3)).astype(np.uint8))
-    unchanged = np.asarray(data.ScaleHSV(1, 1)(image), dtype=int)
+    unchanged = np.asarray(augment.ScaleHSV(1, 1)(image), dtype=int)
     assert np.abs(unchanged - np.asarray(image.convert("HSV").convert("RGB"), dtype=int)).max() == 0
     hsv = np.asarray([[[100, 120, 90], [200, 255, 200]]], dtype=np.uint8)
     torch.manual_seed(3)
     hue, saturation, value = torch.empty(3).uniform_(0.6, 1.4).tolist()
     torch.manual_seed(3)
-    got = np.asarray(data.ScaleHSV(0.6, 1.4)(Image.fromarray(hsv, "HSV").convert("RGB")).convert("HSV"), dtype=int)
+    got = np.asarray(augment.ScaleHSV(0.6, 1.4)(Image.fromarray(hsv, "HSV").convert("RGB")).convert("HSV"), dtype=int)
     want = np.stack(
         [
             np.round(hsv[..., 0] * hue) % 256,
@@ -85,12 +85,13 @@ def test_colours_are_scaled_in_hsv() -> None:
 
 
 def test_augmentation_is_the_papers() -> None:
-    crop, flip, colour, *_, noise, normalize = data.train_transform("imagenet", 64).transforms
+    crop, flip, colour, *_ = augment.train_transform("imagenet", 64).transforms
     assert (crop.size, tuple(crop.scale), tuple(crop.ratio)) == ((64, 64), (0.08, 1.0), (3 / 4, 4 / 3))
-    assert (flip.p, colour.low, colour.high, noise.std) == (0.5, 0.6, 1.4, 0.1)
-    assert torch.tensor([123.68, 116.779, 103.939]).div(255).sub(torch.tensor(normalize.mean)).abs().max() < 0.5 / 255
-    assert torch.tensor([58.393, 57.12, 57.375]).div(255).sub(torch.tensor(normalize.std)).abs().max() < 0.5 / 255
+    assert (flip.p, colour.low, colour.high, augment.PCA_STD) == (0.5, 0.6, 1.4, 0.1)
+    assert torch.tensor([123.68, 116.779, 103.939]).div(255).sub(torch.tensor(augment.MEAN)).abs().max() < 0.5 / 255
+    assert torch.tensor([58.393, 57.12, 57.375]).div(255).sub(torch.tensor(augment.STD)).abs().max() < 0.5 / 255
     image = Image.new("RGB", (400, 300))
-    assert data.train_transform("imagenet", 64)(image).shape == (3, 64, 64)
-    resize, centre, *_ = data.val_transform("imagenet", 224).transforms
+    pixels = augment.train_transform("imagenet", 64)(image)
+    assert (pixels.shape, pixels.dtype) == ((3, 64, 64), torch.uint8)
+    resize, centre, *_ = augment.val_transform("imagenet", 224).transforms
     assert (resize.size, centre.size) == ([256], (224, 224))

@@ -16,7 +16,7 @@ from fasttricks.train import cli
 from fasttricks.train.objective import Objective, load_teacher
 from fasttricks.train.recipe import RECIPES, RecipeError, fit_batch, resolve
 
-pytestmark = pytest.mark.filterwarnings("always::fasttricks.train.data.DataWarning")
+pytestmark = pytest.mark.filterwarnings("always::fasttricks.train.images.DataWarning")
 
 
 def test_recipes_are_the_papers() -> None:

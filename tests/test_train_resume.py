@@ -12,7 +12,7 @@ from train_runs import SMALL, differences, refused, rows, train, write_tree
 
 from fasttricks.train import checkpoint, cli, loop
 
-pytestmark = pytest.mark.filterwarnings("always::fasttricks.train.data.DataWarning")
+pytestmark = pytest.mark.filterwarnings("always::fasttricks.train.images.DataWarning")
 
 
 class Cut(Exception):

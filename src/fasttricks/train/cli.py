@@ -1,4 +1,4 @@
-"""The command line: ``fasttricks train``, ``fasttricks ablate`` and ``fasttricks report``."""
+"""The command line: ``fasttricks train``, ``ablate``, ``report``, ``pack`` and ``bench-data``."""
 
 from __future__ import annotations
 
@@ -124,6 +124,31 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="--out folders of runs or of ablations")
     report.add_argument("--html", type=Path, help="file of the page (default: report.html, or that of the ablation)")
     report.add_argument("--png", type=Path, default=Path("curves.png"), help="file of the curves (default: curves.png)")
+
+    pack = commands.add_parser(
+        "pack",
+        help="pack a folder of images into tar shards of WebDataset",
+        description="Pack a directory with train/CLASS/* and val/CLASS/* into tar shards. --data takes the result.",
+    )
+    pack.add_argument("source", type=Path, metavar="DIR", help="a directory with train/CLASS/* and val/CLASS/*")
+    pack.add_argument("out", type=Path, metavar="OUT", help="the folder of the shards")
+    pack.add_argument("--shard-mb", type=_at_least_one, default=1000, metavar="MB", help="size of a shard (1000)")
+    pack.add_argument("--overwrite", action="store_true", help="replace packed images in OUT")
+
+    bench = commands.add_parser(
+        "bench-data",
+        help="images per second that can be read, beside those that a model takes",
+        description="Read and augment images for some seconds with each number of workers, then train on one batch.",
+    )
+    bench.add_argument("--data", required=True, help="as for fasttricks train")
+    bench.add_argument("--data-dir", type=Path, help="where 'digits' is written (default: the user's cache)")
+    bench.add_argument("--model", default="resnet50d", help="as for fasttricks train (default: resnet50d)")
+    bench.add_argument("--image-size", type=_at_least_one, default=224, help="edge of the images in pixels (224)")
+    bench.add_argument("--batch-size", type=_at_least_one, default=64)
+    bench.add_argument("--augment", choices=["imagenet", "digits"], default="imagenet")
+    bench.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2, 4], metavar="N")
+    bench.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    bench.add_argument("--seconds", type=float, default=5.0, help="for each number of workers, and for the model (5)")
     return main_parser
 
 
@@ -161,6 +186,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return command.report(args.runs, args.png, args.html)
     if args.command == "ablate":
         return command.ablate(args, rest)
+    if args.command == "pack":
+        return command.pack(args)
+    if args.command == "bench-data":
+        return command.bench_data(args)
     return command.train(args)
 
 

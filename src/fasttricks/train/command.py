@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,18 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..models import build
 from ..nn import zero_init_last
 from . import ablation, config, distributed, preview
+from . import bench_data as benchmark_of_data
+from . import pack as packing
 from .checkpoint import CheckpointError, write
-from .data import DataError, DataWarning, open_data, worker_deaths_explained
+from .data import open_data, worker_deaths_explained
 from .distributed import World
 from .errors import Interrupted, TrainingError
+from .images import DataError, DataWarning
 from .loop import Trainer
 from .page import write_page
 from .recipe import Recipe, RecipeError, Run, asked_fields, resolve
@@ -96,15 +101,9 @@ def given_fields(args: argparse.Namespace) -> dict[str, Any]:
     return given
 
 
-def train(args: argparse.Namespace) -> int:
-    """Runs ``fasttricks train``; returns the exit status."""
-    given = given_fields(args)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        print("fasttricks train: --device cuda: torch sees no CUDA device", file=sys.stderr)
-        return 1
-    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    world = distributed.start(device)
-    console = Console(quiet=not world.first)
+@contextlib.contextmanager
+def short_warnings() -> Iterator[None]:
+    """Warnings about data are one line each, without the code that raised them."""
     shown = warnings.showwarning
 
     def show(message: Warning | str, category: type[Warning], *where: Any, **rest: Any) -> None:
@@ -115,7 +114,64 @@ def train(args: argparse.Namespace) -> int:
 
     warnings.showwarning = show
     try:
-        _train(args, given, world, console)
+        yield
+    finally:
+        warnings.showwarning = shown
+
+
+def pack(args: argparse.Namespace) -> int:
+    """Runs ``fasttricks pack``; returns the exit status."""
+    columns = (TextColumn("{task.description:5}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    try:
+        with short_warnings(), Progress(*columns, console=Console()) as progress:
+            tasks = {part: progress.add_task(part, total=None) for part in ("train", "val")}
+
+            def done(part: str, count: int, total: int) -> None:
+                progress.update(tasks[part], completed=count, total=total)
+
+            packing.pack(
+                args.source, args.out, shard_bytes=args.shard_mb * 1_000_000, overwrite=args.overwrite, done=done
+            )
+    except (DataError, OSError) as error:
+        print(f"fasttricks pack: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def bench_data(args: argparse.Namespace) -> int:
+    """Runs ``fasttricks bench-data``; returns the exit status."""
+    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        with short_warnings(), worker_deaths_explained():
+            samples, _ = open_data(args.data, args.data_dir, augment=args.augment, size=args.image_size, seed=0)
+            benchmark_of_data.show(
+                samples,
+                args.model,
+                size=args.image_size,
+                batch=args.batch_size,
+                workers=args.workers,
+                device=torch.device(device),
+                seconds=args.seconds,
+                console=Console(),
+            )
+    except (DataError, ValueError, OSError) as error:
+        print(f"fasttricks bench-data: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def train(args: argparse.Namespace) -> int:
+    """Runs ``fasttricks train``; returns the exit status."""
+    given = given_fields(args)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("fasttricks train: --device cuda: torch sees no CUDA device", file=sys.stderr)
+        return 1
+    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    world = distributed.start(device)
+    console = Console(quiet=not world.first)
+    try:
+        with short_warnings():
+            _train(args, given, world, console)
     except ValidationError as error:
         for fault in error.errors():
             option = "--" + "-".join(str(part) for part in fault["loc"]).replace("_", "-")
@@ -139,7 +195,6 @@ def train(args: argparse.Namespace) -> int:
         print("fasttricks train: interrupted; --resume continues from the last checkpoint, if any", file=sys.stderr)
         return 130
     finally:
-        warnings.showwarning = shown
         distributed.stop(world)
     return 0
 
