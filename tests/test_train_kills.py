@@ -21,7 +21,7 @@ def test_kills_at_random_moments(tree: Path, tmp_path: Path) -> None:
     """With half precision, a loss scale, warmup, mixup, averages, accumulation, and checkpoints in mid-epoch."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     options = ["--data", str(tree), *SMALL, "--recipe", "refined", "--precision", "fp16", "--ema", "0.9", "--epochs"]
-    options += ["18", "--warmup-epochs", "2.5", "--batch-size", "4", "--accumulate", "2", "--save-every", "1"]
+    options += ["20", "--warmup-epochs", "2.5", "--batch-size", "4", "--accumulate", "2", "--save-every", "1"]
     arguments = [sys.executable, train_kills.__file__, str(whole), str(cut), str(KILLS), *options]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     ran = subprocess.run(arguments, capture_output=True, text=True, env=env)

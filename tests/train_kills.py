@@ -36,39 +36,70 @@ def ended(pid: int) -> bool:
     return bool(found)
 
 
-def wait_for_a_draft(out: Path, pid: int, seconds: float) -> bool:
-    """Waits until a checkpoint is being written, after some time; returns whether the process is alive."""
-    time.sleep(seconds)
+class Watch:
+    """What a run has written so far."""
+
+    def __init__(self, out: Path):
+        self.out = out
+        self.saves, self.last = 0, self._identity()
+
+    def _identity(self) -> tuple[int, int]:
+        try:
+            found = (self.out / "last.pt").stat()
+        except FileNotFoundError:
+            return 0, 0
+        return found.st_ino, found.st_mtime_ns
+
+    def look(self) -> None:
+        """Counts the checkpoints that were written since."""
+        now = self._identity()
+        self.saves += now != self.last
+        self.last = now
+
+    def writes(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return any((self.out / f".{name}.new").exists() for name in ("last.pt", "best.pt"))
+
+
+def wait(out: Path, pid: int, seconds: float, saves: int, writing: bool) -> tuple[bool, bool]:
+    """Waits until some time has passed or so many checkpoints were written, then until one is being written.
+
+    Returns:
+        Whether the process is alive, and whether it writes a checkpoint.
+    """
+    watch, end = Watch(out), time.monotonic() + seconds
     while not ended(pid):
-        if (out / ".last.pt.new").exists() or (out / ".best.pt.new").exists():
-            return True
-    return False
+        watch.look()
+        if watch.saves >= saves or time.monotonic() > end:
+            if not writing or watch.writes():
+                return True, watch.writes()
+        else:
+            time.sleep(2e-4)
+    return False, False
 
 
 def main(whole: Path, cut: Path, kills: int, options: list[str]) -> None:
     assert command  # imported here, not in each child
     began = time.monotonic()
     pid = start([*options, "--out", str(whole)])
-    while not (whole / "log.csv").exists():
+    while not (whole / "last.pt").exists():
         time.sleep(1e-3)
     start_up = time.monotonic() - began
     os.waitpid(pid, 0)
-    training = time.monotonic() - began - start_up
     done = within = 0
     while done < kills:
         pid = start([*options, "--out", str(cut), *(["--resume"] if (cut / "config.yaml").exists() else [])])
-        seconds = random.uniform(0, start_up + training / kills)
-        if random.random() < 0.5:
-            alive = wait_for_a_draft(cut, pid, seconds)
-            within += alive
-        else:
-            time.sleep(seconds)
-            alive = not ended(pid)
+        # a quarter of the kills falls within the start
+        seconds = random.uniform(0, start_up) if random.random() < 0.25 else float("inf")
+        alive, writes = wait(cut, pid, seconds, random.randrange(1, 3), random.random() < 0.5)
         if not alive:
             break
+        if not writes:
+            time.sleep(random.uniform(0, 0.02))
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         done += 1
+        within += writes
     os.waitpid(start([*options, "--out", str(cut), "--resume"]), 0)
     print(f"{done} kills, {within} of them while a checkpoint was written")
 
