@@ -222,6 +222,26 @@ def test_bytes_moved_are_within_5_percent_of_the_formula(
     assert meter.moved <= 1.05 * (of.y + 2 * partial + 2 * o)
 
 
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
+@pytest.mark.parametrize("shared", [0, 228 << 10], ids=["tiles", "slab"])
+def test_bank_conflicts(layout: torch.memory_format, shared: int) -> None:
+    """Of 16-bit products: a tenth more wavefronts than without any; results are stored to shared memory two by two."""
+    library, ops = emulated.load(), torch.ops.fasttricks_emulated
+    x = torch.randn(2, 64, 16, 16, dtype=torch.float16).contiguous(memory_format=layout)
+    weight = torch.randn(256, 64, 1, 1, dtype=torch.float16)
+    dy = torch.randn(2, 256, 8, 8, dtype=torch.float16).contiguous(memory_format=layout)
+    runs = {
+        "forward": lambda: ops.avgpool_conv1x1_forward(x, weight, None, 2, False),
+        "dx": lambda: ops.avgpool_conv1x1_backward(dy, x, weight, 2, False, True, False, False),
+        "dweight": lambda: ops.avgpool_conv1x1_backward(dy, x, weight, 2, False, False, True, False),
+    }
+    for name, run in runs.items():
+        with library.shared_per_sm(shared), library.metered(conflicts=True) as meter:
+            run()
+        assert meter.least_wavefronts > 0
+        assert meter.conflicts <= 1.1, name
+
+
 def test_an_empty_batch_launches_nothing() -> None:
     library, ops = emulated.load(), torch.ops.fasttricks_emulated
     x, weight = torch.empty(0, 8, 4, 4), torch.randn(16, 8, 1, 1)

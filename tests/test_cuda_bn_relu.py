@@ -66,15 +66,26 @@ def test_misaligned_tensors_give_the_same_values(layout: torch.memory_format) ->
         torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
+def test_refused_cooperative_launches(layout: torch.memory_format) -> None:
+    """The same values in several launches, where one would have done on a whole card."""
+    library, inputs = emulated.load(), made((6, 40, 8, 8), layout)
+    expected = all_of(*inputs)
+    with library.refused_cooperative_launches(), library.metered() as meter:
+        results = all_of(*inputs)
+    assert (meter.launches, meter.cooperative_launches) == (3 * 3 + 2, 0)
+    for a, b in zip(results, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3)
+
+
 # ---- bytes ----
 
 
-# shape, layout, whether forward and backward keep x in the shared memory of four multiprocessors: any NHWC tensor that
-# fits, and NCHW tensors with no more tiles of columns than blocks
+# shape, layout, whether forward and backward keep x in the shared memory of four multiprocessors
 PLACES = (
     ((4, 64, 56, 56), torch.contiguous_format, False, False),
     ((4, 64, 56, 56), torch.channels_last, False, False),
-    ((8, 256, 14, 14), torch.contiguous_format, False, False),
+    ((8, 256, 14, 14), torch.contiguous_format, True, False),
     ((8, 256, 14, 14), torch.channels_last, True, False),
     ((64, 64, 7, 7), torch.contiguous_format, True, False),
     ((64, 32, 7, 7), torch.contiguous_format, True, True),
@@ -175,8 +186,8 @@ def test_both_variants_are_right_in_every_build(kind: str) -> None:
 FAULTS = {
     "barrier removed before a block's moments are combined": (
         "bn_relu_tile.cuh",
-        "own.m2[j];\n    }\n    __syncthreads();\n",
-        "own.m2[j];\n    }\n",
+        "if (y >> log2 == 1) put();\n      __syncthreads();\n",
+        "if (y >> log2 == 1) put();\n",
         "plain",
         "wrong",
     ),
@@ -187,6 +198,20 @@ FAULTS = {
         "tsan",
         "data race",
     ),
+    "barrier removed between a block's parts of two tiles": (
+        "bn_relu_tile.cuh",
+        "    __syncthreads();\n    tile = hidden(tile) + 1;\n",
+        "    tile = hidden(tile) + 1;\n",
+        "tsan",
+        "data race",
+    ),
+    "a block's units given to its neighbour": (
+        "bn_relu_plan.h",
+        "(block < extra ? block : extra)",
+        "(block < extra ? block : extra - 1)",
+        "plain",
+        "wrong",
+    ),
     "elements past the last one read": (
         "bn_relu_tile.cuh",
         "needed && j < valid ? cuda::load(p + j)",
@@ -196,8 +221,8 @@ FAULTS = {
     ),
     "a parameter never staged in shared memory": (
         "bn_relu_tile.cuh",
-        "      staged[2 * kBnMaxTile + k] = p.bias ? load_param<A>(p.bias, p.bias_type, c) : A(0);\n",
-        "",
+        "store_shared(staged + 2 * kBnStaged + place(k), p.bias ?",
+        "(void)(p.bias ?",
         "plain",
         "wrong",
     ),

@@ -37,6 +37,11 @@ def test_primitives_are_right(kind: str, name: str, order: str) -> None:
     assert run(kind, name, 0, order, "early" if order == "descending" else "late") == ""
 
 
+@pytest.mark.parametrize("stride", [1, 2, 3, 8, 12, 32])
+def test_bank_conflicts_are_counted(stride: int) -> None:
+    assert run("plain", "banks", stride, "ascending") == ""
+
+
 # fault -> build, primitive, number of the fault, thread order, when cp.async lands, expected output
 FAULTS = {
     "barrier removed: stale values": ("plain", "neighbours", 1, "ascending", "late", "wrong result"),

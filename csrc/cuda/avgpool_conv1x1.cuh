@@ -54,7 +54,7 @@ struct AvgPoolResult {
   template <typename Sums>
   FT_DEVICE AvgPoolResult(const Sums& sums, T* memory) : values(memory) {
     sums.for_each([&](int row, int column, auto value) {
-      values[kNhwc ? Lines::place(row, column) : Lines::place(column, row)] = T(value);
+      store_shared(values + (kNhwc ? Lines::place(row, column) : Lines::place(column, row)), T(value));
     });
     __syncthreads();
   }
@@ -65,7 +65,7 @@ struct AvgPoolResult {
     for (int i = int(threadIdx.x); i < kLines * kLength / kV; i += kAvgPoolThreads) {
       const int line = i / (kLength / kV), first = i % (kLength / kV) * kV;
       T v[kV];
-      const uint4 u = *reinterpret_cast<const uint4*>(values + Lines::place(line, first));
+      const uint4 u = load_shared(reinterpret_cast<const uint4*>(values + Lines::place(line, first)));
       memcpy(v, &u, 16);
       use(line, first, v);
     }

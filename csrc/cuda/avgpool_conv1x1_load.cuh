@@ -14,11 +14,31 @@ namespace fasttricks::cuda {
 template <typename T>
 constexpr int kAvgPoolVector = AvgPoolTile<sizeof(T)>::kVector;
 
+// Vectors as they were loaded. Those of 16-bit values are taken apart when they are settled, not before: of arrays of
+// 16-bit values the compiler makes moves right behind the loads, which wait for them.
+template <typename T, int kCount>
+struct AvgPoolRaw {
+  using Vector = std::conditional_t<sizeof(T) == 2, uint4[1], T[kAvgPoolVector<T>]>;
+  Vector v[kCount];
+
+  FT_DEVICE void fetch(int k, const T* p) {
+    FT_METER_LOAD(p, 16);
+    const uint4 u = *reinterpret_cast<const uint4*>(p);
+    memcpy(v[k], &u, 16);
+  }
+  FT_DEVICE void elements(int k, T (&e)[kAvgPoolVector<T>]) const {
+    uint4 u;
+    memcpy(&u, v[k], 16);
+    if constexpr (sizeof(T) == 2) u = {hidden(u.x), hidden(u.y), hidden(u.z), hidden(u.w)};
+    memcpy(e, &u, 16);
+  }
+};
+
 struct AvgPoolPixel {
   int n, i, j;
 };
 FT_DEVICE AvgPoolPixel pixel_of(const AvgPoolShape& s, int q) {
-  const unsigned row = unsigned(q) / unsigned(s.wo), n = row / unsigned(s.ho);
+  const unsigned row = s.by_wo.divide(unsigned(q)), n = s.by_ho.divide(row);
   return {int(n), int(row - n * unsigned(s.ho)), int(unsigned(q) - row * unsigned(s.wo))};
 }
 // The offset of an output pixel in an NCHW tensor of `channels`, and the corner of its window in x.
@@ -68,24 +88,19 @@ struct PlaneLoader {
   struct State {
     int64_t offset;  // of the first pixel, in channel 0
   };
-  struct Raw {
-    T v[kAvgPoolVector<T>];
-  };
+  using Raw = AvgPoolRaw<T, 1>;
   using Single = State;
   FT_DEVICE State state(int pixel) const { return {offset_in_planes(s, pixel_of(s, pixel), channels, 0)}; }
   FT_DEVICE Single single(int pixel) const { return state(pixel); }
   FT_DEVICE Raw fetch(const State& state, int channel, int channel_end, int pixel, int pixel_end) const {
     Raw raw = {};
-    if (channel < channel_end && pixel < pixel_end) load(base + state.offset + int64_t(channel) * s.plane(), raw.v);
+    if (channel < channel_end && pixel < pixel_end) raw.fetch(0, base + state.offset + int64_t(channel) * s.plane());
     return raw;
   }
   FT_DEVICE T one(const Single& state, int channel) const {
     return load(base + state.offset + int64_t(channel) * s.plane());
   }
-  FT_DEVICE void settle(const State&, const Raw& raw, T (&v)[kAvgPoolVector<T>]) const {
-#pragma unroll
-    for (int e = 0; e < kAvgPoolVector<T>; ++e) v[e] = raw.v[e];
-  }
+  FT_DEVICE void settle(const State&, const Raw& raw, T (&v)[kAvgPoolVector<T>]) const { raw.elements(0, v); }
 };
 
 // The mean of a window's four values; those outside the image are 0.
@@ -124,34 +139,41 @@ struct PooledRowLoader {
   AvgPoolShape s;
   bool wide, pairs;
 
-  using State = AvgPoolWindow;
-  using Single = AvgPoolWindow;
-  struct Raw {
-    T v[4][kAvgPoolVector<T>];
+  struct State {
+    int64_t corner;  // as in AvgPoolWindow
+    int inside;      // a bit for each of the four pixels: the upper ones, the lower ones
   };
-  FT_DEVICE State state(int pixel) const {
+  using Single = AvgPoolWindow;
+  using Raw = AvgPoolRaw<T, 4>;
+  FT_DEVICE Single single(int pixel) const {
     const AvgPoolPixel at = pixel_of(s, pixel);
     return {((int64_t(at.n) * s.h + at.i * s.stride) * s.w + at.j * s.stride) * s.c, window_rows(s, at),
             window_columns(s, at)};
   }
-  FT_DEVICE Single single(int pixel) const { return state(pixel); }
+  FT_DEVICE State state(int pixel) const {
+    const Single window = single(pixel);
+    const int row = window.columns > 1 ? 3 : 1;
+    return {window.corner, window.rows > 1 ? row * 5 : row};
+  }
   FT_DEVICE Raw fetch(const State& state, int channel, int channel_end, int pixel, int pixel_end) const {
     Raw raw = {};
     const T* const corner = base + state.corner + channel;
     const bool any = pixel < pixel_end && channel < channel_end;
 #pragma unroll
     for (int k = 0; k < 4; ++k)
-      if (any && k / 2 < state.rows && k % 2 < state.columns)
-        load(corner + (k / 2 * int64_t(s.w) + k % 2) * s.c, raw.v[k]);
+      if (any && (state.inside >> k & 1)) raw.fetch(k, corner + (k / 2 * int64_t(s.w) + k % 2) * s.c);
     return raw;
   }
   FT_DEVICE T one(const Single& window, int channel) const {
     return pooled_singly(base + window.corner + channel, window, int64_t(s.w) * s.c, s.c, false);
   }
   FT_DEVICE void settle(const State& state, const Raw& raw, T (&v)[kAvgPoolVector<T>]) const {
-    const auto inv = inverse_count<acc_t<T>>(state.rows, state.columns);
+    const auto inv = inverse_count<acc_t<T>>(state.inside >> 2 ? 2 : 1, state.inside & 2 ? 2 : 1);
+    T four[4][kAvgPoolVector<T>];
 #pragma unroll
-    for (int e = 0; e < kAvgPoolVector<T>; ++e) v[e] = pooled(raw.v[0][e], raw.v[1][e], raw.v[2][e], raw.v[3][e], inv);
+    for (int k = 0; k < 4; ++k) raw.elements(k, four[k]);
+#pragma unroll
+    for (int e = 0; e < kAvgPoolVector<T>; ++e) v[e] = pooled(four[0][e], four[1][e], four[2][e], four[3][e], inv);
   }
 };
 
@@ -170,9 +192,7 @@ struct PooledPlaneLoader {
     int rows[2];
   };
   using Single = AvgPoolWindow;
-  struct Raw {
-    T v[4][kAvgPoolVector<T>];
-  };
+  using Raw = AvgPoolRaw<T, 4>;
   FT_DEVICE State state(int pixel) const {
     State made;
 #pragma unroll
@@ -195,7 +215,7 @@ struct PooledPlaneLoader {
       const bool wanted = s.stride == 1 ? k == 0 : k / 2 < state.rows[k % 2];
       const int first = s.stride == 1 ? pixel : pixel + k % 2 * kHalf;
       if (channel < channel_end && first < pixel_end && wanted)
-        load(base + state.corner[k % 2] + plane + k / 2 * s.w, raw.v[k]);
+        raw.fetch(k, base + state.corner[k % 2] + plane + k / 2 * s.w);
     }
     return raw;
   }
@@ -203,18 +223,16 @@ struct PooledPlaneLoader {
     return pooled_singly(base + window.corner + int64_t(channel) * s.h * s.w, window, s.w, 1, pairs);
   }
   FT_DEVICE void settle(const State& state, const Raw& raw, T (&v)[kAvgPoolVector<T>]) const {
-    if (s.stride == 1) {
-#pragma unroll
-      for (int e = 0; e < kAvgPoolVector<T>; ++e) v[e] = raw.v[0][e];
-      return;
-    }
+    if (s.stride == 1) return raw.elements(0, v);
 #pragma unroll
     for (int g = 0; g < 2; ++g) {
       const auto inv = inverse_count<acc_t<T>>(state.rows[g], 2);
+      T upper[kAvgPoolVector<T>], lower[kAvgPoolVector<T>];
+      raw.elements(g, upper);
+      raw.elements(2 + g, lower);
 #pragma unroll
       for (int e = 0; e < kHalf; ++e)
-        v[g * kHalf + e] =
-            pooled(raw.v[g][2 * e], raw.v[g][2 * e + 1], raw.v[2 + g][2 * e], raw.v[2 + g][2 * e + 1], inv);
+        v[g * kHalf + e] = pooled(upper[2 * e], upper[2 * e + 1], lower[2 * e], lower[2 * e + 1], inv);
     }
   }
 };

@@ -27,7 +27,10 @@ struct AvgPoolTile {
 // The output's pixels of one launch fit 31 bits, so that divisions are short; offsets of elements are computed in 64.
 struct AvgPoolShape {
   int n, c, h, w, o, ho, wo, stride;
+  Divider by_wo, by_ho;
 
+  AvgPoolShape(int n, int c, int h, int w, int o, int ho, int wo, int stride)
+      : n(n), c(c), h(h), w(w), o(o), ho(ho), wo(wo), stride(stride), by_wo(wo), by_ho(ho) {}
   FT_HD int plane() const { return ho * wo; }
   FT_HD int pixels() const { return n * ho * wo; }
 };

@@ -80,7 +80,7 @@ struct AvgPoolOperand : AvgPoolOperandTile<T, kSide, kInnerIsDepth> {
     loader.settle(states[i], raw, v);
     uint4 u;
     memcpy(&u, v, 16);
-    *reinterpret_cast<uint4*>(tile + place(outer(i), inner(i))) = u;
+    store_shared(reinterpret_cast<uint4*>(tile + place(outer(i), inner(i))), u);
   }
 
  private:
@@ -122,8 +122,10 @@ struct AvgPoolOperand<T, RowLoader<T>, kSide, kInnerIsDepth, kPixelIsOuter>
   FT_DEVICE void start(T* tile, int k) const {
     const int outer0 = kInnerIsDepth ? first : k, inner0 = kInnerIsDepth ? k : first;
     if (loader.wide) {
+      static_assert(Tile::kVectors % kAvgPoolThreads == 0);
 #pragma unroll
-      for (int i = int(threadIdx.x); i < Tile::kVectors; i += kAvgPoolThreads) {
+      for (int k = 0; k < Tile::kVectors / kAvgPoolThreads; ++k) {  // a number of times that the compiler knows
+        const int i = int(threadIdx.x) + k * kAvgPoolThreads;
         const int outer = i / (kInner / kV), inner = i % (kInner / kV) * kV;
         loader.copy(tile + place(outer, inner), outer0 + outer, inner0 + inner);
       }
@@ -246,13 +248,14 @@ struct AvgPoolPatch {
 
   FT_DEVICE void multiply(const T* a, const T* b, int step) {
     constexpr int kDepth = AvgPoolTile<sizeof(T)>::kK / kSteps;
-#pragma unroll
+#pragma unroll 4  // all at once, their loads would take too many registers
     for (int k = step * kDepth; k < (step + 1) * kDepth; ++k) {
       T left[4], right[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        left[i] = a[A::kInner == AvgPoolTile<sizeof(T)>::kK ? A::place(row0() + i, k) : A::place(k, row0() + i)];
-        right[i] = b[B::kInner == AvgPoolTile<sizeof(T)>::kK ? B::place(column0() + i, k) : B::place(k, column0() + i)];
+        constexpr int kK = AvgPoolTile<sizeof(T)>::kK;
+        left[i] = load_shared(a + (A::kInner == kK ? A::place(row0() + i, k) : A::place(k, row0() + i)));
+        right[i] = load_shared(b + (B::kInner == kK ? B::place(column0() + i, k) : B::place(k, column0() + i)));
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i)

@@ -81,10 +81,7 @@ struct Call : BnCall {
   }
   // Workspace of a reduction, of either variant.
   Tensor new_partial() const {
-    int64_t most = bn_partial_count(bn_reduction_tiling(shape, on.device.sm_count));
-    for (int blocks = 1; blocks <= 2; ++blocks)
-      most = std::max(most, bn_partial_count(bn_tile(shape, int64_t(on.device.sm_count) * blocks)));
-    return torch::stable::new_empty(x, {most}, statistics_type);
+    return torch::stable::new_empty(x, {bn_most_partials(shape, on.device.sm_count)}, statistics_type);
   }
 
   // Computes y, mean, var and, with a residual, the mask.

@@ -1,8 +1,8 @@
 // Kernels of bn_relu and bn_add_relu: statistics, apply, backward reduction, backward apply. bn_relu_plan.h says which
 // columns and rows a thread has; csrc/math/bn.h has the formulas.
 //
-// Reductions leave two numbers per (rows, tile, channel); bn_finalize_* combines them in a fixed order. No float
-// atomics: the same input gives the same bits.
+// Reductions leave two numbers per channel, tile, and block that shares the tile; bn_finalize_* combines them in a
+// fixed order. No float atomics: the same input gives the same bits.
 #pragma once
 
 #include "bn_relu_plan.h"
@@ -18,19 +18,18 @@ __global__ void __launch_bounds__(kBnThreads, kBnBlocksOf<T, kVector, 4>)
   using A = acc_t<T>;
   FT_SHARED(A, means, kBnThreads * kBnColumns);
   FT_SHARED(A, m2s, kBnThreads * kBnColumns);
-  const BnTile tile(s, t);
-  ColumnMoments<A> sums;
-  tile.for_rows<kBnChunkOf<T>>([&](int64_t r, auto rows) {
-    constexpr int kRows = decltype(rows)::value;
-    T v[kRows][kBnColumns];
+#pragma unroll 1
+  for (BnTile tile(s, t); tile.more(); tile.next()) {
+    ColumnMoments<A> sums;
+    tile.for_rows<kBnChunkOf<T>>([&](int64_t at, auto rows) {
+      constexpr int kRows = decltype(rows)::value;
+      T v[kRows][kBnColumns];
 #pragma unroll
-    for (int u = 0; u < kRows; ++u) tile.template load<kVector>(x, r + int64_t(u) * t.ty(), v[u]);
-    sums.template add<T, kRows>(v);
-  });
-  tile.moments_per_channel(sums, means, m2s, [&](int64_t slot, A mean, A m2) {
-    store(partial + 2 * slot, mean);
-    store(partial + 2 * slot + 1, m2);
-  });
+      for (int u = 0; u < kRows; ++u) tile.template load<kVector>(x, at + u * tile.step(), v[u]);
+      sums.template add<T, kRows>(v);
+    });
+    tile.again().store_moments(sums, means, m2s, partial);
+  }
 }
 
 // mean and biased variance of every channel; one warp per channel.
@@ -45,42 +44,41 @@ __global__ void __launch_bounds__(kBnThreads)
 // partial = (sum dz, sum dz * (x - mean)) of the block's elements of each channel; dz = dy where the forward's output
 // passes.
 template <typename T, bool kVector, bool kResidual>
-__global__ void __launch_bounds__(kBnThreads, kBnBlocksOf<T, kVector, 3>)
+__global__ void __launch_bounds__(kBnThreads, kBnBlocksOf<T, kVector, kResidual ? 3 : 2>)
     bn_backward_reduce(const T* __restrict__ dy, const T* __restrict__ x, const uint8_t* __restrict__ mask,
                        BnParams<acc_t<T>> p, BnShape s, BnTiling t, acc_t<T>* __restrict__ partial) {
   using A = acc_t<T>;
   FT_SHARED(A, first, kBnThreads * kBnColumns);
   FT_SHARED(A, second, kBnThreads * kBnColumns);
-  const BnTile tile(s, t);
-  A mean[kBnColumns], scale[kBnColumns], bias[kBnColumns];
-  tile.channel_params(p, first, mean, scale, bias);
-  A sum_dz[kBnColumns] = {}, sum_dz_x[kBnColumns] = {};
-  tile.for_rows<kBnChunkOf<T> / 2>([&](int64_t r, auto rows) {
-    constexpr int kRows = decltype(rows)::value;
-    T g[kRows][kBnColumns], v[kRows][kBnColumns];
-    unsigned bits[kRows];
+#pragma unroll 1
+  for (BnTile tile(s, t); tile.more(); tile.next()) {
+    A mean[kBnColumns], scale[kBnColumns], bias[kBnColumns];
+    tile.channel_params(p, first, mean, scale, bias);
+    A sum_dz[kBnColumns] = {}, sum_dz_x[kBnColumns] = {};
+    tile.for_rows<kBnGradientChunk<T, kVector, kResidual>>([&](int64_t at, auto rows) {
+      constexpr int kRows = decltype(rows)::value;
+      T g[kRows][kBnColumns], v[kRows][kBnColumns];
+      unsigned bits[kRows];
 #pragma unroll
-    for (int u = 0; u < kRows; ++u) {
-      const int64_t row = r + int64_t(u) * t.ty();
-      tile.template load<kVector>(dy, row, g[u]);
-      tile.template load<kVector>(x, row, v[u]);
-      if constexpr (kResidual) bits[u] = tile.template load_bits<kVector>(mask, row);
-    }
-#pragma unroll
-    for (int u = 0; u < kRows; ++u) {
-      if constexpr (!kResidual) bits[u] = passing<T>(v[u], mean, scale, bias);
-#pragma unroll
-      for (int j = 0; j < kBnColumns; ++j) {
-        const A dz = bits[u] >> j & 1 ? A(g[u][j]) : A(0);
-        sum_dz[j] += dz;
-        sum_dz_x[j] += dz * (A(v[u][j]) - mean[j]);
+      for (int u = 0; u < kRows; ++u) {
+        const int64_t e = at + u * tile.step();
+        tile.template load<kVector>(dy, e, g[u]);
+        tile.template load<kVector>(x, e, v[u]);
+        if constexpr (kResidual) bits[u] = tile.template load_bits<kVector>(mask, e);
       }
-    }
-  });
-  tile.sums_per_channel(sum_dz, sum_dz_x, first, second, [&](int64_t slot, A a, A b) {
-    store(partial + 2 * slot, a);
-    store(partial + 2 * slot + 1, b);
-  });
+#pragma unroll
+      for (int u = 0; u < kRows; ++u) {
+        if constexpr (!kResidual) bits[u] = passing<T>(v[u], mean, scale, bias);
+#pragma unroll
+        for (int j = 0; j < kBnColumns; ++j) {
+          const A dz = bits[u] >> j & 1 ? A(g[u][j]) : A(0);
+          sum_dz[j] += dz;
+          sum_dz_x[j] += dz * (A(v[u][j]) - mean[j]);
+        }
+      }
+    });
+    tile.again().store_sums(sum_dz, sum_dz_x, first, second, partial);
+  }
 }
 
 // dbias = sum dz, dweight = rstd * sum dz * (x - mean); one warp per channel.
@@ -117,27 +115,29 @@ __global__ void __launch_bounds__(kBnThreads, kBnBlocksOf<T, kVector, 3>)
     bn_apply(const T* __restrict__ x, const T* __restrict__ residual, BnParams<acc_t<T>> p, bool from_x, BnShape s,
              BnTiling t, T* __restrict__ y, uint8_t* __restrict__ mask) {
   using A = acc_t<T>;
-  FT_SHARED(A, staged, 3 * kBnMaxTile);
-  const BnTile tile(s, t);
-  A mean[kBnColumns], scale[kBnColumns], bias[kBnColumns];
-  const bool skip_x = tile.channel_params(p, staged, mean, scale, bias) && from_x;
-  tile.for_rows<kBnChunkOf<T> / (kResidual ? 2 : 1)>([&](int64_t r, auto rows) {
-    constexpr int kRows = decltype(rows)::value;
-    T v[kRows][kBnColumns], z[kRows][kBnColumns];
+  FT_SHARED(A, staged, 3 * kBnStaged);
+#pragma unroll 1
+  for (BnTile tile(s, t); tile.more(); tile.next()) {
+    A mean[kBnColumns], scale[kBnColumns], bias[kBnColumns];
+    const bool skip_x = tile.channel_params(p, staged, mean, scale, bias) && from_x;
+    tile.for_rows<kBnChunkOf<T> / (kResidual ? 2 : 1)>([&](int64_t at, auto rows) {
+      constexpr int kRows = decltype(rows)::value;
+      T v[kRows][kBnColumns], z[kRows][kBnColumns];
 #pragma unroll
-    for (int u = 0; u < kRows; ++u) {
-      const int64_t row = r + int64_t(u) * t.ty();
-      tile.template load<kVector>(x, row, v[u], !skip_x);
-      if constexpr (kResidual) tile.template load<kVector>(residual, row, z[u]);
-    }
+      for (int u = 0; u < kRows; ++u) {
+        const int64_t e = at + u * tile.step();
+        tile.template load<kVector>(x, e, v[u], !skip_x);
+        if constexpr (kResidual) tile.template load<kVector>(residual, e, z[u]);
+      }
 #pragma unroll
-    for (int u = 0; u < kRows; ++u) {
-      const unsigned bits = apply_row<kResidual>(v[u], mean, scale, bias, skip_x, z[u]);
-      const int64_t row = r + int64_t(u) * t.ty();
-      tile.template store<kVector>(y, row, z[u]);
-      if constexpr (kResidual) tile.store_bits(mask, row, bits);
-    }
-  });
+      for (int u = 0; u < kRows; ++u) {
+        const unsigned bits = apply_row<kResidual>(v[u], mean, scale, bias, skip_x, z[u]);
+        const int64_t e = at + u * tile.step();
+        tile.template store<kVector>(y, e, z[u]);
+        if constexpr (kResidual) tile.store_bits(mask, e, bits);
+      }
+    });
+  }
 }
 
 // dz of a row: dy where the forward's output passes.
@@ -163,39 +163,41 @@ FT_DEVICE void gradient_row(const T (&dz)[kBnColumns], const A (&mean)[kBnColumn
 // are constants (eval): then dx = scale * dz, and only the mask needs x. A tile whose scales are all zero and whose
 // sums are finite writes dx = 0 without reading x.
 template <typename T, bool kVector, bool kResidual>
-__global__ void __launch_bounds__(kBnThreads, kBnBlocksOf<T, kVector, 2>)
+__global__ void __launch_bounds__(kBnThreads, kBnBlocksOf<T, kVector, kResidual ? 3 : 2>)
     bn_backward_apply(const T* __restrict__ dy, const T* __restrict__ x, const uint8_t* __restrict__ mask,
                       BnParams<acc_t<T>> p, const acc_t<T>* __restrict__ dweight, const acc_t<T>* __restrict__ dbias,
                       acc_t<T> inv_count, BnShape s, BnTiling t, T* __restrict__ dx, T* __restrict__ dresidual) {
   using A = acc_t<T>;
-  FT_SHARED(A, staged, 5 * kBnMaxTile);
-  const BnTile tile(s, t);
-  A mean[kBnColumns], scale[kBnColumns], bias[kBnColumns], shift[kBnColumns], slope[kBnColumns];
-  const bool zero = tile.gradient_params(p, dweight, dbias, inv_count, staged, mean, scale, bias, shift, slope);
-  const bool batch_terms = inv_count != A(0);
-  const bool read_x = !zero && (batch_terms || !kResidual), read_dy = !zero || (kResidual && dresidual);
-  tile.for_rows<kBnChunkOf<T> / 2>([&](int64_t r, auto rows) {
-    constexpr int kRows = decltype(rows)::value;
-    T g[kRows][kBnColumns], v[kRows][kBnColumns];
-    unsigned bits[kRows];
+  FT_SHARED(A, staged, 5 * kBnStaged);
+#pragma unroll 1
+  for (BnTile tile(s, t); tile.more(); tile.next()) {
+    A mean[kBnColumns], scale[kBnColumns], bias[kBnColumns], shift[kBnColumns], slope[kBnColumns];
+    const bool zero = tile.gradient_params(p, dweight, dbias, inv_count, staged, mean, scale, bias, shift, slope);
+    const bool batch_terms = inv_count != A(0);
+    const bool read_x = !zero && (batch_terms || !kResidual), read_dy = !zero || (kResidual && dresidual);
+    tile.for_rows<kBnGradientChunk<T, kVector, kResidual>>([&](int64_t at, auto rows) {
+      constexpr int kRows = decltype(rows)::value;
+      T g[kRows][kBnColumns], v[kRows][kBnColumns];
+      unsigned bits[kRows];
 #pragma unroll
-    for (int u = 0; u < kRows; ++u) {
-      const int64_t row = r + int64_t(u) * t.ty();
-      tile.template load<kVector>(dy, row, g[u], read_dy);
-      tile.template load<kVector>(x, row, v[u], read_x);
-      if constexpr (kResidual) bits[u] = read_dy ? tile.template load_bits<kVector>(mask, row) : 0;
-    }
+      for (int u = 0; u < kRows; ++u) {
+        const int64_t e = at + u * tile.step();
+        tile.template load<kVector>(dy, e, g[u], read_dy);
+        tile.template load<kVector>(x, e, v[u], read_x);
+        if constexpr (kResidual) bits[u] = read_dy ? tile.template load_bits<kVector>(mask, e) : 0;
+      }
 #pragma unroll
-    for (int u = 0; u < kRows; ++u) {
-      if constexpr (!kResidual) bits[u] = zero ? 0 : passing<T>(v[u], mean, scale, bias);
-      keep_passing(bits[u], g[u]);
-      gradient_row(g[u], mean, scale, shift, slope, batch_terms, zero, v[u]);
-      const int64_t row = r + int64_t(u) * t.ty();
-      tile.template store<kVector>(dx, row, v[u]);
-      if constexpr (kResidual)
-        if (dresidual) tile.template store<kVector>(dresidual, row, g[u]);
-    }
-  });
+      for (int u = 0; u < kRows; ++u) {
+        if constexpr (!kResidual) bits[u] = zero ? 0 : passing<T>(v[u], mean, scale, bias);
+        keep_passing(bits[u], g[u]);
+        gradient_row(g[u], mean, scale, shift, slope, batch_terms, zero, v[u]);
+        const int64_t e = at + u * tile.step();
+        tile.template store<kVector>(dx, e, v[u]);
+        if constexpr (kResidual)
+          if (dresidual) tile.template store<kVector>(dresidual, e, g[u]);
+      }
+    });
+  }
 }
 
 // ---- one launch that reads x once: a block keeps its part in shared memory from the reduction to the last pass ----
@@ -210,12 +212,14 @@ struct BnSlab {
     uint4 u[kVectors];
     memcpy(u, v, sizeof u);
 #pragma unroll
-    for (int i = 0; i < kVectors; ++i) vectors[(row * kVectors + i) * kBnThreads + int(threadIdx.x)] = u[i];
+    for (int i = 0; i < kVectors; ++i)
+      store_shared(vectors + (row * kVectors + i) * kBnThreads + int(threadIdx.x), u[i]);
   }
   FT_DEVICE void get(int row, T (&v)[kBnColumns]) const {
     uint4 u[kVectors];
 #pragma unroll
-    for (int i = 0; i < kVectors; ++i) u[i] = vectors[(row * kVectors + i) * kBnThreads + int(threadIdx.x)];
+    for (int i = 0; i < kVectors; ++i)
+      u[i] = load_shared(vectors + (row * kVectors + i) * kBnThreads + int(threadIdx.x));
     memcpy(v, u, sizeof u);
   }
 };
@@ -223,9 +227,8 @@ struct BnSlab {
 // Calls use(channel, lane) once per channel over the whole grid, with one warp per channel.
 template <typename Use>
 FT_DEVICE void for_channels_of_grid(const BnShape& s, Use use) {
-  const int warps = kBnThreads / 32, blocks = int(gridDim.x * gridDim.y);
-  const int block = int(blockIdx.y * gridDim.x + blockIdx.x);
-  for (int c = block * warps + int(threadIdx.x) / 32; c < s.channels; c += blocks * warps)
+  const int warps = kBnThreads / 32, blocks = int(gridDim.x);
+  for (int c = int(blockIdx.x) * warps + int(threadIdx.x) / 32; c < s.channels; c += blocks * warps)
     use(c, int(threadIdx.x) % 32);
 }
 
@@ -240,45 +243,47 @@ __global__ void __launch_bounds__(kBnThreads, 2)
   A* const second = first + kBnThreads * kBnColumns;
   FT_DYNAMIC_SHARED(memory);
   const BnSlab<T> slab{reinterpret_cast<uint4*>(memory)};
-  const BnTile tile(s, t);
-  ColumnMoments<A> sums;
   int kept = 0;
-  tile.for_rows<kBnChunkOf<T>>([&](int64_t r, auto rows) {
-    constexpr int kRows = decltype(rows)::value;
-    T v[kRows][kBnColumns];
+#pragma unroll 1
+  for (BnTile tile(s, t); tile.more(); tile.next()) {
+    ColumnMoments<A> sums;
+    tile.for_rows<kBnChunkOf<T>>([&](int64_t at, auto rows) {
+      constexpr int kRows = decltype(rows)::value;
+      T v[kRows][kBnColumns];
 #pragma unroll
-    for (int u = 0; u < kRows; ++u) tile.template load<true>(x, r + int64_t(u) * t.ty(), v[u]);
+      for (int u = 0; u < kRows; ++u) tile.template load<true>(x, at + u * tile.step(), v[u]);
 #pragma unroll
-    for (int u = 0; u < kRows; ++u) slab.put(kept + u, v[u]);
-    kept += kRows;
-    sums.template add<T, kRows>(v);
-  });
-  tile.moments_per_channel(sums, first, second, [&](int64_t slot, A mean, A m2) {
-    store(partial + 2 * slot, mean);
-    store(partial + 2 * slot + 1, m2);
-  });
+      for (int u = 0; u < kRows; ++u) slab.put(kept + u, v[u]);
+      kept += kRows;
+      sums.template add<T, kRows>(v);
+    });
+    tile.again().store_moments(sums, first, second, partial);
+  }
   FT_GRID_BARRIER();
   for_channels_of_grid(s, [&](int c, int lane) { finalize_moments(partial, s, t, c, lane, mean_out, var_out); });
   FT_GRID_BARRIER();
 
-  A mean[kBnColumns], scale[kBnColumns], bias[kBnColumns];
-  const bool skip_x = tile.channel_params(p, first, mean, scale, bias);
   int row = 0;
-  tile.for_rows<kBnChunkOf<T> / 2>([&](int64_t r, auto rows) {
-    constexpr int kRows = decltype(rows)::value;
-    T z[kRows][kBnColumns];
-    if constexpr (kResidual)
+#pragma unroll 1
+  for (BnTile tile(s, t); tile.more(); tile.next()) {
+    A mean[kBnColumns], scale[kBnColumns], bias[kBnColumns];
+    const bool skip_x = tile.channel_params(p, first, mean, scale, bias);
+    tile.for_rows<kBnChunkOf<T> / 2>([&](int64_t at, auto rows) {
+      constexpr int kRows = decltype(rows)::value;
+      T z[kRows][kBnColumns];
+      if constexpr (kResidual)
 #pragma unroll
-      for (int u = 0; u < kRows; ++u) tile.template load<true>(residual, r + int64_t(u) * t.ty(), z[u]);
+        for (int u = 0; u < kRows; ++u) tile.template load<true>(residual, at + u * tile.step(), z[u]);
 #pragma unroll
-    for (int u = 0; u < kRows; ++u) {
-      T v[kBnColumns];
-      slab.get(row++, v);
-      const unsigned bits = apply_row<kResidual>(v, mean, scale, bias, skip_x, z[u]);
-      tile.template store<true>(y, r + int64_t(u) * t.ty(), z[u]);
-      if constexpr (kResidual) tile.store_bits(mask, r + int64_t(u) * t.ty(), bits);
-    }
-  });
+      for (int u = 0; u < kRows; ++u) {
+        T v[kBnColumns];
+        slab.get(row++, v);
+        const unsigned bits = apply_row<kResidual>(v, mean, scale, bias, skip_x, z[u]);
+        tile.template store<true>(y, at + u * tile.step(), z[u]);
+        if constexpr (kResidual) tile.store_bits(mask, at + u * tile.step(), bits);
+      }
+    });
+  }
 }
 
 // bn_backward_reduce, bn_finalize_backward and bn_backward_apply in one cooperative launch: dz and x are kept.
@@ -293,56 +298,58 @@ __global__ void __launch_bounds__(kBnThreads, 2)
   FT_DYNAMIC_SHARED(memory);
   const BnSlab<T> x_slab{reinterpret_cast<uint4*>(memory)};
   const BnSlab<T> dz_slab{x_slab.vectors + kept_rows * BnSlab<T>::kVectors * kBnThreads};
-  const BnTile tile(s, t);
-  A mean[kBnColumns], scale[kBnColumns], bias[kBnColumns];
-  tile.channel_params(p, first, mean, scale, bias);
-  A sum_dz[kBnColumns] = {}, sum_dz_x[kBnColumns] = {};
   int kept = 0;
-  tile.for_rows<kBnChunkOf<T> / 2>([&](int64_t r, auto rows) {
-    constexpr int kRows = decltype(rows)::value;
-    T g[kRows][kBnColumns], v[kRows][kBnColumns];
-    unsigned bits[kRows];
+#pragma unroll 1
+  for (BnTile tile(s, t); tile.more(); tile.next()) {
+    A mean[kBnColumns], scale[kBnColumns], bias[kBnColumns];
+    tile.channel_params(p, first, mean, scale, bias);
+    A sum_dz[kBnColumns] = {}, sum_dz_x[kBnColumns] = {};
+    tile.for_rows<kBnChunkOf<T> / 2>([&](int64_t at, auto rows) {
+      constexpr int kRows = decltype(rows)::value;
+      T g[kRows][kBnColumns], v[kRows][kBnColumns];
+      unsigned bits[kRows];
 #pragma unroll
-    for (int u = 0; u < kRows; ++u) {
-      const int64_t row = r + int64_t(u) * t.ty();
-      tile.template load<true>(dy, row, g[u]);
-      tile.template load<true>(x, row, v[u]);
-      if constexpr (kResidual) bits[u] = tile.template load_bits<true>(mask, row);
-    }
-#pragma unroll
-    for (int u = 0; u < kRows; ++u) {
-      if constexpr (!kResidual) bits[u] = passing<T>(v[u], mean, scale, bias);
-      keep_passing(bits[u], g[u]);
-      dz_slab.put(kept, g[u]);
-      x_slab.put(kept++, v[u]);
-#pragma unroll
-      for (int j = 0; j < kBnColumns; ++j) {
-        sum_dz[j] += A(g[u][j]);
-        sum_dz_x[j] += A(g[u][j]) * (A(v[u][j]) - mean[j]);
+      for (int u = 0; u < kRows; ++u) {
+        const int64_t e = at + u * tile.step();
+        tile.template load<true>(dy, e, g[u]);
+        tile.template load<true>(x, e, v[u]);
+        if constexpr (kResidual) bits[u] = tile.template load_bits<true>(mask, e);
       }
-    }
-  });
-  tile.sums_per_channel(sum_dz, sum_dz_x, first, second, [&](int64_t slot, A a, A b) {
-    store(partial + 2 * slot, a);
-    store(partial + 2 * slot + 1, b);
-  });
+#pragma unroll
+      for (int u = 0; u < kRows; ++u) {
+        if constexpr (!kResidual) bits[u] = passing<T>(v[u], mean, scale, bias);
+        keep_passing(bits[u], g[u]);
+        dz_slab.put(kept, g[u]);
+        x_slab.put(kept++, v[u]);
+#pragma unroll
+        for (int j = 0; j < kBnColumns; ++j) {
+          sum_dz[j] += A(g[u][j]);
+          sum_dz_x[j] += A(g[u][j]) * (A(v[u][j]) - mean[j]);
+        }
+      }
+    });
+    tile.again().store_sums(sum_dz, sum_dz_x, first, second, partial);
+  }
   FT_GRID_BARRIER();
   for_channels_of_grid(s,
                        [&](int c, int lane) { finalize_sums(partial, s, t, c, lane, p.var, p.eps, dweight, dbias); });
   FT_GRID_BARRIER();
 
-  A shift[kBnColumns], slope[kBnColumns];
-  const bool zero = tile.gradient_params(p, dweight, dbias, inv_count, first, mean, scale, bias, shift, slope);
   int row = 0;
-  tile.for_rows<1>([&](int64_t r, auto) {
-    T g[kBnColumns], v[kBnColumns];
-    dz_slab.get(row, g);
-    x_slab.get(row++, v);
-    gradient_row(g, mean, scale, shift, slope, inv_count != A(0), zero, v);
-    tile.template store<true>(dx, r, v);
-    if constexpr (kResidual)
-      if (dresidual) tile.template store<true>(dresidual, r, g);
-  });
+#pragma unroll 1
+  for (BnTile tile(s, t); tile.more(); tile.next()) {
+    A mean[kBnColumns], scale[kBnColumns], bias[kBnColumns], shift[kBnColumns], slope[kBnColumns];
+    const bool zero = tile.gradient_params(p, dweight, dbias, inv_count, first, mean, scale, bias, shift, slope);
+    tile.for_rows<1>([&](int64_t at, auto) {
+      T g[kBnColumns], v[kBnColumns];
+      dz_slab.get(row, g);
+      x_slab.get(row++, v);
+      gradient_row(g, mean, scale, shift, slope, inv_count != A(0), zero, v);
+      tile.template store<true>(dx, at, v);
+      if constexpr (kResidual)
+        if (dresidual) tile.template store<true>(dresidual, at, g);
+    });
+  }
 }
 
 // One running statistic and what updates it.

@@ -3,9 +3,9 @@
 // Both layouts are one matrix x[rows][cols] whose column j belongs to channel j / inner:
 //   NHWC: rows = N*H*W, cols = C,     inner = 1
 //   NCHW: rows = N,     cols = C*H*W, inner = H*W
-// A block owns a tile of 8*tx columns and a range of rows; a thread owns 8 neighbouring columns (16 bytes at 16 bit)
-// and every ty-th row. If rows do not start at multiples of 8 elements, the elementwise kernels treat the tensor as one
-// row ("flat"), in which the channels repeat.
+// A tile has 8*tx columns; a thread owns 8 neighbouring ones (16 bytes at 16 bit) and every ty-th row. If rows do not
+// start at multiples of 8 elements, the elementwise kernels treat the tensor as one row ("flat"), in which the channels
+// repeat.
 #pragma once
 
 #include <algorithm>
@@ -24,18 +24,37 @@ constexpr int kBnSlabStatic = 2 * kBnThreads * kBnColumns * 4 + 1024;  // static
 struct BnShape {
   int64_t rows, cols, inner;
   int channels;
+  LongDivider by_inner, by_channels;
+
+  BnShape(int64_t rows, int64_t cols, int64_t inner, int channels)
+      : rows(rows),
+        cols(cols),
+        inner(inner),
+        channels(channels),
+        by_inner(std::max<int64_t>(1, inner)),
+        by_channels(std::max(1, channels)) {}  // 1: of an empty tensor
 };
 
+// The matrix is cut into tiles of columns, and each tile into units of ty rows, one row per thread. Block b has the
+// units from first_unit(b) to first_unit(b + 1), counted tile after tile: its share of all units, whatever the number
+// of tiles. Where it crosses from one tile to the next, it goes on with the next one's parameters and sums.
 struct BnTiling {
   int tx_log2;
-  int64_t tiles;
-  int64_t rows_per_split;
-  int splits;
-  int slots;  // most channels that one tile touches
+  int slots;             // most channels that one tile touches
+  int blocks;            // no more than units
+  int parts;             // most blocks that share a tile
+  int64_t tiles, units;  // units of a tile
+  int64_t base, extra;   // units of a block, and how many blocks have one more
+  LongDivider by_units, by_base, by_longer, by_parts;
 
   FT_HD int tx() const { return 1 << tx_log2; }
   FT_HD int ty() const { return kBnThreads >> tx_log2; }
   FT_HD int width() const { return kBnColumns << tx_log2; }
+  FT_HD int64_t first_unit(int64_t block) const { return block * base + (block < extra ? block : extra); }
+  FT_HD int64_t block_of(int64_t unit) const {
+    const int64_t longer = extra * (base + 1);
+    return unit < longer ? by_longer.divide(unit) : extra + by_base.divide(unit - longer);
+  }
 };
 
 inline BnShape bn_shape(int64_t n, int channels, int64_t hw, bool channels_last) {
@@ -47,35 +66,36 @@ inline BnShape bn_flat(const BnShape& s) { return {1, s.rows * s.cols, s.inner, 
 
 inline bool bn_vectors_fit(const BnShape& s) { return s.cols % kBnColumns == 0; }
 
-// At most max_blocks blocks if the columns allow it; each has at least one chunk of rows per thread, and min_rows.
-inline BnTiling bn_tile(const BnShape& s, int64_t max_blocks, int64_t min_rows = 1) {
+// At most `most` blocks, with at least two units each where there are several: as many as are resident on the card
+// together make one full wave.
+inline BnTiling bn_tile(const BnShape& s, int64_t most) {
   BnTiling t{};
-  const int64_t units = ceil_div(s.cols, kBnColumns), widest = s.inner == 1 && s.rows > 1 ? 32 : 64;
-  while (t.tx() < std::min(units, widest)) ++t.tx_log2;
-  t.tiles = ceil_div(units, t.tx());
-  const int64_t by_work = ceil_div(s.rows, std::max(min_rows, int64_t(kBnChunk) * t.ty()));
-  const int64_t splits = std::clamp<int64_t>(max_blocks / t.tiles, 1, std::min<int64_t>(by_work, 4096));
-  t.rows_per_split = ceil_div(s.rows, splits);
-  t.splits = int(ceil_div(s.rows, t.rows_per_split));
+  const int64_t columns = ceil_div(s.cols, kBnColumns), widest = s.inner == 1 && s.rows > 1 ? 32 : 64;
+  while (t.tx() < std::min(columns, widest)) ++t.tx_log2;
+  t.tiles = ceil_div(columns, t.tx());
+  t.units = ceil_div(s.rows, t.ty());
+  const int64_t all = t.tiles * t.units;
+  t.blocks = int(std::clamp<int64_t>(all / 2, 1, most));
+  t.base = all / t.blocks;
+  t.extra = all % t.blocks;
+  t.parts = int(std::min<int64_t>(t.blocks, (t.units + t.base - 2) / t.base + 1));
   t.slots = int(s.inner == 1 ? t.width() : (t.width() - 1) / s.inner + 2);
+  t.by_units = LongDivider(t.units);
+  t.by_base = LongDivider(t.base);
+  t.by_longer = LongDivider(t.base + 1);
+  t.by_parts = LongDivider(t.parts);
   return t;
 }
 
-// Two numbers per channel, tile and range of rows.
-inline int64_t bn_partial_count(const BnTiling& t) { return int64_t(t.splits) * t.tiles * t.slots * 2; }
-
-// Reductions want enough blocks to fill the card and few partial results; elementwise passes want many blocks.
-// In NHWC each block reads the parameters of all its columns: with 128 rows, a twentieth of what it reads of a tensor.
-inline int64_t bn_min_rows(const BnShape& s) { return s.inner == 1 ? 128 : 1; }
-inline BnTiling bn_reduction_tiling(const BnShape& s, int sm_count) {
-  return bn_tile(s, int64_t(sm_count) * 4, bn_min_rows(s));
-}
-inline BnTiling bn_elementwise_tiling(const BnShape& s, int sm_count) {
-  return bn_tile(s, int64_t(sm_count) * 16, bn_min_rows(s));
+// Two numbers per channel, tile, and block that shares it.
+inline int64_t bn_partial_count(const BnTiling& t) { return t.tiles * t.parts * t.slots * 2; }
+// What any reduction of the tensor needs: no multiprocessor has more blocks of kBnThreads.
+inline int64_t bn_most_partials(const BnShape& s, int sm_count) {
+  return bn_partial_count(bn_tile(s, int64_t(sm_count) * (2048 / kBnThreads)));
 }
 
 // The one-launch variant, which keeps each block's part of `arrays` tensors in shared memory: possible if all
-// blocks fit on the card together. static_bytes: the kernel's static shared memory.
+// blocks fit on the card together.
 struct BnSlabPlan {
   BnTiling tiling;
   int kept_rows;  // of a thread
@@ -84,8 +104,8 @@ struct BnSlabPlan {
 
 inline BnSlabPlan bn_slab_plan(const BnShape& s, int64_t max_blocks, int element_bytes, int arrays) {
   const BnTiling t = bn_tile(s, max_blocks);
-  const int64_t rows = ceil_div(t.rows_per_split, t.ty());
-  return {t, int(rows), rows * kBnColumns * element_bytes * arrays * kBnThreads};
+  const int64_t rows = t.base + (t.extra > 0);
+  return {t, int(std::min<int64_t>(rows, 1 << 20)), rows * kBnColumns * element_bytes * arrays * kBnThreads};
 }
 
 }  // namespace fasttricks::cuda

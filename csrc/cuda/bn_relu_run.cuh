@@ -12,13 +12,19 @@ inline bool aligned16(std::initializer_list<const void*> pointers) {
   return bits % 16 == 0;
 }
 
-// mean and biased variance; `partial` has bn_partial_count(bn_reduction_tiling(...)) values.
+// One full wave: as many blocks as the card holds of this kernel, which share the tensor evenly.
+template <typename Kernel>
+BnTiling bn_wave(Kernel kernel, const BnShape& s, const Device& d) {
+  return bn_tile(s, int64_t(d.sm_count) * std::max(1, resident_blocks(kernel, kBnThreads, 0, d)));
+}
+
+// mean and biased variance; `partial` has bn_most_partials(...) values.
 template <typename T>
 void bn_stats_run(const T* x, const BnShape& s, const Device& d, acc_t<T>* partial, acc_t<T>* mean, acc_t<T>* var,
                   cudaStream_t stream) {
-  const BnTiling t = bn_reduction_tiling(s, d.sm_count);
   const auto kernel = bn_vectors_fit(s) && aligned16({x}) ? &bn_stats<T, true> : &bn_stats<T, false>;
-  launch(kernel, dim3(unsigned(t.tiles), unsigned(t.splits)), kBnThreads, 0, stream, x, s, t, partial);
+  const BnTiling t = bn_wave(kernel, s, d);
+  launch(kernel, dim3(unsigned(t.blocks)), kBnThreads, 0, stream, x, s, t, partial);
   launch(&bn_finalize_stats<acc_t<T>>, dim3(unsigned(ceil_div(s.channels, kBnThreads / 32))), kBnThreads, 0, stream,
          static_cast<const acc_t<T>*>(partial), s, t, mean, var);
 }
@@ -29,12 +35,11 @@ void bn_apply_run(const T* x, const T* residual, const BnParams<acc_t<T>>& p, bo
                   const Device& d, T* y, uint8_t* mask, cudaStream_t stream) {
   const bool vector = bn_vectors_fit(s) && aligned16({x, residual, y});
   const BnShape shape = vector ? s : bn_flat(s);
-  const BnTiling t = bn_elementwise_tiling(shape, d.sm_count);
   const auto kernel = residual ? vector ? &bn_apply<T, true, true> : &bn_apply<T, false, true>
                       : vector ? &bn_apply<T, true, false>
                                : &bn_apply<T, false, false>;
-  launch(kernel, dim3(unsigned(t.tiles), unsigned(t.splits)), kBnThreads, 0, stream, x, residual, p, from_x, shape, t,
-         y, mask);
+  const BnTiling t = bn_wave(kernel, shape, d);
+  launch(kernel, dim3(unsigned(t.blocks)), kBnThreads, 0, stream, x, residual, p, from_x, shape, t, y, mask);
 }
 
 // mask given: bn_add_relu; `partial` as in bn_stats_run.
@@ -43,11 +48,11 @@ void bn_backward_reduce_run(const T* dy, const T* x, const uint8_t* mask, const 
                             const Device& d, acc_t<T>* partial, acc_t<T>* dweight, acc_t<T>* dbias,
                             cudaStream_t stream) {
   const bool vector = bn_vectors_fit(s) && aligned16({dy, x});
-  const BnTiling t = bn_reduction_tiling(s, d.sm_count);
   const auto kernel = mask     ? vector ? &bn_backward_reduce<T, true, true> : &bn_backward_reduce<T, false, true>
                       : vector ? &bn_backward_reduce<T, true, false>
                                : &bn_backward_reduce<T, false, false>;
-  launch(kernel, dim3(unsigned(t.tiles), unsigned(t.splits)), kBnThreads, 0, stream, dy, x, mask, p, s, t, partial);
+  const BnTiling t = bn_wave(kernel, s, d);
+  launch(kernel, dim3(unsigned(t.blocks)), kBnThreads, 0, stream, dy, x, mask, p, s, t, partial);
   launch(&bn_finalize_backward<acc_t<T>>, dim3(unsigned(ceil_div(s.channels, kBnThreads / 32))), kBnThreads, 0, stream,
          static_cast<const acc_t<T>*>(partial), s, t, p.var, p.eps, dweight, dbias);
 }
@@ -60,13 +65,13 @@ void bn_backward_apply_run(const T* dy, const T* x, const uint8_t* mask, const B
   using A = acc_t<T>;
   const bool vector = bn_vectors_fit(s) && aligned16({dy, x, dx, dresidual});
   const BnShape shape = vector ? s : bn_flat(s);
-  const BnTiling t = bn_elementwise_tiling(shape, d.sm_count);
   const A inv_count = count ? A(1) / A(count) : A(0);
   const auto kernel = mask     ? vector ? &bn_backward_apply<T, true, true> : &bn_backward_apply<T, false, true>
                       : vector ? &bn_backward_apply<T, true, false>
                                : &bn_backward_apply<T, false, false>;
-  launch(kernel, dim3(unsigned(t.tiles), unsigned(t.splits)), kBnThreads, 0, stream, dy, x, mask, p, dweight, dbias,
-         inv_count, shape, t, dx, dresidual);
+  const BnTiling t = bn_wave(kernel, shape, d);
+  launch(kernel, dim3(unsigned(t.blocks)), kBnThreads, 0, stream, dy, x, mask, p, dweight, dbias, inv_count, shape, t,
+         dx, dresidual);
 }
 
 // Whether a one-launch kernel can have all its blocks on the card at once, with as many per multiprocessor as fit.
@@ -74,9 +79,8 @@ template <typename Kernel>
 bool bn_slab_fits(Kernel kernel, const BnShape& s, const Device& d, int element_bytes, int arrays, BnSlabPlan* plan) {
   for (int blocks = 2; blocks >= 1; --blocks) {
     *plan = bn_slab_plan(s, int64_t(d.sm_count) * blocks, element_bytes, arrays);
-    const int64_t grid = plan->tiling.tiles * plan->tiling.splits;
-    if (grid > int64_t(d.sm_count) * blocks || plan->bytes > d.shared_per_block - kBnSlabStatic) continue;
-    if (grid <= int64_t(d.sm_count) * resident_blocks(kernel, kBnThreads, size_t(plan->bytes), d)) return true;
+    if (plan->bytes > d.shared_per_block - kBnSlabStatic) continue;
+    if (blocks <= resident_blocks(kernel, kBnThreads, size_t(plan->bytes), d)) return true;
   }
   return false;
 }
@@ -90,8 +94,9 @@ void bn_forward_run(const T* x, const T* residual, const BnParams<acc_t<T>>& p, 
     BnSlabPlan plan;
     if (bn_vectors_fit(s) && aligned16({x, residual, y}) && bn_slab_fits(kernel, s, d, sizeof(T), 1, &plan)) {
       const BnTiling& t = plan.tiling;
-      return launch_cooperative(kernel, dim3(unsigned(t.tiles), unsigned(t.splits)), kBnThreads, size_t(plan.bytes),
-                                stream, x, residual, p, s, t, partial, mean, var, y, mask);
+      if (launch_cooperative(kernel, dim3(unsigned(t.blocks)), kBnThreads, size_t(plan.bytes), stream, x, residual, p,
+                             s, t, partial, mean, var, y, mask))
+        return;
     }
   }
   bn_stats_run(x, s, d, partial, mean, var, stream);
@@ -109,9 +114,9 @@ void bn_backward_run(const T* dy, const T* x, const uint8_t* mask, const BnParam
     if (bn_vectors_fit(s) && aligned16({dy, x, dx, dresidual}) && bn_slab_fits(kernel, s, d, sizeof(T), 2, &plan)) {
       const BnTiling& t = plan.tiling;
       const acc_t<T> inv_count = count ? acc_t<T>(1) / acc_t<T>(count) : acc_t<T>(0);
-      return launch_cooperative(kernel, dim3(unsigned(t.tiles), unsigned(t.splits)), kBnThreads, size_t(plan.bytes),
-                                stream, dy, x, mask, p, s, t, plan.kept_rows, partial, dweight, dbias, inv_count, dx,
-                                dresidual);
+      if (launch_cooperative(kernel, dim3(unsigned(t.blocks)), kBnThreads, size_t(plan.bytes), stream, dy, x, mask, p,
+                             s, t, plan.kept_rows, partial, dweight, dbias, inv_count, dx, dresidual))
+        return;
     }
   }
   bn_backward_reduce_run(dy, x, mask, p, s, d, partial, dweight, dbias, stream);

@@ -14,8 +14,9 @@
 #include "types.h"
 
 #if defined(CUDA_ON_CPU)
-#define FT_METER_LOAD(bytes) ::emu::count_load(bytes)
-#define FT_METER_STORE(bytes) ::emu::count_store(bytes)
+#define FT_METER_LOAD(p, bytes) ::emu::count_load(p, bytes)
+#define FT_METER_STORE(p, bytes) ::emu::count_store(p, bytes)
+#define FT_METER_SHARED(p, bytes) ::emu::count_shared(p, bytes)
 // T name[N] in the block's shared memory.
 #define FT_SHARED(T, name, N)     \
   static char name##_declaration; \
@@ -27,8 +28,9 @@
 #define FT_DEVICE inline
 #else
 #include <cooperative_groups.h>
-#define FT_METER_LOAD(bytes) ((void)0)
-#define FT_METER_STORE(bytes) ((void)0)
+#define FT_METER_LOAD(p, bytes) ((void)0)
+#define FT_METER_STORE(p, bytes) ((void)0)
+#define FT_METER_SHARED(p, bytes) ((void)0)
 #define FT_SHARED(T, name, N) __shared__ T name[N]
 #define FT_DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 #define FT_PARAMETER(T) __grid_constant__ const T
@@ -45,7 +47,7 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 template <typename T, int N>
 FT_DEVICE void load(const T* p, T (&v)[N]) {
   static_assert(N * sizeof(T) % 16 == 0, "whole 16-byte vectors");
-  FT_METER_LOAD(N * sizeof(T));
+  FT_METER_LOAD(p, N * sizeof(T));
 #pragma unroll
   for (int i = 0; i < int(N * sizeof(T) / 16); ++i) {
     const uint4 u = reinterpret_cast<const uint4*>(p)[i];
@@ -55,7 +57,7 @@ FT_DEVICE void load(const T* p, T (&v)[N]) {
 template <typename T, int N>
 FT_DEVICE void store(T* p, const T (&v)[N]) {
   static_assert(N * sizeof(T) % 16 == 0, "whole 16-byte vectors");
-  FT_METER_STORE(N * sizeof(T));
+  FT_METER_STORE(p, N * sizeof(T));
 #pragma unroll
   for (int i = 0; i < int(N * sizeof(T) / 16); ++i) {
     uint4 u;
@@ -65,12 +67,12 @@ FT_DEVICE void store(T* p, const T (&v)[N]) {
 }
 template <typename T>
 FT_DEVICE T load(const T* p) {
-  FT_METER_LOAD(sizeof(T));
+  FT_METER_LOAD(p, sizeof(T));
   return *p;
 }
 template <typename T>
 FT_DEVICE void store(T* p, T v) {
-  FT_METER_STORE(sizeof(T));
+  FT_METER_STORE(p, sizeof(T));
   *p = v;
 }
 // Two neighbours in one access; p is aligned to both.
@@ -78,13 +80,13 @@ template <typename T>
 using pair_t = std::conditional_t<sizeof(T) == 2, uint32_t, std::conditional_t<sizeof(T) == 4, uint64_t, uint4>>;
 template <typename T>
 FT_DEVICE void load_pair(const T* p, T (&v)[2]) {
-  FT_METER_LOAD(2 * sizeof(T));
+  FT_METER_LOAD(p, 2 * sizeof(T));
   const auto u = *reinterpret_cast<const pair_t<T>*>(p);
   memcpy(v, &u, sizeof u);
 }
 template <typename T>
 FT_DEVICE void store_pair(T* p, const T (&v)[2]) {
-  FT_METER_STORE(2 * sizeof(T));
+  FT_METER_STORE(p, 2 * sizeof(T));
   pair_t<T> u;
   memcpy(&u, v, sizeof u);
   *reinterpret_cast<pair_t<T>*>(p) = u;
@@ -93,12 +95,45 @@ FT_DEVICE void store_pair(T* p, const T (&v)[2]) {
 // cache.
 template <typename T>
 FT_DEVICE T load_shared_between_blocks(const T* p) {
-  FT_METER_LOAD(sizeof(T));
+  FT_METER_LOAD(p, sizeof(T));
 #if defined(CUDA_ON_CPU)
   return *p;
 #else
   return __ldcg(p);
 #endif
+}
+
+template <typename T>
+FT_DEVICE void load_pair_shared_between_blocks(const T* p, T (&v)[2]) {
+  FT_METER_LOAD(p, 2 * sizeof(T));
+#if defined(CUDA_ON_CPU)
+  const auto u = *reinterpret_cast<const pair_t<T>*>(p);
+#else
+  const auto u = __ldcg(reinterpret_cast<const pair_t<T>*>(p));
+#endif
+  memcpy(v, &u, sizeof u);
+}
+
+// v, of which the compiler knows nothing: what depends on it is not computed early, nor kept from before.
+template <typename T>
+FT_DEVICE T hidden(T v) {
+  static_assert(sizeof(T) == 4);
+#if !defined(CUDA_ON_CPU)
+  asm volatile("" : "+r"(v));
+#endif
+  return v;
+}
+
+// Accesses to shared memory that the emulator counts bank conflicts of.
+template <typename T>
+FT_DEVICE T load_shared(const T* p) {
+  FT_METER_SHARED(p, sizeof(T));
+  return *p;
+}
+template <typename T>
+FT_DEVICE void store_shared(T* p, T v) {
+  FT_METER_SHARED(p, sizeof(T));
+  *p = v;
 }
 
 // All blocks of a cooperative launch wait for each other, and see each other's writes.

@@ -2,13 +2,18 @@
 // shared-memory sizes are tested with the kernels.
 #pragma once
 
+#include <algorithm>
+
 #include "intrinsics.cuh"
 
 #if !defined(CUDA_ON_CPU)
 #include <torch/csrc/stable/macros.h>
 
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #endif
 
 namespace fasttricks::cuda {
@@ -32,39 +37,73 @@ template <typename... P, typename... A>
 void launch(void (*kernel)(P...), dim3 grid, int threads, size_t dynamic_bytes, cudaStream_t, const A&... args) {
   emu::launch(grid, dim3(unsigned(threads)), dynamic_bytes, false, [&] { kernel(args...); });
 }
+// Returns whether the card takes the launch.
 template <typename... P, typename... A>
-void launch_cooperative(void (*kernel)(P...), dim3 grid, int threads, size_t dynamic_bytes, cudaStream_t,
+bool launch_cooperative(void (*kernel)(P...), dim3 grid, int threads, size_t dynamic_bytes, cudaStream_t,
                         const A&... args) {
+  if (emu::world.refuse_cooperative) return false;
   emu::launch(grid, dim3(unsigned(threads)), dynamic_bytes, true, [&] { kernel(args...); });
+  return true;
 }
-// Number of a kernel's blocks that are resident on one SM at a time.
+// Number of a kernel's blocks that are resident on one SM at a time: three by their registers.
 template <typename... P>
 int resident_blocks(void (*)(P...), int, size_t dynamic_bytes, const Device& device) {
-  return int(device.shared_per_sm / (dynamic_bytes + 18 * 1024));
+  return dynamic_bytes == 0 ? 3 : std::min(3, int(device.shared_per_sm / (dynamic_bytes + 18 * 1024)));
 }
 
 #else
 
+// What a function of the key returned on the first call: asking the driver costs microseconds.
+template <typename Key, typename Value>
+class Remembered {
+ public:
+  template <typename Make>
+  Value get(const Key& key, Make make) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = values_.find(key);
+    return found != values_.end() ? found->second : values_.emplace(key, make()).first->second;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::map<Key, Value> values_;
+};
+
 inline Device device_properties(int index) {
-  const auto attribute = [index](cudaDeviceAttr which) {
-    int value = 0;
-    STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, index));
-    return value;
-  };
-  return {attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
-          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
+  static auto& known = *new Remembered<int, Device>;  // never destroyed: other threads may still launch at exit
+  return known.get(index, [index] {
+    const auto attribute = [index](cudaDeviceAttr which) {
+      int value = 0;
+      STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, index));
+      return value;
+    };
+    return Device{attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+                  attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
+  });
 }
 
-template <typename... P>
-void allow_dynamic(void (*kernel)(P...), size_t bytes) {
-  if (bytes > 48 * 1024)
-    STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                        cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
+inline int current_device() {
+  int index = 0;
+  STD_CUDA_CHECK(cudaGetDevice(&index));
+  return index;
+}
+// Allows as much dynamic shared memory as a block can have, once per kernel and device: if every call allowed what it
+// needs, one thread could lower the limit between another's call and its launch.
+inline void allow_dynamic(const void* kernel) {
+  static auto& allowed = *new Remembered<std::tuple<const void*, int>, bool>;
+  const int index = current_device();
+  allowed.get({kernel, index}, [kernel, index] {
+    cudaFuncAttributes of_kernel;
+    STD_CUDA_CHECK(cudaFuncGetAttributes(&of_kernel, kernel));
+    const int most = device_properties(index).shared_per_block - int(of_kernel.sharedSizeBytes);
+    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
+    return true;
+  });
 }
 template <typename... P, typename... A>
-void start(bool cooperative, void (*kernel)(P...), dim3 grid, int threads, size_t dynamic_bytes, cudaStream_t stream,
-           const A&... args) {
-  allow_dynamic(kernel, dynamic_bytes);
+cudaError_t start(bool cooperative, void (*kernel)(P...), dim3 grid, int threads, size_t dynamic_bytes,
+                  cudaStream_t stream, const A&... args) {
+  if (dynamic_bytes > 0) allow_dynamic(reinterpret_cast<const void*>(kernel));
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeCooperative;
   attribute.val.cooperative = cooperative;
@@ -75,23 +114,35 @@ void start(bool cooperative, void (*kernel)(P...), dim3 grid, int threads, size_
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = 1;
-  STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, P(args)...));
+  return cudaLaunchKernelEx(&config, kernel, P(args)...);
 }
 template <typename... P, typename... A>
 void launch(void (*kernel)(P...), dim3 grid, int threads, size_t dynamic_bytes, cudaStream_t stream, const A&... args) {
-  start(false, kernel, grid, threads, dynamic_bytes, stream, args...);
+  STD_CUDA_CHECK(start(false, kernel, grid, threads, dynamic_bytes, stream, args...));
 }
+// Returns whether the card takes the launch. It does not if its blocks do not fit together: what fits is planned for a
+// whole card, and a green context or MPS may leave a process a part of one.
 template <typename... P, typename... A>
-void launch_cooperative(void (*kernel)(P...), dim3 grid, int threads, size_t dynamic_bytes, cudaStream_t stream,
+bool launch_cooperative(void (*kernel)(P...), dim3 grid, int threads, size_t dynamic_bytes, cudaStream_t stream,
                         const A&... args) {
-  start(true, kernel, grid, threads, dynamic_bytes, stream, args...);
+  const cudaError_t error = start(true, kernel, grid, threads, dynamic_bytes, stream, args...);
+  if (error == cudaErrorCooperativeLaunchTooLarge || error == cudaErrorNotSupported) {
+    cudaGetLastError();  // it is dealt with, and must not surface in an unrelated call
+    return false;
+  }
+  STD_CUDA_CHECK(error);
+  return true;
 }
 template <typename... P>
 int resident_blocks(void (*kernel)(P...), int threads, size_t dynamic_bytes, const Device&) {
-  allow_dynamic(kernel, dynamic_bytes);
-  int blocks = 0;
-  STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, dynamic_bytes));
-  return blocks;
+  static auto& known = *new Remembered<std::tuple<const void*, int, int, size_t>, int>;
+  const void* const address = reinterpret_cast<const void*>(kernel);
+  return known.get({address, current_device(), threads, dynamic_bytes}, [&] {
+    if (dynamic_bytes > 0) allow_dynamic(address);
+    int blocks = 0;
+    STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, dynamic_bytes));
+    return blocks;
+  });
 }
 
 #endif

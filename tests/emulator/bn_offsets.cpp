@@ -3,18 +3,19 @@
 
 using namespace fasttricks::cuda;
 
-// The highest offset of any thread's last row, and the channel that it is taken to belong to.
+// The highest offset of any row of the last block, and the channel that it is taken to belong to.
 __global__ void last_offset(BnShape s, BnTiling t, int64_t* out) {
-  const BnTile tile(s, t);
-  if (!tile.valid || blockIdx.y + 1 != gridDim.y || blockIdx.x + 1 != gridDim.x) return;
-  tile.for_rows<1>([&](int64_t row, auto) {
-    const int64_t end = tile.offset(row) + tile.valid - 1;
-    if (end <= out[0]) return;
-    out[0] = end;
-    tile.for_slots([&](int j, int slot) {
-      if (j + 1 == tile.valid) out[1] = tile.channel(slot);
+  if (blockIdx.x + 1 != gridDim.x) return;
+  for (BnTile tile(s, t); tile.more(); tile.next()) {
+    tile.for_rows<1>([&](int64_t at, auto) {
+      const int64_t end = at + tile.valid - 1;
+      if (end <= out[0]) return;
+      out[0] = end;
+      tile.for_slots([&](int j, int slot) {
+        if (j + 1 == tile.valid) out[1] = tile.channel(slot);
+      });
     });
-  });
+  }
 }
 
 extern "C" __attribute__((visibility("default"))) void emu_bn_last_offset(int64_t n, int64_t c, int64_t hw,
@@ -23,5 +24,5 @@ extern "C" __attribute__((visibility("default"))) void emu_bn_last_offset(int64_
   const BnShape s = bn_shape(n, int(c), hw, channels_last != 0);
   const BnTiling t = bn_tile(s, max_blocks);
   out[0] = out[1] = -1;
-  launch(&last_offset, dim3(unsigned(t.tiles), unsigned(t.splits)), kBnThreads, 0, nullptr, s, t, out);
+  launch(&last_offset, dim3(unsigned(t.blocks)), kBnThreads, 0, nullptr, s, t, out);
 }

@@ -22,7 +22,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib import import_module
 from pathlib import Path
 
@@ -114,16 +114,33 @@ def changed(folder: Path, file: str, before: str, after: str) -> Path:
 
 @dataclass
 class Meter:
-    """What the kernels moved through the helpers of csrc/cuda/intrinsics.cuh, in bytes, and their launches."""
+    """What the kernels moved through the helpers of csrc/cuda/intrinsics.cuh, in bytes, their launches and blocks.
+
+    Every load passes through the L2 cache; first_loaded are those of 32-byte sectors that a launch had not touched,
+    which is what DRAM serves if the cache keeps everything. wavefronts: of the accesses to shared memory, if counted.
+    """
 
     loaded: int = 0
     stored: int = 0
     launches: int = 0
     cooperative_launches: int = 0
+    first_loaded: int = 0
+    blocks: int = 0
+    wavefronts: int = 0
+    least_wavefronts: int = 0
 
     @property
     def moved(self) -> int:
         return self.loaded + self.stored
+
+    @property
+    def dram(self) -> int:
+        return self.first_loaded + self.stored
+
+    @property
+    def conflicts(self) -> float:
+        """How many times as many wavefronts as without bank conflicts."""
+        return self.wavefronts / max(1, self.least_wavefronts)
 
 
 # in which order threads and blocks run, how shared memory starts (poison: NaN, else zeros: poison can mask a fault
@@ -164,13 +181,24 @@ class Library:
             self.c.emu_shared_per_sm(ctypes.c_int64(228 << 10))
 
     @contextlib.contextmanager
-    def metered(self) -> Iterator[Meter]:
-        """The meter has its numbers when the context ends."""
-        numbers, meter = (ctypes.c_int64 * 4)(), Meter()
-        self.c.emu_meter(numbers)
+    def refused_cooperative_launches(self) -> Iterator[None]:
+        """As on a card of which other processes have a part (MPS, green contexts)."""
+        self.c.emu_refuse_cooperative(ctypes.c_int64(1))
+        try:
+            yield
+        finally:
+            self.c.emu_refuse_cooperative(ctypes.c_int64(0))
+
+    @contextlib.contextmanager
+    def metered(self, conflicts: bool = False) -> Iterator[Meter]:
+        """The meter has its numbers when the context ends; those of bank conflicts take longer."""
+        meter = Meter()
+        numbers = (ctypes.c_int64 * len(fields(meter)))()
+        self.c.emu_meter(numbers, ctypes.c_int64(conflicts))
         yield meter
-        self.c.emu_meter(numbers)
-        meter.loaded, meter.stored, meter.launches, meter.cooperative_launches = numbers
+        self.c.emu_meter(numbers, ctypes.c_int64(0))
+        for each, number in zip(fields(meter), numbers, strict=True):
+            setattr(meter, each.name, number)
 
 
 @functools.cache

@@ -62,6 +62,15 @@ __global__ void product(const Half* a, const Half* b, float* out, int fault) {
   for (int i = 0; i < 4; ++i) store(out + (lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2, d[i]);
 }
 
+// Threads store words that are `stride` apart, then load 16 bytes each, of every stride-th row of 16.
+__global__ void banks(int* out, int stride) {
+  FT_SHARED(int, buffer, 32 * 4 * 32);
+  const int t = int(threadIdx.x);
+  store_shared(buffer + t * stride, t);
+  __syncthreads();
+  store(out + t, int(load_shared(reinterpret_cast<const uint4*>(buffer) + t * stride).x));
+}
+
 static bool run(const std::string& name, void* x, void* y, void* z, int fault) {
   const auto i = [](void* p) { return static_cast<int*>(p); };
   if (name == "neighbours") {
@@ -76,6 +85,8 @@ static bool run(const std::string& name, void* x, void* y, void* z, int fault) {
     const size_t bytes = fault == 5 ? 768 : 1024;
     launch(&product, dim3(1), 32, bytes, nullptr, static_cast<Half*>(x), static_cast<Half*>(y), static_cast<float*>(z),
            fault);
+  } else if (name == "banks") {
+    launch(&banks, dim3(1), 32, 0, nullptr, i(y), fault);
   } else {
     return false;
   }

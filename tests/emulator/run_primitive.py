@@ -24,10 +24,25 @@ def expected(name: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return (x.astype(np.float32) @ y.astype(np.float32))[:, :8]
 
 
+def check_banks(library: ctypes.CDLL, stride: int) -> None:
+    """Of 32 words, stride apart, as many share a bank as the stride has of 32; 16 bytes are loaded by eight threads."""
+    meter, y = (ctypes.c_int64 * 8)(), np.zeros(32, np.int32)
+    library.emu_meter(meter, ctypes.c_int64(1))
+    none, error = ctypes.c_void_p(0), ctypes.create_string_buffer(64)
+    library.emu_primitive(b"banks", none, ctypes.c_void_p(y.ctypes.data), none, stride, error, ctypes.c_int64(64))
+    library.emu_meter(meter, ctypes.c_int64(0))
+    shared = np.gcd(stride, 32)
+    want = [shared + 4 * min(shared, 8), 1 + 4]
+    if list(meter[6:8]) != want:
+        sys.exit(f"{list(meter[6:8])} wavefronts, {want} expected")
+
+
 def main() -> None:
     path, name, *numbers = sys.argv[1:]
     fault, order, landing = map(int, numbers)
     library = ctypes.CDLL(path)
+    if name == "banks":
+        return check_banks(library, fault)
     draw = np.random.default_rng(0)
     if name == "product":
         x, y = (draw.standard_normal((16, 16)).astype(np.float16) for _ in range(2))

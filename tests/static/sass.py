@@ -1,4 +1,4 @@
-"""Reads machine code with cuobjdump: kernels of a library or cubin, their resources and instructions."""
+"""Reads machine code with cuobjdump: kernels of a library or cubin, their resources, instructions and loops."""
 
 from __future__ import annotations
 
@@ -22,6 +22,31 @@ def tool(name: str) -> str | None:
     )
 
 
+@dataclass(frozen=True)
+class Instruction:
+    """One line of machine code: its address, opcode and operands."""
+
+    address: int
+    opcode: str
+    operands: str
+
+    @property
+    def target(self) -> int | None:
+        """Where a branch or call goes; None where a register says."""
+        found = re.search(r"0x([0-9a-f]+)\s*$", self.operands)
+        return int(found[1], 16) if found and self.opcode.split(".")[0] in ("BRA", "CALL", "BSYNC", "BREAK") else None
+
+    @property
+    def always(self) -> bool:
+        return not self.operands.startswith("@")
+
+
+def instruction(line: str) -> Instruction | None:
+    """The instruction of a line of cuobjdump; None if it has none."""
+    found = re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]+)\s*([^;]*)", line)
+    return Instruction(int(found[1], 16), found[3], f"{found[2] or ''}{found[4].strip()}") if found else None
+
+
 @dataclass
 class Kernel:
     """One kernel on one architecture; bytes are a thread's (stack, local) or a block's (shared)."""
@@ -32,7 +57,114 @@ class Kernel:
     stack: int
     local: int
     shared: int
+    parameters: int = 0  # bytes of them, and what the driver adds
     opcodes: set[str] = field(default_factory=set)
+    divisions: int = 0  # of integers, by numbers that are not constants, inside loops
+    in_flight: int = 0  # 128-bit global loads that are issued before the first of them is waited for, at best
+    waited: int = 0  # those in loops with tensor-core instructions that are waited for before any of these
+
+
+def _loops(code: list[Instruction]) -> list[set[int]]:
+    """The indices of the instructions of each loop with everything inside it: strongly connected parts of the code."""
+    at = {instruction.address: i for i, instruction in enumerate(code)}
+    starts = {0}
+    for i, instruction in enumerate(code):
+        if instruction.opcode.split(".")[0] in ("BRA", "EXIT", "RET", "BRX", "JMP"):
+            starts.add(i + 1)
+            if instruction.target in at:
+                starts.add(at[instruction.target])
+    firsts = sorted(i for i in starts if i < len(code))
+    block_of = {first: k for k, first in enumerate(firsts)}
+    ends = [*firsts[1:], len(code)]
+    following: list[list[int]] = []
+    for end in ends:
+        last, after = code[end - 1], []
+        kind = last.opcode.split(".")[0]
+        if kind == "BRA" and last.target in at:
+            after.append(block_of[at[last.target]])
+        if end < len(code) and not (kind in ("BRA", "EXIT", "RET", "BRX", "JMP") and last.always):
+            after.append(block_of[end])
+        following.append(after)
+    # Tarjan 1972, without recursion
+    index: dict[int, int] = {}
+    low: dict[int, int] = {}
+    stack: dict[int, None] = {}  # in the order of its keys
+    loops: list[set[int]] = []
+    for root in range(len(firsts)):
+        if root in index:
+            continue
+        work = [(root, 0)]
+        while work:
+            block, k = work.pop()
+            if block not in index:
+                index[block] = low[block] = len(index)
+                stack[block] = None
+            for j in range(k, len(following[block])):
+                to = following[block][j]
+                if to not in index:
+                    work += [(block, j), (to, 0)]
+                    break
+                if to in stack:
+                    low[block] = min(low[block], low[to])
+            else:
+                if low[block] == index[block]:
+                    part: set[int] = set()
+                    while block not in part:
+                        part.add(stack.popitem()[0])
+                    if len(part) > 1 or block in following[block]:
+                        loops.append({i for b in part for i in range(firsts[b], ends[b])})
+    return loops
+
+
+def _divides(instruction: Instruction) -> bool:
+    """Whether it belongs to a division of integers, whose quotient starts from a reciprocal that is rounded up."""
+    return re.match(r"I2F\b.*\.RP\b", instruction.opcode) is not None
+
+
+def _divisions_in_loops(code: list[Instruction], loops: list[set[int]]) -> int:
+    # subroutines: from a called address to the next return
+    dividing, at = set(), {instruction.address: i for i, instruction in enumerate(code)}
+    for to in {c.target for c in code if c.opcode.startswith("CALL") and c.target in at}:
+        body = code[at[to] :]
+        end = next((i for i, instruction in enumerate(body) if instruction.opcode.startswith("RET")), len(body))
+        if any(map(_divides, body[:end])):
+            dividing.add(to)
+    inside = set().union(*loops)
+    return sum(_divides(code[i]) or code[i].target in dividing for i in inside)
+
+
+def _read(operands: str) -> set[int]:
+    """The registers that an instruction names after its first operand, or in it if that is an address."""
+    first, _, rest = operands.partition(",")
+    named = rest + (first if "[" in first else "")
+    found = {int(r) for r in re.findall(r"\bR(\d+)\b", named)}
+    return found | {int(r) + 1 for r in re.findall(r"\bR(\d+)\.64\b", named)}
+
+
+def _first_uses(code: list[Instruction]) -> dict[int, int]:
+    """For every 128-bit global load, the index of the first instruction after it that reads what it loaded."""
+    uses = {}
+    for i, instruction in enumerate(code):
+        if not re.match(r"LDG\b.*\.128", instruction.opcode):
+            continue
+        loaded = re.search(r"\bR(\d+)\b", re.sub(r"^@\S+\s+", "", instruction.operands))
+        if not loaded:
+            continue
+        registers = set(range(int(loaded[1]), int(loaded[1]) + 4))
+        uses[i] = next((j for j in range(i + 1, len(code)) if registers & _read(code[j].operands)), len(code))
+    return uses
+
+
+def inspect(kernel: Kernel, code: list[Instruction]) -> None:
+    """Fills in what the instructions say."""
+    loops, uses = _loops(code), _first_uses(code)
+    kernel.opcodes = {instruction.opcode for instruction in code}
+    kernel.divisions = _divisions_in_loops(code, loops)
+    kernel.in_flight = max((sum(i <= j < use for j in uses) for i, use in uses.items()), default=0)
+    products = [i for i, instruction in enumerate(code) if re.match(r"(HMMA|HGMMA|UTCHMMA)\b", instruction.opcode)]
+    for loop in loops:
+        inside = [i for i in products if i in loop]
+        kernel.waited += sum(i in loop and not any(i < p < use for p in inside) for i, use in uses.items() if inside)
 
 
 def _names(mangled: list[str]) -> dict[str, str]:
@@ -60,21 +192,29 @@ def kernels(path: Path) -> list[Kernel]:
         return subprocess.run([cuobjdump, flag, str(path)], capture_output=True, text=True, check=True).stdout
 
     found: dict[tuple[int, str], Kernel] = {}
-    arch, name = 0, ""
+    arch, next_arch, name = 0, 0, ""
     for line in dump("-res-usage").splitlines():
         if m := re.search(r"arch = sm_(\d+)", line):
             arch = int(m[1])
         elif m := re.match(r"\s*Function (\S+):", line):
             name = m[1]
         elif m := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line):
-            found[arch, name] = Kernel(name, arch, int(m[1]), int(m[2]), int(m[4]), int(m[3]))
-    for line in dump("-sass").splitlines():
-        if m := re.search(r"code for sm_(\d+)", line):
-            arch = int(m[1])
-        elif m := re.match(r"\s*Function : (\S+)", line):
-            name = m[1]
-        elif m := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]+)", line):
-            found[arch, name].opcodes.add(m[1])
+            constants = re.search(r"CONSTANT\[0\]:(\d+)", line)
+            found[arch, name] = Kernel(
+                name, arch, int(m[1]), int(m[2]), int(m[4]), int(m[3]), int(constants[1]) if constants else 0
+            )
+    code: list[Instruction] = []
+    for line in [*dump("-sass").splitlines(), "Function : "]:
+        if made := instruction(line):
+            code.append(made)
+        elif m := re.search(r"code for sm_(\d+)", line):
+            next_arch = int(m[1])
+        elif "Function : " in line:
+            if code:
+                kernel = found.get((arch, name)) or found[0, name]  # of a cubin, the resources do not say which
+                kernel.arch = arch
+                inspect(kernel, code)
+            code, arch, name = [], next_arch, line.split("Function : ")[1].strip()
     short = _names(sorted({k.name for k in found.values()}))
     for kernel in found.values():
         kernel.name = short[kernel.name]

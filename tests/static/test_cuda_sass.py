@@ -1,4 +1,5 @@
-"""The CUDA library as machine code: no local memory, budgets of registers and shared memory, wide accesses, HMMA.
+"""The CUDA library as machine code: no local memory, budgets of registers and shared memory, wide accesses, HMMA,
+loads that overlap with other loads and with products, no divisions inside loops.
 
 Reads what was built; the architectures are those of TORCH_CUDA_ARCH_LIST at build time.
 """
@@ -6,6 +7,7 @@ Reads what was built; the architectures are those of TORCH_CUDA_ARCH_LIST at bui
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 from cuda_budgets import BUDGETS, Budget
@@ -15,6 +17,7 @@ from fasttricks.backends import LIB, build_facts
 
 pytestmark = pytest.mark.xdist_group("sass")  # one process reads the library once
 LIBRARY = LIB / "libfasttricks_cuda.so"
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
 if not LIBRARY.exists():
     pytest.skip(f"no CUDA library was built: {build_facts().get('no_cuda')}", allow_module_level=True)
 if tool("cuobjdump") is None:
@@ -59,13 +62,19 @@ def faults(kernel: Kernel) -> list[str]:
     if kernel.shared > budget.shared + 1024:  # the system's own part is counted from sm_90 on
         found.append(f"{kernel.shared} bytes of static shared memory, budget {budget.shared}")
     blocks = resident_blocks(kernel, budget)
-    if kernel.arch in (80, 90, 100) and blocks < budget.blocks:
+    if (kernel.arch in (80, 90, 100) or not budget.dynamic) and blocks < budget.blocks:
         found.append(f"{blocks} blocks on a multiprocessor, budget {budget.blocks}")
     for access in budget.wide:
         if not any(re.match(rf"{access}\b.*\.128", op) for op in kernel.opcodes):
             found.append(f"no 128-bit {access}")
     if budget.tensor_cores and not any(re.match(r"(HMMA|HGMMA|UTCHMMA)\b", op) for op in kernel.opcodes):
         found.append("no tensor-core instruction")
+    if kernel.in_flight < budget.in_flight:
+        found.append(f"{kernel.in_flight} wide loads in flight, budget {budget.in_flight}")
+    if kernel.waited > budget.waited:
+        found.append(f"{kernel.waited} wide loads that are waited for before any product of their loop")
+    if kernel.divisions:
+        found.append(f"{kernel.divisions} divisions of integers inside loops")
     return [f"{kernel.name} on sm_{kernel.arch}: {fault}" for fault in found]
 
 
@@ -81,7 +90,17 @@ def test_every_budget_has_a_kernel_on_every_architecture(built: list[Kernel]) ->
         assert unused == [], f"sm_{arch}"
 
 
+def test_the_card_is_asked_for_what_needs_most(built: list[Kernel]) -> None:
+    """A driver too old for 32 KB of parameters must be noticed before the first step: the probe is of such a kernel."""
+    probe = re.search(r"cudaFuncGetAttributes\(&\w+, (\w+)_kernel\(\)\)", (CSRC / "cuda/library.cu").read_text())
+    assert probe
+    for arch in {kernel.arch for kernel in built}:
+        parameters = {kernel.name: kernel.parameters for kernel in built if kernel.arch == arch}
+        assert parameters[probe[1]] >= 0.99 * max(parameters.values()) > 4096
+
+
 def test_faults_are_seen() -> None:
     """The checks above do fail: a kernel over each of its limits."""
-    bad = Kernel("probe", 90, registers=255, stack=8, local=16, shared=200_000, opcodes={"LDL.64", "LDG.E.64"})
-    assert len(faults(bad)) == 5
+    bad = Kernel("sgd_step", 90, registers=255, stack=8, local=16, shared=200_000, opcodes={"LDL.64", "LDG.E.64"})
+    bad.divisions = bad.waited = 1
+    assert len(faults(bad)) == 10

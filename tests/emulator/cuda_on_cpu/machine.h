@@ -9,6 +9,8 @@
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <unordered_map>
 #include <vector>
 
 #include "fiber.h"
@@ -34,9 +36,24 @@ struct Options {
   bool poison = true;  // shared memory starts as NaN; false: as zeros (poison can mask a fault whose right value is it)
   Landing landing = Landing::late;
 };
-// What the kernels moved through the helpers of csrc/cuda/intrinsics.cuh.
+// What the kernels moved through the helpers of csrc/cuda/intrinsics.cuh. first_loaded: of the 32-byte sectors that the
+// launch had not touched before, which a cache that keeps everything would load from DRAM. blocks: of all launches.
+// wavefronts: what the accesses to shared memory take; least: what they would take without bank conflicts.
 struct Meter {
-  int64_t loaded = 0, stored = 0, launches = 0, cooperative_launches = 0;
+  int64_t loaded = 0, stored = 0, launches = 0, cooperative_launches = 0, first_loaded = 0, blocks = 0, wavefronts = 0,
+          least_wavefronts = 0;
+};
+// One thread's part in an access of its warp: threads of a warp that have met as often (`meetings`), and made as many
+// accesses since, make it together.
+struct SharedAccess {
+  int warp, lane;
+  unsigned meetings, index;
+  uintptr_t address;
+  int bytes;
+  auto key() const { return std::tuple(warp, meetings, index, lane); }
+};
+struct Sectors {
+  uint64_t touched[2] = {};  // a bit for each 32 bytes of 4096
 };
 
 enum class State : uint8_t { ready, barrier, grid_barrier, warp_op, done };
@@ -56,6 +73,7 @@ struct Fiber : Context {
   unsigned mask = 0;
   void* arg = nullptr;
   std::vector<std::vector<PendingCopy>> copies;  // cp.async groups; the last one is open
+  unsigned meetings = 0, accesses = 0;           // barriers and warp operations; accesses to shared memory since
 };
 struct WarpSync {
   unsigned generation = 0;
@@ -77,11 +95,17 @@ struct Block {
   WarpSync warps[32][32];  // by warp and lowest lane of the mask
   SharedArray shared[kMaxSharedArrays];
   int shared_count = 0;
+  std::vector<SharedAccess> accesses;
 };
 struct World {
   Options options;
   Meter meter;
+  bool count_conflicts = false;
+  std::unordered_map<uintptr_t, Sectors> touched;  // by the launch, by page
+  uintptr_t last_page = 0;
+  Sectors* last_sectors = nullptr;
   int64_t shared_per_sm = 228 * 1024;  // what launch plans see
+  bool refuse_cooperative = false;     // as a card does of which another process has a part
   uint32_t random = 1;
   dim3 grid, block;
   size_t dynamic_bytes = 0;
@@ -98,8 +122,75 @@ struct World {
 };
 inline World& world = *new World;  // never destroyed: reachable to LeakSanitizer
 
-EMU_UNSEEN inline void count_load(size_t bytes) { world.meter.loaded += int64_t(bytes); }
-EMU_UNSEEN inline void count_store(size_t bytes) { world.meter.stored += int64_t(bytes); }
+// How many bytes of [p, p + bytes) lie in sectors that the launch had not touched.
+EMU_UNSEEN inline int64_t touch(const void* p, size_t bytes) {
+  const auto from = reinterpret_cast<uintptr_t>(p);
+  int64_t fresh = 0;
+  for (uintptr_t sector = from / 32; sector <= (from + bytes - 1) / 32; ++sector) {
+    const uintptr_t page = sector / 128;
+    if (page != world.last_page || !world.last_sectors) {
+      world.last_page = page;
+      world.last_sectors = &world.touched[page];
+    }
+    uint64_t& bits = world.last_sectors->touched[sector / 64 % 2];
+    const uint64_t bit = uint64_t{1} << sector % 64;
+    if (!(bits & bit)) fresh += 32;
+    bits |= bit;
+  }
+  return fresh;
+}
+EMU_UNSEEN inline void count_load(const void* p, size_t bytes) {
+  EMU_TSAN(AnnotateIgnoreReadsBegin(__FILE__, __LINE__); AnnotateIgnoreWritesBegin(__FILE__, __LINE__);)
+  world.meter.loaded += int64_t(bytes);
+  world.meter.first_loaded += touch(p, bytes);
+  EMU_TSAN(AnnotateIgnoreWritesEnd(__FILE__, __LINE__); AnnotateIgnoreReadsEnd(__FILE__, __LINE__);)
+}
+EMU_UNSEEN inline void count_store(const void* p, size_t bytes) {
+  EMU_TSAN(AnnotateIgnoreReadsBegin(__FILE__, __LINE__); AnnotateIgnoreWritesBegin(__FILE__, __LINE__);)
+  world.meter.stored += int64_t(bytes);
+  touch(p, bytes);
+  EMU_TSAN(AnnotateIgnoreWritesEnd(__FILE__, __LINE__); AnnotateIgnoreReadsEnd(__FILE__, __LINE__);)
+}
+EMU_UNSEEN inline void count_shared(const void* p, size_t bytes) {
+  if (!world.count_conflicts) return;
+  Fiber& f = *world.current;
+  f.block->accesses.push_back({f.warp, f.lane, f.meetings, f.accesses++, reinterpret_cast<uintptr_t>(p), int(bytes)});
+}
+EMU_UNSEEN inline void meet(Fiber& f) {
+  ++f.meetings;
+  f.accesses = 0;
+}
+// One access of a warp, of `n` of its lanes: 128 bytes at a time, of neighbouring lanes, in as many wavefronts as the
+// most loaded of the 32 banks has different words.
+EMU_UNSEEN inline void count_wavefronts(const SharedAccess* access, int n) {
+  const int together = 128 / std::max(4, access->bytes);  // lanes
+  for (int from = 0; from < n;) {
+    int until = from;
+    std::vector<uintptr_t> words;
+    for (; until < n && access[until].lane / together == access[from].lane / together; ++until)
+      for (int k = 0; k < std::max(1, access[until].bytes / 4); ++k) words.push_back(access[until].address / 4 + k);
+    std::sort(words.begin(), words.end());
+    words.erase(std::unique(words.begin(), words.end()), words.end());
+    int banks[32] = {}, most = 0;
+    for (uintptr_t word : words) most = std::max(most, ++banks[word % 32]);
+    world.meter.wavefronts += most;
+    ++world.meter.least_wavefronts;
+    from = until;
+  }
+}
+EMU_UNSEEN inline void count_wavefronts(Block& b) {
+  auto& all = b.accesses;
+  std::sort(all.begin(), all.end(), [](const auto& a, const auto& b) { return a.key() < b.key(); });
+  for (size_t from = 0; from < all.size();) {
+    size_t until = from;
+    while (until < all.size() && all[until].warp == all[from].warp && all[until].meetings == all[from].meetings &&
+           all[until].index == all[from].index && all[until].bytes == all[from].bytes)
+      ++until;
+    count_wavefronts(&all[from], int(until - from));
+    from = until;
+  }
+  all.clear();
+}
 
 EMU_UNSEEN inline uint32_t draw() {
   world.random ^= world.random << 13;
@@ -203,10 +294,12 @@ EMU_UNSEEN inline void start_block(Block& b, uint3 id) {
     Fiber& f = *b.fibers[i];
     f.state = State::ready;
     f.copies.assign(1, {});
+    f.meetings = f.accesses = 0;
     f.tid = {i % world.block.x, i / world.block.x % world.block.y, i / (world.block.x * world.block.y)};
   }
 }
 EMU_UNSEEN inline void end_block(Block& b) {
+  count_wavefronts(b);
   for (int i = 0; i < b.shared_count; ++i) std::free(b.shared[i].data);
   b.shared_count = 0;
 }
@@ -267,6 +360,9 @@ EMU_UNSEEN inline void run_grid(dim3 grid, dim3 block, size_t dynamic_bytes, boo
   world.call = call;
   world.body = body;
   ++(cooperative ? world.meter.cooperative_launches : world.meter.launches);
+  world.meter.blocks += int64_t(count);
+  world.touched.clear();
+  world.last_sectors = nullptr;
   EMU_TSAN(world.scheduler.tsan = __tsan_get_current_fiber();)
   const size_t alive = cooperative ? count : 1;
   while (world.blocks.size() < alive) world.blocks.push_back(new Block);
@@ -315,6 +411,7 @@ EMU_UNSEEN inline int barrier(int vote, const char* file, int line) {
   Fiber& f = *world.current;
   Block& b = *f.block;
   const unsigned side = b.phase & 1;
+  meet(f);
   f.state = State::barrier;
   f.file = file;
   f.line = line;

@@ -17,6 +17,7 @@ EMU_UNSEEN inline void collective(unsigned mask, int op, void* arg, void (*evalu
   const int threads = int(world.block.x * world.block.y * world.block.z), width = std::min(32, threads - f.warp * 32);
   mask &= width == 32 ? ~0u : (1u << width) - 1;  // lanes that never existed are not waited for
   if (!(mask >> f.lane & 1)) fail("the calling lane is not in the mask");
+  meet(f);
   f.op = op;
   f.mask = mask;
   f.arg = arg;
@@ -126,6 +127,7 @@ struct LdmatrixArgument {
 EMU_UNSEEN inline void ldmatrix_x4(uint32_t (&r)[4], const void* row, bool transpose,
                                    const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
   if (reinterpret_cast<uintptr_t>(row) & 15) fail("ldmatrix: a row address is not 16-byte aligned");
+  count_shared(row, 16);
   LdmatrixArgument arg{r, row, transpose, {}};
   collective(
       ~0u, kLdmatrix, &arg,
@@ -161,7 +163,8 @@ EMU_UNSEEN inline void cp_async16(void* to, const void* from, int bytes) {
   PendingCopy p{to, {}};
   std::memset(p.bytes, 0, 16);
   std::memcpy(p.bytes, from, size_t(bytes));
-  world.meter.loaded += bytes;
+  if (bytes) count_load(from, size_t(bytes));
+  count_shared(to, 16);
   EMU_TSAN(__tsan_read_range(const_cast<void*>(from), size_t(bytes)); __tsan_write_range(to, 16);)
   const bool now = world.options.order == Order::random ? draw() & 1 : world.options.landing == Landing::early;
   if (now) std::memcpy(to, p.bytes, 16);

@@ -1,0 +1,160 @@
+"""How bn_relu's launches fill a card: whole waves, even shares, one launch where the tensor stays on the chip."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import os
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from cuda_cards import BATCH_NORMS, BATCHES, CARDS
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("nothing of Triton is in it", allow_module_level=True)
+
+import emulated  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Tiling:
+    rows: int  # of a unit
+    tiles: int
+    units: int  # of a tile
+    blocks: int
+    parts: int
+    first_units: list[int]
+    blocks_of_units: list[int]
+
+
+class Planner:
+    """csrc/cuda/bn_relu_plan.h, compiled for the host."""
+
+    def __init__(self) -> None:
+        source = Path(__file__).parent / "bn_relu_plan.cpp"
+        self.library = ctypes.CDLL(str(emulated.Build(ops=(), sources=(source,), name="bn_relu_plan").make()))
+        for function in ("bn_tiling_of", "bn_slab_bytes_of", "bn_slab_static", "divided", "long_divided"):
+            getattr(self.library, function).restype = ctypes.c_int64
+
+    def tiling(self, n: int, c: int, hw: int, nhwc: bool, most: int) -> Tiling:
+        sizes, room = tuple(map(ctypes.c_int64, (n, c, hw, nhwc, most))), 4096
+        while True:
+            out = (ctypes.c_int64 * room)()
+            needed = self.library.bn_tiling_of(*sizes, out, ctypes.c_int64(room))
+            if needed <= room:
+                blocks = out[3]
+                return Tiling(*out[:5], list(out[5 : 6 + blocks]), list(out[6 + blocks : needed]))
+            room = needed
+
+    def slab_bytes(self, n: int, c: int, hw: int, nhwc: bool, most: int, arrays: int) -> int:
+        return self.library.bn_slab_bytes_of(*map(ctypes.c_int64, (n, c, hw, nhwc, most, arrays)))
+
+
+@pytest.fixture(scope="module")
+def planner() -> Planner:
+    return Planner()
+
+
+SHAPES = [
+    pytest.param(card, nhwc, id=f"{card}-{'NHWC' if nhwc else 'NCHW'}") for card in CARDS for nhwc in (False, True)
+]
+
+
+@pytest.mark.parametrize(("card", "nhwc"), SHAPES)
+def test_no_wave_is_left_unfilled(planner: Planner, card: str, nhwc: bool) -> None:
+    """Whatever number of blocks a multiprocessor holds, and none has more than one unit of rows beyond its share.
+
+    A block's share of the units of small tensors is below 20; there the unit that one block has and another has not
+    spreads over the multiprocessors.
+    """
+    sm_count = CARDS[card].sm_count
+    for (c, size), n, resident in itertools.product(BATCH_NORMS, BATCHES, (1, 2, 3, 4, 5, 8)):
+        slots = sm_count * resident
+        t = planner.tiling(n, c, size * size, nhwc, slots)
+        work = t.tiles * t.units
+        waves = t.blocks / slots
+        lost = 1 - waves / max(1, -(-t.blocks // slots))
+        assert t.blocks <= slots
+        assert lost <= 0.05 or t.blocks == work // 2, f"{waves} waves of {c} x {size} x {size}, batch {n}"
+        shares = [b - a for a, b in itertools.pairwise(t.first_units)]
+        assert max(shares) - min(shares) <= 1
+        # blocks go to the multiprocessors in turn
+        of_one = [sum(shares[sm::sm_count]) for sm in range(sm_count)]
+        assert max(of_one) - min(of_one) <= max(1, resident)
+        if work >= 40 * sm_count:
+            assert 1 - work / sm_count / max(of_one) <= 0.05
+
+
+def test_blocks_share_tiles_as_the_reduction_expects(planner: Planner) -> None:
+    """Every unit has one block, and no tile more blocks than it has places for partial results."""
+    for _ in range(60):
+        n, c, hw = random.randint(1, 300), random.choice((1, 3, 8, 24, 64, 100, 513)), random.choice((1, 4, 49, 200))
+        nhwc, most = random.random() < 0.5, random.randint(1, 700)
+        t = planner.tiling(n, c, hw, nhwc, most)
+        assert (t.first_units[0], t.first_units[-1]) == (0, t.tiles * t.units)
+        for block, (a, b) in enumerate(itertools.pairwise(t.first_units)):
+            assert a < b
+            assert set(t.blocks_of_units[a:b]) == {block}
+        for tile in range(t.tiles):
+            owners = set(t.blocks_of_units[tile * t.units : (tile + 1) * t.units])
+            assert max(owners) - min(owners) + 1 == len(owners) <= t.parts
+
+
+def test_dividers(planner: Planner) -> None:
+    def numbers(bits: int) -> list[int]:
+        edges = [2**k + d for k in range(bits) for d in (-1, 0, 1)]
+        return [n for n in (*edges, *(random.getrandbits(random.randint(1, bits)) for _ in range(40))) if n >= 0]
+
+    library = planner.library
+    for name, bits in (("divided", 31), ("long_divided", 63)):
+        divide = getattr(library, name)
+        dividends = [n for n in numbers(bits) if n < 2**bits]
+        for by in sorted({d for d in numbers(bits - 1) if 0 < d < 2 ** (bits - 1)}):
+            for n in (*random.sample(dividends, 20), by - 1, by, 2**bits - 1):
+                assert divide(ctypes.c_int64(n), ctypes.c_int64(by)) == n // by, (name, n, by)
+
+
+def test_what_stays_on_the_chip(planner: Planner) -> None:
+    """In one launch, with all blocks resident: two where shared memory allows, else one per multiprocessor."""
+    of_h100 = set()
+    for (card, has), (c, size), n, nhwc in itertools.product(CARDS.items(), BATCH_NORMS, BATCHES, (False, True)):
+        taken = 2 * n * c * size * size
+        for arrays in (1, 2):
+            needed = planner.slab_bytes(n, c, size * size, nhwc, has.sm_count, arrays)
+            static = planner.library.bn_slab_static()
+            fits = needed <= has.shared_per_block - static
+            # a thread of one block has a row more than one of another; the last rows of a tile need not be whole units
+            most = has.sm_count * (has.shared_per_block - static)
+            assert not fits or taken * arrays <= most
+            assert fits or taken * arrays >= 0.85 * most, (card, c, size, n)
+            if card == "H100" and fits and arrays == 1:
+                of_h100.add((n, c, size))
+    assert {(32, 256, 28), (64, 512, 14), (256, 512, 7)} <= of_h100
+
+
+def test_launches_are_as_planned() -> None:
+    """Of the emulated card: 4 multiprocessors with 3 blocks each, and a warp per channel in between."""
+    library, ops = emulated.load(), torch.ops.fasttricks_emulated
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(8, 64, 28, 28, dtype=torch.float16).contiguous(memory_format=layout)
+        with library.shared_per_sm(0), library.metered() as meter:
+            ops.bn_relu_forward(x, None, None, 1e-5)
+        assert (meter.launches, meter.blocks) == (3, 12 + 64 // 8 + 12)
+
+
+@pytest.mark.parametrize("shape", [(6, 64, 14, 14), (5, 24, 7, 7), (1, 24, 56, 56), (40, 512, 2, 2)], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("shared", [0, 228 << 10], ids=["three launches", "one"])
+def test_bank_conflicts(shape: tuple[int, ...], layout: torch.memory_format, shared: int) -> None:
+    """Of reductions, parameters and what is kept on the chip: a tenth more wavefronts than without any."""
+    library, ops = emulated.load(), torch.ops.fasttricks_emulated
+    x, z, dy = (torch.randn(shape).half().contiguous(memory_format=layout) for _ in range(3))
+    weight = torch.ones(shape[1])
+    with library.shared_per_sm(shared), library.metered(conflicts=True) as meter:
+        _, mean, var, mask = ops.bn_add_relu_forward(x, z, weight, None, 1e-5)
+        ops.bn_relu_backward(dy, x, mask, weight, None, mean, var, 1e-5, True, True)
+    assert meter.least_wavefronts > 0
+    assert meter.conflicts <= 1.1
