@@ -69,10 +69,10 @@ def test_misaligned_tensors_give_the_same_values(layout: torch.memory_format) ->
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
 def test_refused_cooperative_launches(layout: torch.memory_format) -> None:
     """The same values in several launches, where one would have done on a whole card."""
-    library, inputs = emulated.load(), made((6, 40, 8, 8), layout)
-    expected = all_of(*inputs)
+    library, given = emulated.load(), inputs((6, 40, 8, 8), layout)
+    expected = all_results(*given)
     with library.refused_cooperative_launches(), library.metered() as meter:
-        results = all_of(*inputs)
+        results = all_results(*given)
     assert (meter.launches, meter.cooperative_launches) == (3 * 3 + 2, 0)
     for a, b in zip(results, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3)

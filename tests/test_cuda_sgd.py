@@ -79,6 +79,23 @@ def test_a_check_is_one_launch_and_two_with_norms() -> None:
     assert meter.launches == 2
 
 
+def test_squares_are_summed_in_float32_where_that_is_safe() -> None:
+    """Eight at a time, and in float64 where they would overflow or vanish: at 1/64 of the rate on many cards."""
+    emulated.load()
+
+    def square_of(value: float) -> float:
+        sums = torch.empty(1, dtype=torch.float64)
+        torch.ops.fasttricks_emulated.sgd_check([torch.full((8,), value)], [], [], torch.zeros(()), sums, None)
+        return float(sums) / 8
+
+    near_one = 1 + 2.0**-12
+    assert square_of(near_one) == 1 + 2.0**-11  # the square has a 2^-24, too
+    for value in (1e25, 1e-25, 3e38, 1e-40):
+        exact = float(torch.tensor(value)) ** 2
+        assert abs(square_of(value) / exact - 1) < 1e-12
+    assert square_of(0.0) == 0
+
+
 # ---- other builds ----
 
 

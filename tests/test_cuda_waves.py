@@ -16,7 +16,7 @@ from cuda_cards import BATCH_NORMS, BATCHES, CARDS
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("nothing of Triton is in it", allow_module_level=True)
 
-import emulated  # noqa: E402
+import emulated
 
 
 @dataclass(frozen=True)

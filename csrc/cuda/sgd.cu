@@ -134,6 +134,12 @@ void sgd_step(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector
 }  // namespace
 }  // namespace fasttricks::cuda::ops
 
+#if !defined(CUDA_ON_CPU)
+namespace fasttricks::cuda {
+const void* sgd_step_kernel() { return reinterpret_cast<const void*>(&sgd_step); }
+}  // namespace fasttricks::cuda
+#endif
+
 FT_CUDA_LIBRARY(m) {
   using namespace fasttricks::cuda::ops;
   m.impl("sgd_check", TORCH_BOX(&sgd_check));

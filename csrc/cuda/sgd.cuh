@@ -61,6 +61,31 @@ FT_DEVICE float as_seen(P param, float master) {
   return float(P(master)) == float(param) ? master : float(param);
 }
 
+FT_DEVICE double squares_in_double(const float (&v)[kSgdValues]) {
+  double sum = 0;
+#pragma unroll 1
+  for (int j = 0; j < kSgdValues; ++j) sum = fma(double(v[j]), double(v[j]), sum);
+  return sum;
+}
+FT_DEVICE double sum_of_squares(const double (&v)[kSgdValues]) {
+  double sum = 0;
+#pragma unroll
+  for (int j = 0; j < kSgdValues; ++j) sum = fma(v[j], v[j], sum);
+  return sum;
+}
+// In float32, as float64 runs at 1/64 of its rate on most cards; in float64 where squares of float32 would overflow, or
+// vanish though the values do not.
+FT_DEVICE double sum_of_squares(const float (&v)[kSgdValues]) {
+  float sum = 0, most = 0;
+#pragma unroll
+  for (int j = 0; j < kSgdValues; ++j) {
+    sum = fmaf(v[j], v[j], sum);
+    most = fmaxf(most, fabsf(v[j]));
+  }
+  const bool safe = sum >= 1e-30f && sum <= 1e37f;
+  return safe || most == 0 ? double(sum) : squares_in_double(v);
+}
+
 // found_inf = 1 where a gradient is not finite; partial: each block's sum of squares in float64, where norms are
 // wanted.
 __global__ void __launch_bounds__(kSgdThreads, 4)
@@ -85,14 +110,15 @@ __global__ void __launch_bounds__(kSgdThreads, 4)
       float m[kSgdValues];
       if constexpr (sizeof(P) == 2)
         if (master) load_values(master + begin + i, count, wide, m);
+      acc_t<P> value[kSgdValues];
 #pragma unroll
       for (int j = 0; j < kSgdValues; ++j) {
-        acc_t<P> value = v[j];
+        value[j] = v[j];
         if constexpr (sizeof(P) == 2)
-          if (master) value = as_seen(v[j], m[j]);
-        bad |= !weight && !is_finite(value);
-        if (partial) square = fma(double(value), double(value), square);
+          if (master) value[j] = as_seen(v[j], m[j]);
+        bad |= !weight && !is_finite(value[j]);
       }
+      if (partial) square += sum_of_squares(value);
     });
   });
   if (__syncthreads_or(bad) && threadIdx.x == 0) store(view.header().found_inf, 1.0f);
