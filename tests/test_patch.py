@@ -16,6 +16,7 @@ from census import census, counted
 from torch import nn
 
 import fasttricks
+from fasttricks.nn import BatchNormReLU2d
 
 
 class Block(nn.Module):
@@ -164,6 +165,21 @@ def test_the_report_says_what_and_why() -> None:
     assert "fused: 1 avgpool_conv1x1, 1 bn_add_relu, 1 bn_relu" in text
     assert fasttricks.fusions(Block()).counts == {}
     assert "not fused yet" in str(fasttricks.fusions(Block()))
+
+
+class Scaled(nn.BatchNorm2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * 2
+
+
+def test_the_report_has_every_batchnorm() -> None:
+    """Also those of other classes, and those that a module of fasttricks holds."""
+    model = nn.Sequential(BatchNormReLU2d(3), Scaled(3), nn.ReLU(), nn.BatchNorm2d(3), nn.ReLU())
+    rows = {row.name: row for row in fasttricks.fusions(fasttricks.fuse(model, strict=True))}
+    assert rows["0.norm"].reason == "BatchNormReLU2d runs it and what follows already"
+    assert rows["1"].reason == "its class, Scaled, may compute something else than its base"
+    assert rows["3"].fused
+    assert len(rows) == 3
 
 
 def test_fuse_is_idempotent_and_the_last_call_counts() -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..checks import fail
 from ..nn import run
+from ..nn.holder import Holder
 from .block import Allowed, Plan, fingerprint, fused_class, fused_norm_act_class, has_relu, plan, recomputing_class
 from .match import AVGPOOL_CONV1X1, BN_ADD_RELU, BN_RELU, NOT_WANTED, Left
 from .report import Fusion, Fusions
@@ -203,7 +204,14 @@ def _analyse(
         if name in pairs:
             rows.append(Fusion(name, pairs[name]))
         elif run.is_norm_class(original_class(module)):
-            rows.append(Fusion(name, *reasons.get(name, Left(None, "no forward that calls it can be traced"))))
+            holder = modules.get(name.rpartition(".")[0])
+            why = "no forward that calls it can be traced"
+            if isinstance(holder, Holder):
+                why = f"{type(holder).__name__} runs it and what follows already"
+            rows.append(Fusion(name, *reasons.get(name, Left(None, why))))
+        elif isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+            cls = original_class(module)
+            rows.append(Fusion(name, None, f"its class, {cls.__name__}, may compute something else than its base"))
         elif name in reasons:
             rows.append(Fusion(name, *reasons[name]))
     return changes, Fusions(rows)
