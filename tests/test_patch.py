@@ -263,6 +263,87 @@ def test_a_change_after_fusing_is_honoured(change: Callable[[Any], None]) -> Non
     same(fused, plain, lambda: torch.randn(X, dtype=torch.float64), 1e-10)
 
 
+# ---- what is changed in place ----
+
+
+def seen_by_another_name(m: Any, x: torch.Tensor) -> torch.Tensor:
+    y = m.conv(x)
+    same = y
+    same += x
+    return m.relu(m.bn(y)) * y
+
+
+def seen_through_a_view(m: Any, x: torch.Tensor) -> torch.Tensor:
+    y = m.conv(x)
+    rows = y.squeeze(0).data
+    rows *= 2
+    return F.relu(m.bn(y))
+
+
+def of_the_caller(m: Any, x: torch.Tensor) -> torch.Tensor:
+    x += m.bn(m.conv(x))
+    return m.relu(x)
+
+
+def before_the_addition(m: Any, x: torch.Tensor) -> torch.Tensor:
+    y = m.conv(x)
+    z = m.bn(y)
+    y /= 2
+    return F.relu(z + y)
+
+
+def of_numbers(m: Any, x: torch.Tensor) -> torch.Tensor:
+    y = m.relu(m.bn(m.conv(x)))
+    height = x.shape[2]
+    more = height
+    more *= 2
+    more -= 1
+    return y[:, :, : height // 2] * more
+
+
+def of_the_shortcut(m: Any, x: torch.Tensor) -> torch.Tensor:
+    y = m.gate(m.conv(x)) * x
+    y += m.bn(x)
+    return m.relu(y)
+
+
+class Assigned(nn.Module):
+    def __init__(self, body: Callable[[Any, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.conv, self.bn, self.relu = nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6), nn.ReLU()
+        self.gate = nn.Sequential(nn.Conv2d(6, 6, 1), nn.ReLU(inplace=True))
+        self.body = body
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(self, x)
+
+
+@pytest.mark.parametrize(
+    ("body", "pairs"),
+    [
+        (seen_by_another_name, {"bn_relu": 1}),
+        (seen_through_a_view, {"bn_relu": 1}),
+        (of_the_caller, {}),
+        (before_the_addition, {}),
+        (of_numbers, {"bn_relu": 1}),
+        (of_the_shortcut, {"bn_add_relu": 1}),
+    ],
+)
+def test_augmented_assignments_change_what_they_changed(
+    body: Callable[[Any, torch.Tensor], torch.Tensor], pairs: dict[str, int]
+) -> None:
+    """torch.fx records them as plain operations, so that other names of the tensor would keep the old value."""
+    fused, plain = pair_of(lambda: Assigned(body))
+    assert taken(copy.deepcopy(fused), torch.randn(1, *X[1:], dtype=torch.float64)) == pairs
+    for mode in (True, False):
+        x = torch.randn(X, dtype=torch.float64)
+        theirs = x.clone()
+        with torch.no_grad():  # autograd refuses to differentiate some of these
+            assert relative_error(fused.train(mode)(x), plain.train(mode)(theirs)) < 1e-10
+        assert torch.allclose(x, theirs, rtol=1e-10, atol=1e-10)  # what the caller sees
+        torch.testing.assert_close(fused.state_dict(), plain.state_dict())
+
+
 class PoolFunction(nn.Module):
     """A pool as a function before a container that starts with the convolution, as in GhostNet."""
 

@@ -205,10 +205,10 @@ def _analyse(
             rows.append(Fusion(name, pairs[name]))
         elif run.is_norm_class(original_class(module)):
             holder = modules.get(name.rpartition(".")[0])
-            why = "no forward that calls it can be traced"
+            unknown = "no forward that calls it can be traced"
             if isinstance(holder, Holder):
-                why = f"{type(holder).__name__} runs it and what follows already"
-            rows.append(Fusion(name, *reasons.get(name, Left(None, why))))
+                unknown = f"{type(holder).__name__} runs it and what follows already"
+            rows.append(Fusion(name, *reasons.get(name, Left(None, unknown))))
         elif isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)):
             cls = original_class(module)
             rows.append(Fusion(name, None, f"its class, {cls.__name__}, may compute something else than its base"))

@@ -15,29 +15,49 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from ..nn import run
-from .trace import original_class
+from .trace import AUGMENTED, original_class
 
 BN_RELU, BN_ADD_RELU, AVGPOOL_CONV1X1 = "bn_relu", "bn_add_relu", "avgpool_conv1x1"
 NOT_WANTED = "not wanted"
 
 _RELU_FUNCTIONS = (F.relu, F.relu_, torch.relu, torch.relu_)
-_ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)
-_IN_PLACE_FUNCTIONS = (F.relu_, torch.relu_, operator.iadd, operator.isub, operator.imul, operator.itruediv)
+_ADD_FUNCTIONS = (operator.add, operator.iadd, AUGMENTED["iadd"], torch.add)
+_IN_PLACE_FUNCTIONS = (F.relu_, torch.relu_, *AUGMENTED.values(), *(getattr(operator, name) for name in AUGMENTED))
 # what a pool does not change, though the pooled value may be read for it
 _SAME_AFTER_POOL = ("dtype", "device", "ndim")
-# what may return its input, or a view of it
-_VIEWS = (
-    "view",
-    "reshape",
-    "flatten",
-    "contiguous",
-    "detach",
-    "to",
-    "type_as",
-    "permute",
-    "transpose",
-    "chunk",
-    "split",
+# methods, functions and attributes that may return their input, or a view of it
+_VIEWS = frozenset(
+    (
+        *(
+            "view",
+            "view_as",
+            "reshape",
+            "reshape_as",
+            "flatten",
+            "unflatten",
+            "contiguous",
+            "detach",
+            "to",
+            "type",
+            "type_as",
+        ),
+        *(
+            "float",
+            "double",
+            "half",
+            "bfloat16",
+            "cpu",
+            "cuda",
+            "permute",
+            "transpose",
+            "swapaxes",
+            "swapdims",
+            "movedim",
+        ),
+        *("moveaxis", "t", "squeeze", "unsqueeze", "expand", "expand_as", "broadcast_to", "narrow", "select", "unbind"),
+        *("chunk", "split", "tensor_split", "hsplit", "vsplit", "diagonal", "unfold", "as_strided", "real", "data"),
+        *("T", "mT", "H", "mH", "positive", "ravel", "getitem", "dropout", "alpha_dropout"),
+    )
 )
 
 
@@ -118,13 +138,16 @@ class Matcher:
         if module is not None:
             return any(getattr(m, "inplace", False) for m in module.modules())
         if node.op == "call_function":
-            return node.target in _IN_PLACE_FUNCTIONS or node.kwargs.get("inplace") is True
+            changes = node.kwargs.get("inplace") is True or node.kwargs.get("out") is not None
+            return (
+                changes or node.target in _IN_PLACE_FUNCTIONS or str(getattr(node.target, "__name__", "")).endswith("_")
+            )
         return node.op == "call_method" and str(node.target).endswith("_")
 
     # ---- memory that several nodes share ----
 
-    def aliases(self, node: fx.Node) -> set[fx.Node]:
-        """Nodes that may share the memory of node's value."""
+    def aliases(self, node: fx.Node, besides: fx.Node | None = None) -> set[fx.Node]:
+        """Nodes that may share the memory of node's value, other than `besides` and what comes from it."""
         found, open_ = {node}, [node]
         while open_:
             current = open_.pop()
@@ -132,7 +155,7 @@ class Matcher:
             if self._may_alias(current):
                 near += current.all_input_nodes[:1]
             for other in near:
-                if other not in found:
+                if other not in found and other is not besides:
                     found.add(other)
                     open_.append(other)
         return found
@@ -140,7 +163,10 @@ class Matcher:
     def _may_alias(self, node: fx.Node) -> bool:
         if self.is_pass(node) or self.in_place(node):
             return True
-        return (node.op == "call_method" and node.target in _VIEWS) or node.target in (operator.getitem, torch.flatten)
+        if node.target is getattr:
+            return node.args[1] in _VIEWS
+        name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+        return node.op in ("call_method", "call_function") and name in _VIEWS
 
     def changed_between(self, value: fx.Node, start: fx.Node, end: fx.Node) -> bool:
         """Whether value may be changed in place after start and before end."""
@@ -245,7 +271,7 @@ class Matcher:
         writes = self.in_place(add)
         pair.in_place = writes and first is value
         if writes and first is other:
-            shared = self.aliases(other) - {add}
+            shared = self.aliases(other, besides=pair.last) - {add}  # whoever reads that one reads the op
             if any(n.op in ("placeholder", "get_attr") for n in shared):
                 return Left(pair.kind, "the addition changes an argument of the block in place")
             if any(self.order[user] > self.order[add] for n in shared for user in n.users if user is not pair.last):

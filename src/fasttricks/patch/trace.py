@@ -7,10 +7,11 @@ import contextlib
 import dis
 import inspect
 import itertools
+import operator
 import random
 import sys
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +47,54 @@ def kind_of(value: Any, default: Any = inspect.Parameter.empty) -> str | None:
     return CONTAINER if isinstance(value, (list, tuple, dict)) else None
 
 
-class _ArgumentProxy(fx.Proxy):
+def _augmented(name: str) -> Callable[[Any, Any], Any]:
+    """An augmented assignment as a function.
+
+    Not that of the module operator, for which torch.fx writes the statement: it would change numbers in place as well.
+    """
+    assign = getattr(operator, name)
+
+    def function(target: Any, value: Any) -> Any:
+        return assign(target, value)
+
+    function.__name__ = function.__qualname__ = name
+    function.__module__ = __name__
+    return function
+
+
+AUGMENTED = {
+    name: _augmented(name)
+    for name in (
+        *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"),
+        *("iand", "ior", "ixor", "ilshift", "irshift"),
+    )
+}
+globals().update(AUGMENTED)  # where the code of a graph finds them
+
+
+class _Proxy(fx.Proxy):
+    """A proxy that records augmented assignments, which are plain operations for torch.fx and lose what they change."""
+
+    def __getattr__(self, name: str) -> fx.proxy.Attribute:
+        return _Attribute(self, name)
+
+
+class _Attribute(fx.proxy.Attribute):
+    """An attribute, as `x.data`, or a method of a proxy."""
+
+    __getattr__ = _Proxy.__getattr__
+
+
+def _recorded(function: Callable[[Any, Any], Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:
+    return lambda self, value: self.tracer.create_proxy("call_function", function, (self, value), {})
+
+
+for _name, _function in AUGMENTED.items():
+    setattr(_Proxy, f"__{_name}__", _recorded(_function))
+    setattr(_Attribute, f"__{_name}__", _recorded(_function))
+
+
+class _ArgumentProxy(_Proxy):
     """A proxy of an argument."""
 
     @property  # type: ignore[misc]
@@ -115,7 +163,7 @@ class _Tracer(fx.Tracer):
         return original_class(self.root).forward, values
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _ArgumentProxy(node, self) if node.op == "placeholder" else super().proxy(node)
+        return _ArgumentProxy(node, self) if node.op == "placeholder" else _Proxy(node, self)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _state() != self.state:
