@@ -34,7 +34,7 @@ class Sizes:
     """Sizes to measure: (C, H = W) of ResNet-50's BatchNorms, (C, Cout, H = W) of ResNet-50-D's shortcuts."""
 
     batch: int
-    bn: tuple[tuple[int, int], ...] = ((64, 112), (256, 56), (512, 28), (2048, 7))
+    bn: tuple[tuple[int, int], ...] = ((64, 112), (256, 56), (512, 28), (512, 7), (2048, 7))
     pool: tuple[tuple[int, int, int], ...] = ((256, 512, 56), (512, 1024, 28), (1024, 2048, 14))
     step_batch: int = 128
     image: int = 224
@@ -43,6 +43,7 @@ class Sizes:
     seconds: float = 0.1  # per measurement
 
 
+LAUNCH = 2.5e-6  # seconds that a launch takes at least
 SMOKE = Sizes(2, ((16, 7),), ((16, 32, 6),), step_batch=2, image=64, copy_bytes=1 << 22, compiled=False, seconds=1e-3)
 
 
@@ -53,7 +54,37 @@ class Row:
     side: str
     ms: float
     against_eager: float
+    predicted_ms: float | None  # the formula's bytes at the bandwidth of a copy, and the latency of launches
     of_copy: float | None
+
+
+@dataclass(frozen=True)
+class Formula:
+    """Bytes and launches of a call of ours; those of the CUDA kernels differ where a tensor stays on the chip."""
+
+    moved: float
+    launches: int
+    of_cuda: tuple[float, int] | None = None
+
+    def of(self, side: str) -> tuple[float, int]:
+        return self.of_cuda if side == "cuda" and self.of_cuda else (self.moved, self.launches)
+
+
+def bn_formula(x: torch.Tensor, add: bool) -> Formula:
+    """Forward and backward; one launch each where the blocks' shared memory holds x, and x and dz."""
+    n, bits = x.numel() * x.element_size(), x.numel() / 8 if add else 0.0
+
+    def moved(forward_reads: int, backward_reads: int) -> float:
+        forward = (forward_reads + 1 + add) * n + bits
+        return forward + (2 * backward_reads + 1 + add) * n + backward_reads * bits
+
+    of_cuda = None
+    if x.device.type == "cuda" and x.element_size() < 8:
+        card = torch.cuda.get_device_properties(x.device)
+        room = card.multi_processor_count * (card.shared_memory_per_block_optin - (17 << 10))
+        reads = [1 if arrays * n <= 0.95 * room and x[0].numel() % 8 == 0 else 2 for arrays in (1, 2)]
+        of_cuda = moved(*reads), sum(2 * r - 1 for r in reads) + 1  # the running statistics
+    return Formula(moved(2, 2), 7, of_cuda)
 
 
 def backends(device: torch.device) -> list[str]:
@@ -91,11 +122,14 @@ def copy_bandwidth(sizes: Sizes) -> float:
 
 def gradients(run: Callable[..., torch.Tensor], leaves: list[torch.Tensor]) -> Callable[[], object]:
     """A function that runs forward and backward of `run`."""
+    torch.manual_seed(0)  # the same for all sides
     dy = torch.randn_like(run(*leaves))
     return lambda: torch.autograd.grad(run(*leaves), leaves, dy)
 
 
-def bn_cases(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, str, Sides, float]]:
+def bn_cases(
+    sizes: Sizes, device: torch.device, dtype: torch.dtype
+) -> Iterator[tuple[str, str, Sides, Formula | None]]:
     for add in (False, True):
         for c, size in sizes.bn:
             for layout, memory_format in LAYOUTS.items():
@@ -123,14 +157,17 @@ def bn_cases(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Iterator
                 for name in backends(device):
                     with fasttricks.backend(name):
                         sides[name] = on(name, gradients(ours, leaves))
-                # forward 3N, backward 5N; with residual 4N and 6N, and a mask bit per element written once, read twice
-                moved = (10 * x.element_size() + 3 / 8 if add else 8 * x.element_size()) * x.numel()
-                yield ("bn_add_relu" if add else "bn_relu"), f"{c}x{size}x{size} {layout} {dtype}", sides, moved
+                yield (
+                    ("bn_add_relu" if add else "bn_relu"),
+                    f"{c}x{size}x{size} {layout} {dtype}",
+                    sides,
+                    bn_formula(x, add),
+                )
 
 
 def avgpool_conv1x1_cases(
     sizes: Sizes, device: torch.device, dtype: torch.dtype
-) -> Iterator[tuple[str, str, Sides, float]]:
+) -> Iterator[tuple[str, str, Sides, Formula | None]]:
     for c, out, size in sizes.pool:
         for layout, memory_format in LAYOUTS.items():
             x = torch.randn(sizes.batch, c, size, size, dtype=dtype).contiguous(memory_format=memory_format)
@@ -141,19 +178,19 @@ def avgpool_conv1x1_cases(
                     sides[name] = on(name, gradients(fasttricks.avgpool_conv1x1, leaves))
             y = sizes.batch * out * (size // 2) ** 2
             moved = (3 * x.numel() + 3 * y) * x.element_size()  # forward: x, y; backward: dy twice, x, dx
-            yield "avgpool_conv1x1", f"{c}->{out} {size}x{size} {layout} {dtype}", sides, moved
+            yield "avgpool_conv1x1", f"{c}->{out} {size}x{size} {layout} {dtype}", sides, Formula(moved, 4)
 
 
-def sgd_cases(device: torch.device) -> Iterator[tuple[str, str, Sides, float]]:
+def sgd_cases(device: torch.device) -> Iterator[tuple[str, str, Sides, Formula | None]]:
     """ResNet-50's parameters: check and step in fp16 with masters, step in fp32."""
     sides: Sides = {"eager": bench_sgd.eager_fp16(), "in place": bench_sgd.in_place_fp16()}
     for name in backends(device):
         sides[name] = on(name, bench_sgd.fused_fp16())
-    yield "sgd", "ResNet-50, float16, masters, check", sides, bench_sgd.COUNT * bench_sgd.BYTES
+    yield "sgd", "ResNet-50, float16, masters, check", sides, Formula(bench_sgd.COUNT * bench_sgd.BYTES, 2)
     sides = {"eager": torch_sgd(foreach=True), "torch fused": torch_sgd(fused=True)}
     for name in backends(device):
         sides[name] = on(name, bench_sgd.fused_fp32())
-    yield "sgd", "ResNet-50, float32", sides, bench_sgd.COUNT * 20
+    yield "sgd", "ResNet-50, float32", sides, Formula(bench_sgd.COUNT * 20, 1)
 
 
 def torch_sgd(**kind: bool) -> Callable[[], object]:
@@ -162,7 +199,9 @@ def torch_sgd(**kind: bool) -> Callable[[], object]:
     return torch.optim.SGD(parameters, **options, **kind).step
 
 
-def step_cases(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, str, Sides, float]]:
+def step_cases(
+    sizes: Sizes, device: torch.device, dtype: torch.dtype
+) -> Iterator[tuple[str, str, Sides, Formula | None]]:
     """One training step of ResNet-50-D under autocast, channels_last."""
     images = torch.randn(sizes.step_batch, 3, sizes.image, sizes.image).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(0, 1000, (sizes.step_batch,))
@@ -177,7 +216,20 @@ def step_cases(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Iterat
         return run
 
     sides: Sides = {"eager": side(False)} | {name: on(name, side(True)) for name in backends(device)}
-    yield "training step", f"ResNet-50-D, batch {sizes.step_batch}, NHWC, {dtype}", sides, 0
+    yield "training step", f"ResNet-50-D, batch {sizes.step_batch}, NHWC, {dtype}", sides, None
+
+
+def check_results(case: str, sides: Sides) -> None:
+    """Raises if the gradients of one side are far from eager's: what is wrong need not be timed."""
+    results = {name: run() for name, run in sides.items()}
+    expected = results["eager"]
+    if not isinstance(expected, tuple):  # the optimizers, which work in place, and the whole step
+        return
+    for name, got in results.items():
+        for k, (a, b) in enumerate(zip(got, expected, strict=True)):  # type: ignore[call-overload]
+            error = float((a.float() - b.float()).norm() / b.float().norm().clamp_min(1e-12))
+            if not error < 0.2:  # in half precision some masks differ, where the output rounds to zero
+                raise RuntimeError(f"{case}: gradient {k} of {name} differs from eager's by {error:.2g}")
 
 
 def measure(sizes: Sizes, device: torch.device) -> tuple[list[Row], float]:
@@ -188,13 +240,17 @@ def measure(sizes: Sizes, device: torch.device) -> tuple[list[Row], float]:
     groups = [bn_cases(sizes, device, half), avgpool_conv1x1_cases(sizes, device, half), sgd_cases(device)]
     groups += [bn_cases(sizes, device, torch.float32), step_cases(sizes, device, half)]
     for group in groups:
-        for op, case, sides, moved in group:
+        for op, case, sides, formula in group:
+            check_results(f"{op} {case}", sides)
             seconds = median_seconds(sides, sizes)
             for side, s in seconds.items():
-                counted = moved and side in ("cuda", "triton", "cpu")
-                of_copy = moved / s / bandwidth if counted else None
-                rows.append(Row(op, case, side, s * 1e3, seconds["eager"] / s, of_copy))
-                share = f", {of_copy:4.0%} of copy" if of_copy else ""
+                of_copy = predicted = None
+                if formula and side in ("cuda", "triton", "cpu"):
+                    moved, launches = formula.of(side)
+                    of_copy = moved / s / bandwidth
+                    predicted = 1e3 * (moved / bandwidth + launches * LAUNCH)
+                rows.append(Row(op, case, side, s * 1e3, seconds["eager"] / s, predicted, of_copy))
+                share = f", {of_copy:4.0%} of copy, {predicted:.3f} ms predicted" if of_copy else ""
                 print(
                     f"{op:16} {case:45} {side:12} {s * 1e3:8.3f} ms {rows[-1].against_eager:5.2f}x{share}", flush=True
                 )

@@ -9,6 +9,7 @@
 #if !defined(CUDA_ON_CPU)
 #include <torch/csrc/stable/macros.h>
 
+#include <cstdlib>
 #include <map>
 #include <mutex>
 #include <stdexcept>
@@ -69,6 +70,11 @@ class Remembered {
   std::map<Key, Value> values_;
 };
 
+// The value, or less if the environment says so: tests of small tensors then reach the plans of large ones.
+inline int capped(int value, const char* variable) {
+  const char* const cap = std::getenv(variable);
+  return cap ? std::min(value, std::atoi(cap)) : value;
+}
 inline Device device_properties(int index) {
   static auto& known = *new Remembered<int, Device>;  // never destroyed: other threads may still launch at exit
   return known.get(index, [index] {
@@ -77,8 +83,10 @@ inline Device device_properties(int index) {
       STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, index));
       return value;
     };
-    return Device{attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
-                  attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
+    const char* const shared = "FASTTRICKS_TEST_SHARED_BYTES";
+    return Device{capped(attribute(cudaDevAttrMultiProcessorCount), "FASTTRICKS_TEST_SM_COUNT"),
+                  capped(attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor), shared),
+                  capped(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin), shared)};
   });
 }
 
@@ -95,8 +103,10 @@ inline void allow_dynamic(const void* kernel) {
   allowed.get({kernel, index}, [kernel, index] {
     cudaFuncAttributes of_kernel;
     STD_CUDA_CHECK(cudaFuncGetAttributes(&of_kernel, kernel));
-    const int most = device_properties(index).shared_per_block - int(of_kernel.sharedSizeBytes);
-    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
+    int most = 0;
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
+    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        most - int(of_kernel.sharedSizeBytes)));
     return true;
   });
 }
