@@ -344,6 +344,32 @@ def test_augmented_assignments_change_what_they_changed(
         torch.testing.assert_close(fused.state_dict(), plain.state_dict())
 
 
+class Configured(nn.Module):
+    """Its forward reads a dictionary and a list, and may add to the list."""
+
+    def __init__(self, counts: bool) -> None:
+        super().__init__()
+        self.bn, self.relu = nn.BatchNorm2d(6), nn.ReLU()
+        self.options, self.seen, self.counts = {"scale": [2.0, 3.0]}, [1], counts
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.counts:
+            self.seen.append(1)
+        return self.relu(self.bn(x)) * self.options["scale"][0] * len(self.seen)
+
+
+@pytest.mark.parametrize("counts", [False, True])
+def test_lists_and_dictionaries_of_a_module(counts: bool) -> None:
+    fused, plain = pair_of(lambda: Configured(counts))
+    assert fused.seen == plain.seen == [1]  # also while its forward is traced
+    x = torch.randn(X, dtype=torch.float64)
+    assert taken(copy.deepcopy(fused), x) == ({} if counts else {"bn_relu": 1})
+    for change in (lambda m: None, lambda m: m.options["scale"].__setitem__(0, 0.5), lambda m: m.seen.append(4)):
+        change(fused)
+        change(plain)
+        assert relative_error(fused(x), plain(x)) < 1e-10
+
+
 class PoolFunction(nn.Module):
     """A pool as a function before a container that starts with the convolution, as in GhostNet."""
 

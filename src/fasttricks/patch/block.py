@@ -371,6 +371,8 @@ def _attributes(module: nn.Module) -> Iterator[Any]:
 def _is_simple(value: Any) -> bool:
     if type(value) in (tuple, list):
         return all(_is_simple(item) for item in value)
+    if type(value) is dict:
+        return all(_is_simple(item) for pair in value.items() for item in pair)
     if type(value) is float:
         return math.isfinite(value)
     return type(value) in (bool, int, str, type(None))

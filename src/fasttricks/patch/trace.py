@@ -186,12 +186,22 @@ def _state() -> tuple[Any, ...]:
     )
 
 
+def _holds(value: Any) -> bool:
+    return type(value) in (list, dict)
+
+
+def _items(value: Any) -> Iterator[Any]:
+    """What a list holds, or a dictionary, whose keys and values take turns."""
+    return iter(value) if type(value) is list else itertools.chain.from_iterable(value.items())
+
+
 @contextlib.contextmanager
 def _left_as_it_was(module: nn.Module, training: bool, inline: Collection[str]) -> Iterator[None]:
     """The modules whose forwards are traced, in the mode `training`; afterwards as before, random generators too."""
     traced = [module, *(module.get_submodule(name) for name in inline)]
     before = [dict(m.__dict__) for m in traced]
     modules = [dict(m._modules) for m in traced]
+    held = [(value, list(_items(value))) for attributes in before for value in attributes.values() if _holds(value)]
     python, torch_state = random.getstate(), torch.get_rng_state()
     for m in traced:
         m.__dict__["training"] = training
@@ -211,6 +221,12 @@ def _left_as_it_was(module: nn.Module, training: bool, inline: Collection[str]) 
             m.__dict__.update(attributes)
             if m._modules != children:
                 changed = "its forward changes its children"
+        for value, items in held:
+            now_held = list(_items(value))
+            if len(now_held) != len(items) or any(a is not b for a, b in zip(now_held, items, strict=True)):
+                changed = "its forward changes a list or dictionary of its module"
+                value.clear()
+                value.extend(items) if type(value) is list else value.update(zip(items[::2], items[1::2], strict=True))
     if changed:
         raise Untraceable(changed)
 
