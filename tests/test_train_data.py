@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
+import os
 import re
-import tarfile
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,10 +22,11 @@ from PIL import Image
 from torchvision.transforms import v2
 from train_runs import SMALL, differences, refused, train, write_tree
 
-from fasttricks.train import augment, cli, images, prefetch
-from fasttricks.train.data import open_data
+from fasttricks.train import augment, bad_files, cli, images, loop, prefetch
+from fasttricks.train import pack as packing
+from fasttricks.train.data import Batch, TrainSampler, ValSampler, open_data
 from fasttricks.train.decode import BAD_FILE, decode_rgb
-from fasttricks.train.images import DataError
+from fasttricks.train.images import DataError, DataWarning
 
 pytestmark = pytest.mark.filterwarnings("always::fasttricks.train.images.DataWarning")
 
@@ -134,12 +137,16 @@ def test_the_noise_of_colours_has_the_covariance_of_krizhevsky() -> None:
 # ---- packed images ----
 
 
+SUFFIXES = (".JPG", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+IMAGES = 24 + len(SUFFIXES)
+
+
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """A tree of PNG and JPEG files, one of them damaged."""
+    """A tree of files of all formats, one of them damaged."""
     root = write_tree(tmp_path / "photos")
-    for path in sorted((root / "train" / "cat").iterdir())[:3]:
-        Image.open(path).save(path.with_suffix(".JPG"), "JPEG")
+    for path, suffix in zip(sorted((root / "train" / "cat").iterdir()), SUFFIXES, strict=True):
+        Image.open(path).save(path.with_suffix(suffix))
     (root / "train" / "dog" / "2.png").write_bytes(b"broken")
     return root
 
@@ -172,13 +179,23 @@ def test_packed_samples_are_those_of_the_folder(photos: Path, packed: Path) -> N
 def test_shards_are_those_of_webdataset(photos: Path, packed: Path) -> None:
     webdataset = pytest.importorskip("webdataset")
     names = json.loads((packed / "index.json").read_text())["shards"]["train"]
-    assert len(names) == 27
+    assert len(names) == IMAGES
     read = list(webdataset.WebDataset([str(packed / name) for name in names], shardshuffle=False))
-    assert len(read) == 27
+    assert len(read) == IMAGES
     for sample in read:
         about = json.loads(sample["json"])
         file = (photos / about["path"]).read_bytes()
-        assert file in (sample.get("png"), sample.get("jpg"))
+        assert sample[Path(about["path"]).suffix[1:].lower()] == file
+
+
+def test_few_shards_are_open_at_a_time(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "MOST_OPEN", 2)
+    samples, _ = open_data(str(packed), None, augment="digits", size=32, seed=3)
+    before = len(os.listdir("/proc/self/fd"))
+    first = [samples.read(index) for index in range(IMAGES)]
+    assert first == [samples.read(index) for index in range(IMAGES)]
+    assert len(os.listdir("/proc/self/fd")) <= before + 2
+    assert len(set(first)) == IMAGES
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
@@ -216,8 +233,71 @@ def test_damaged_shards_are_refused(packed: Path, tmp_path: Path, capsys: Any) -
     index = packed / "index.json"
     index.write_text(index.read_text().replace("images 1", "images 9"))
     assert "format 'fasttricks images 9'; accepted: 'fasttricks images 1'" in refused(capsys, "--data", packed, *out)
-    with tarfile.open(shard) as file:
-        assert len(file.getmembers()) == 2
+    index.write_text(index.read_text().replace("images 9", "images 1"))
+    for name in ("train.npz", "index.json"):
+        (packed / name).write_bytes((packed / name).read_bytes()[:40])
+        assert f"{packed}: its index cannot be read" in refused(capsys, "--data", packed, *out)
+
+
+# ---- which rank reads what ----
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_an_epoch_has_each_image_once(ranks: int) -> None:
+    """In training, all ranks have equally many images, so that a few may be left out; another few in each epoch."""
+    size = 32
+    train = [TrainSampler(range(size), ranks, rank, shuffle=True, seed=4, drop_last=True) for rank in range(ranks)]
+    epochs = []
+    for epoch in (0, 1):
+        for sampler in train:
+            sampler.set_epoch(epoch)
+        shares = [list(sampler) for sampler in train]
+        assert {len(share) for share in shares} == {size // ranks}
+        assert {number for share in shares for _, number in share} == {epoch}
+        read = [index for share in shares for index, _ in share]
+        assert len(set(read)) == len(read) == size // ranks * ranks
+        epochs.append(read)
+    assert epochs[0] != epochs[1]
+    val = [index for rank in range(ranks) for index, _ in ValSampler(size, rank, ranks)]
+    assert sorted(val) == list(range(size))
+
+
+# ---- bad files ----
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_too_many_bad_files_end_the_run(tree: Path, tmp_path: Path, capsys: Any, part: str) -> None:
+    for i in range(4):
+        (tree / part / "owl" / f"{i}.png").write_bytes(b"broken")
+    options = ("--epochs", "1", "--batch-size", "8")
+    assert train(tree, tmp_path / "run", *options) == 1
+    printed = capsys.readouterr().err
+    count, kind = ("4 of the first 24", "training") if part == "train" else ("3 of the first 12", "validation")
+    assert f"fasttricks train: {count} {kind} images cannot be read, the last for: UnidentifiedImageError" in printed
+    assert "--max-bad-files 0.1 is the share that is accepted" in printed
+    assert train(tree, tmp_path / "run", *options, "--max-bad-files", "0.5", "--overwrite") == 0
+    printed = capsys.readouterr()
+    assert "4 files could not be read" in printed.out
+    assert [printed.err.count(f"{i}.png: UnidentifiedImageError") for i in range(4)] == [1] * 4
+
+
+def test_the_limit_counts_new_files_of_a_large_set() -> None:
+    """1,000 images are read before a share counts, and files that are known count once."""
+    files = bad_files.BadFiles(0.01, {True: 10**6, False: 10**6})
+    files.names = {"old"}
+    images = torch.empty(500, 3, 1, 1, dtype=torch.uint8)
+
+    def batch(*names: str) -> Batch:
+        return Batch(images, None, torch.zeros(500), [(name, "why") for name in names])
+
+    with pytest.warns(DataWarning):
+        files.report(batch("old", *map(str, range(10))), True)
+    with pytest.raises(DataError, match="11 of the first 1000 training images"), pytest.warns(DataWarning):
+        files.report(batch("0", "new"), True)
+    for _ in range(4):
+        files.report(batch(), True)
+    with pytest.warns(DataWarning):
+        files.report(batch(*map(str, range(20, 30))), True)
 
 
 # ---- batches that are ready before they are needed ----
@@ -293,10 +373,26 @@ def test_two_batches_are_on_their_way_while_one_is_used(monkeypatch: pytest.Monk
     assert re.findall(r"wait use (\d)", text) == [str(n) for n in range(count)]  # and are waited for before use
 
 
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_images_that_vanish_take_one_sentence(
+    tree: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, workers: str
+) -> None:
+    """Also from a worker, whose errors torch wraps in a traceback."""
+    monkeypatch.setattr(
+        multiprocessing.context._default_context, "_actual_context", multiprocessing.get_context("fork")
+    )
+    monkeypatch.setattr(loop.Trainer, "check_output", lambda trainer: shutil.rmtree(tree / "train"))
+    (tmp_path / "run").mkdir()
+    printed = refused(capsys, "--data", tree, "--out", tmp_path / "run", *SMALL, "--workers", workers)
+    assert "fasttricks train: no image file can be read any more; the first is " in printed
+    assert "FileNotFoundError" in printed
+    assert len(printed.splitlines()) == 1
+
+
 # ---- speed ----
 
 
-def test_bench_data_prints_both_speeds(photos: Path, capsys: Any) -> None:
+def test_bench_data_prints_both_speeds(photos: Path, packed: Path, capsys: Any) -> None:
     options = [
         "--image-size",
         "32",
@@ -309,10 +405,12 @@ def test_bench_data_prints_both_speeds(photos: Path, capsys: Any) -> None:
         "--augment",
         "digits",
     ]
-    assert cli.main(["bench-data", "--data", str(photos), "--workers", "0", "1", *options]) == 0
+    assert cli.main(["bench-data", "--data", str(photos), str(packed), "--workers", "0", "1", *options]) == 0
     printed = capsys.readouterr().out
-    assert "27 images at 32x32" in " ".join(printed.split())
-    assert len(re.findall(r"│\s+[01] │\s+\d+ │\s+\d+ │\s+(?:data|model) │", printed)) == 2
+    assert "32x32 pixels, batch 4" in printed
+    lines = re.findall(rf"│\s+{IMAGES} │\s+([01]) │\s+\d+ │\s+\d+ │\s+(?:data|model) │", printed)
+    assert lines == ["0", "1", "0", "1"]
+    assert "resnet18 trains in fp32 on cpu" in printed
     assert cli.main(["bench-data", "--data", "nowhere"]) == 1
     assert "no such directory" in capsys.readouterr().err
 

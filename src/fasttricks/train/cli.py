@@ -100,6 +100,9 @@ def parser() -> argparse.ArgumentParser:
     guard = train.add_argument_group("when to stop")
     guard.add_argument("--max-skipped-steps", type=int, help="overflowing steps in a row (default: 30)")
     guard.add_argument("--min-loss-scale", type=float, help="smallest loss scale (default: 2^-10)")
+    guard.add_argument(
+        "--max-bad-files", type=float, metavar="SHARE", help="of the images that may be unreadable (default: 0.1)"
+    )
 
     ablate = commands.add_parser(
         "ablate",
@@ -140,13 +143,16 @@ def parser() -> argparse.ArgumentParser:
         help="images per second that can be read, beside those that a model takes",
         description="Read and augment images for some seconds with each number of workers, then train on one batch.",
     )
-    bench.add_argument("--data", required=True, help="as for fasttricks train")
+    bench.add_argument("--data", required=True, nargs="+", help="as for fasttricks train; several are compared")
     bench.add_argument("--data-dir", type=Path, help="where 'digits' is written (default: the user's cache)")
     bench.add_argument("--model", default="resnet50d", help="as for fasttricks train (default: resnet50d)")
     bench.add_argument("--image-size", type=_at_least_one, default=224, help="edge of the images in pixels (224)")
     bench.add_argument("--batch-size", type=_at_least_one, default=64)
     bench.add_argument("--augment", choices=["imagenet", "digits"], default="imagenet")
     bench.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2, 4], metavar="N")
+    bench.add_argument(
+        "--precision", choices=["fp32", "fp16", "bf16"], help="of the model (default: fp16 on CUDA, fp32 on a CPU)"
+    )
     bench.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     bench.add_argument("--seconds", type=float, default=5.0, help="for each number of workers, and for the model (5)")
     return main_parser

@@ -143,18 +143,23 @@ def bench_data(args: argparse.Namespace) -> int:
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
         with short_warnings(), worker_deaths_explained():
-            samples, _ = open_data(args.data, args.data_dir, augment=args.augment, size=args.image_size, seed=0)
+            options = {"augment": args.augment, "size": args.image_size, "seed": 0}
+            recipe = Recipe(
+                model=args.model,
+                image_size=args.image_size,
+                batch_size=args.batch_size,
+                precision=args.precision or ("fp16" if device == "cuda" else "fp32"),
+                channels_last=device == "cuda",
+            )
             benchmark_of_data.show(
-                samples,
-                args.model,
-                size=args.image_size,
-                batch=args.batch_size,
+                {data: open_data(data, args.data_dir, **options)[0] for data in args.data},
+                recipe,
                 workers=args.workers,
                 device=torch.device(device),
                 seconds=args.seconds,
                 console=Console(),
             )
-    except (DataError, ValueError, OSError) as error:
+    except (DataError, TrainingError, ValueError, OSError) as error:
         print(f"fasttricks bench-data: {error}", file=sys.stderr)
         return 1
     return 0

@@ -57,4 +57,5 @@ def save(path: Path, recipe: Recipe, run: Run, preset: str, device: str) -> None
     options |= {"device": device, "workers": run.workers, "log_every": run.log_every}
     options |= {"compile": run.compile, "cuda_graph": run.cuda_graph, "save_every": run.save_every}
     options |= {"max_skipped_steps": run.max_skipped_steps, "min_loss_scale": run.min_loss_scale}
+    options |= {"max_bad_files": run.max_bad_files}
     checkpoint.write(path, lambda file: file.write(yaml.safe_dump(options, sort_keys=False).encode()))

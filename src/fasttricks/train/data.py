@@ -22,12 +22,12 @@ from .pack import INDEX, PackedImages
 
 class Batch(NamedTuple):
     """images (N, 3, H, W) uint8, the shifts of their colours (N, 3) float32, labels (N,) int64, and the files that
-    could not be read, "NAME: why"."""
+    could not be read, (name, why)."""
 
     images: Tensor
     shift: Tensor | None
     labels: Tensor
-    bad: list[str]
+    bad: list[tuple[str, str]]
 
 
 def collate(samples: list[Sample]) -> Batch:
@@ -36,7 +36,7 @@ def collate(samples: list[Sample]) -> Batch:
     images = torch.stack([image for image, _ in good]) if good else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
     shifts = [s.shift for s in samples if s.shift is not None]
     labels = torch.tensor([label for _, label in good], dtype=torch.int64)
-    return Batch(images, torch.stack(shifts) if shifts else None, labels, [name for s in samples for name in s.bad])
+    return Batch(images, torch.stack(shifts) if shifts else None, labels, [file for s in samples for file in s.bad])
 
 
 class TrainSampler(DistributedSampler):
@@ -98,9 +98,15 @@ def loader(dataset: Dataset, sampler: Sampler, batch: int, *, workers: int, drop
 
 @contextlib.contextmanager
 def worker_deaths_explained() -> Iterator[None]:
-    """Turns torch's error about a worker that died, which its signal handler raises anywhere, into a `DataError`."""
+    """Turns torch's error about a worker that died, which its signal handler raises anywhere, into a `DataError`, and
+    a `DataError` of a worker, which torch wraps in a traceback, into one sentence."""
     try:
         yield
+    except DataError as error:
+        message = str(error)
+        if "DataLoader worker process" not in message:
+            raise
+        raise DataError(message.rstrip().rpartition(f"{DataError.__module__}.{DataError.__name__}: ")[2]) from error
     except RuntimeError as error:
         if "DataLoader worker (pid" not in str(error):
             raise

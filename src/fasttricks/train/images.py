@@ -34,12 +34,12 @@ class DataError(RuntimeError):
 
 class Sample(NamedTuple):
     """One image as uint8 (3, H, W), or None if the file could not be read; the shift of its colours; and the files that
-    could not be read on the way."""
+    could not be read on the way, (name, why)."""
 
     image: Tensor | None
     shift: Tensor | None
     label: int
-    bad: list[str]
+    bad: list[tuple[str, str]]
 
 
 class Samples(Dataset):
@@ -79,21 +79,21 @@ class Samples(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         index, epoch = key
-        bad: list[str] = []
+        bad: list[tuple[str, str]] = []
         for step in range(len(self) if self.substitute else 1):
             place = (index + step) % len(self)
             try:
                 file, label = self.read(place)
                 image = decode_rgb(file)
             except BAD_FILE as error:
-                bad.append(f"{self.name(place)}: {type(error).__name__}: {error}")
+                bad.append((self.name(place), f"{type(error).__name__}: {error}"))
                 continue
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(_mix(self.seed, epoch, index))
                 pixels = self.transform(image)
                 return Sample(pixels, colour_noise() if self.noise else None, label, bad)
         if self.substitute:
-            raise DataError(f"no image file can be read any more; the first is {bad[0]}")
+            raise DataError(f"no image file can be read any more; the first is {': '.join(bad[0])}")
         return Sample(None, None, 0, bad)
 
     def _check_one_is_readable(self) -> None:

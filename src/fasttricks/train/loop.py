@@ -6,7 +6,7 @@ import dataclasses
 import math
 import random
 import time
-import warnings
+from functools import partial
 from pathlib import Path
 from signal import Signals
 from typing import Any
@@ -24,13 +24,14 @@ from .. import keep_freed_memory, optim
 from . import checkpoint, distributed, graph, parts
 from .augment import normalise
 from .average import Average
+from .bad_files import BadFiles
 from .checkpoint import CheckpointError
 from .clock import Clock
 from .data import Batch, TrainSampler, ValSampler, loader
 from .distributed import World
 from .errors import Interrupted, TrainingError
 from .faults import BadBatch
-from .images import DataWarning, Samples
+from .images import Samples
 from .objective import Objective
 from .prefetch import prefetched
 from .recipe import DTYPES, Recipe, Run
@@ -81,7 +82,6 @@ class Trainer:
         self.epoch = self.step = 0
         self.partial = Partial()
         self.best_top1 = -1.0
-        self.bad_files: set[str] = set()
 
         # the same weights on all ranks, then other random numbers on each
         torch.manual_seed(recipe.seed)
@@ -137,6 +137,7 @@ class Trainer:
             train_set, self.train_sampler, self.local_batch, workers=run.workers, drop_last=True, pin=pin
         )
         val_sampler = ValSampler(len(val_set), world.rank, world.size)
+        self.bad_files = BadFiles(run.max_bad_files, {True: len(sampler), False: len(val_sampler)})
         self.val_loader = loader(
             val_set, val_sampler, max(self.local_batch, 64), workers=run.workers, drop_last=False, pin=pin
         )
@@ -326,12 +327,7 @@ class Trainer:
 
     def _receive(self, batch: Batch, training: bool = True) -> tuple[Tensor, Tensor]:
         """Reports unreadable files; returns normalised images and labels on the device."""
-        for fault in batch.bad:
-            name = fault.partition(": ")[0]
-            if name not in self.bad_files:
-                self.bad_files.add(name)
-                instead = "the next image takes its place" if training else "left out of the accuracy"
-                warnings.warn(f"cannot read {fault}; {instead}", DataWarning, stacklevel=2)
+        self.bad_files.report(batch, training)
         averaged = not training and self.ema is not None  # the averages are fp32
         dtype = torch.float32 if averaged else DTYPES[self.recipe.precision]
         pixels = batch.images.to(self.device, non_blocking=True)  # 8 bits cross, a quarter of the bytes
@@ -401,8 +397,7 @@ class Trainer:
             self.world.broadcast(list(model.buffers()))
         model.eval()
         sums = torch.zeros(4, dtype=torch.float64, device=self.device)
-        for batch in self.val_loader:
-            images, labels = self._receive(batch, training=False)
+        for images, labels in prefetched(self.val_loader, partial(self._receive, training=False), self.device):
             if not len(images):
                 continue
             logits = model(images).float()
@@ -415,7 +410,7 @@ class Trainer:
         return {"val_loss": loss_sum / count, "val_top1": 100 * top1 / count, "val_top5": 100 * top5 / count}
 
     def _all_bad_files(self) -> set[str]:
-        return set().union(*self.world.gather(self.bad_files))
+        return set().union(*self.world.gather(self.bad_files.names))
 
     def _save_epoch(self, top1: float, loss: float) -> None:
         """Writes last.pt after an epoch, and best.pt if the epoch is the best and its loss is finite."""
@@ -480,7 +475,7 @@ class Trainer:
             checkpoint.load_model(self.ema.module, state.get("ema") or state["model"], path)
             self.ema.steps = state.get("averaged_steps", 0)
         self.epoch, self.step, self.best_top1 = state["epoch"], state["step"], state["best_top1"]
-        self.bad_files = set(state.get("bad_files", ()))
+        self.bad_files.names = set(state.get("bad_files", ()))
         progress = [Partial(**each) for each in state.get("progress", [{}] * len(state["rng"]))]
         self._restore_progress(progress, path, theirs)
         if len(state["rng"]) == self.world.size:
@@ -550,6 +545,8 @@ class Trainer:
             f"{_duration(seconds)} for {len(rows)} epoch{'s' if len(rows) > 1 else ''}: training {_duration(training)} "
             f"({shares}), validation and checkpoints {_duration(seconds - training)}"
         )
+        if bad := rows[-1]["bad_files"]:
+            self._say(f"{bad} file{'s' if bad > 1 else ''} could not be read; the warnings above name them")
 
     def _print(self, row: dict[str, Any], remaining: str) -> None:
         text = (

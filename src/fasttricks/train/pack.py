@@ -16,6 +16,7 @@ import os
 import shutil
 import tarfile
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from torchvision.transforms import v2
 from .images import DataError, Images, Samples
 
 INDEX, FORMAT = "index.json", "fasttricks images 1"
+MOST_OPEN = 256  # shards; systems allow a process about 1,000 open files
 
 
 def pack(source: Path, out: Path, *, shard_bytes: int, overwrite: bool, done: Callable[[str, int, int], None]) -> None:
@@ -119,7 +121,7 @@ class PackedImages(Samples):
         substitute, noise, seed: see `Samples`.
 
     Raises:
-        DataError: the index is of another format, or a shard is missing or shorter than the index says.
+        DataError: the index is damaged or of another format, or a shard is missing or shorter than the index says.
     """
 
     def __init__(
@@ -133,17 +135,20 @@ class PackedImages(Samples):
         seed: int,
     ):
         folder, part = root.parent, root.name
-        about = json.loads((folder / INDEX).read_text())
-        if about.get("format") != FORMAT:
-            raise DataError(f"{folder / INDEX}: format {about.get('format')!r}; accepted: {FORMAT!r}; pack again")
-        self.classes = about["classes"]
+        try:
+            about = json.loads((folder / INDEX).read_text())
+            if about["format"] != FORMAT:
+                raise DataError(f"{folder / INDEX}: format {about['format']!r}; accepted: {FORMAT!r}; pack again")
+            self.classes = about["classes"]
+            self.shards = [folder / name for name in about["shards"][part]]
+            with np.load(folder / f"{part}.npz") as places:
+                self.shard, self.offset, self.size = places["shard"], places["offset"], places["size"]
+                self.labels = places["label"]
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+            raise DataError(f"{folder}: its index cannot be read ({error}); pack again") from error
         if classes is not None and list(classes) != self.classes:
             raise DataError(f"{folder}: other classes than those of the training set")
         self.transform, self.substitute, self.noise, self.seed = transform, substitute, noise, seed
-        self.shards = [folder / name for name in about["shards"][part]]
-        with np.load(folder / f"{part}.npz") as places:
-            self.shard, self.offset, self.size = places["shard"], places["offset"], places["size"]
-            self.labels = places["label"]
         for number, path in enumerate(self.shards):
             end = int((self.offset + self.size)[self.shard == number].max())
             if not path.exists() or path.stat().st_size < end:
@@ -161,6 +166,9 @@ class PackedImages(Samples):
     def read(self, index: int) -> tuple[bytes, int]:
         key = os.getpid(), int(self.shard[index])  # each process has its own file descriptors
         if key not in self._files:
+            mine = [each for each in self._files if each[0] == key[0]]
+            if len(mine) >= MOST_OPEN:
+                os.close(self._files.pop(mine[0]))
             self._files[key] = os.open(self.shards[key[1]], os.O_RDONLY)
         file = os.pread(self._files[key], int(self.size[index]), int(self.offset[index]))
         return file, int(self.labels[index])

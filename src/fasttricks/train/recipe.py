@@ -92,6 +92,7 @@ class Run(BaseModel):
     log_every: int = Field(default=10, ge=1)  # steps between TensorBoard points and, on CUDA, checks of the loss
     max_skipped_steps: int = Field(default=30, ge=1)
     min_loss_scale: float = Field(default=2.0**-10, gt=0)
+    max_bad_files: float = Field(default=0.1, ge=0, le=1)  # share of the images that may be unreadable
 
 
 _EFFICIENT = {
