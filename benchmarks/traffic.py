@@ -11,6 +11,9 @@ CUDA only), else 2:
     avgpool      each tensor once, a lower bound for any kernel. Tiles are read again, mostly from the L2 cache: see
                  tests/test_cuda_avgpool_conv1x1.py and test_triton_avgpool_conv1x1.py for formulas with tiles
 
+For CUDA the bytes of DRAM are counted, too: stores, and the first load of each 32 bytes in a launch. What is loaded
+again comes from the L2 cache.
+
 The formulas exclude numbers per channel and per tensor (parameters, statistics, partial sums, addresses). For CUDA the
 bytes moved include them. For Triton, whose many small programs read them again from the caches, they are in a column
 of their own. Their share is larger than in training, since batches are smaller.
@@ -51,6 +54,7 @@ class Moved:
     rest: int
     launches: int
     cooperative: bool
+    dram: int | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ class Row:
     formula: int
     rest: int
     launches: int
+    dram: int | None = None  # of `moved`, what DRAM serves: stores, and the first load of each 32 bytes in a launch
     bounded: bool = True  # False: the formula is a lower bound
 
     @property
@@ -85,7 +90,7 @@ class Cuda:
         with self.library.metered() as meter:
             result = run()
         launches = meter.launches + meter.cooperative_launches
-        return result, Moved(meter.moved, 0, launches, meter.cooperative_launches > 0)
+        return result, Moved(meter.moved, 0, launches, meter.cooperative_launches > 0, meter.dram)
 
 
 class Triton:
@@ -128,7 +133,7 @@ def bn_case(machine: Cuda | Triton, shape: tuple[int, ...], layout: str, dtype: 
     def row(op: str, moved: Moved, formula: Callable[[int], int]) -> Row:
         case = f"{'x'.join(map(str, shape))} {layout} {dtype_name(dtype)}"
         of_formula = formula(1 if moved.cooperative else 2)
-        return Row(machine.name, op, case, moved.bytes, of_formula, moved.rest, moved.launches)
+        return Row(machine.name, op, case, moved.bytes, of_formula, moved.rest, moved.launches, moved.dram)
 
     (_, mean, var), moved = machine.measured(lambda: ops.bn_relu_forward(x, weight, bias, EPS), x)
     yield row("bn_relu forward", moved, lambda reads: (reads + 1) * unit)
@@ -175,7 +180,7 @@ def sgd_rows(machine: Cuda | Triton) -> Iterator[Row]:
             run()  # the first call writes Triton's table of addresses
             _, moved = machine.measured(run, *params, *grads, *masters, *buffers)
             case = f"a bottleneck, {dtype_name(dtype)}"
-            yield Row(machine.name, name, case, moved.bytes, each * count, moved.rest, moved.launches)
+            yield Row(machine.name, name, case, moved.bytes, each * count, moved.rest, moved.launches, moved.dram)
 
 
 def avgpool_conv1x1_case(machine: Cuda | Triton, c: int, size: int, layout: str) -> Iterator[Row]:
@@ -192,7 +197,15 @@ def avgpool_conv1x1_case(machine: Cuda | Triton, c: int, size: int, layout: str)
     for name, run in runs.items():
         _, moved = machine.measured(run, weight, x, dy)
         yield Row(
-            machine.name, f"avgpool_conv1x1 {name}", case, moved.bytes, least, moved.rest, moved.launches, bounded=False
+            machine.name,
+            f"avgpool_conv1x1 {name}",
+            case,
+            moved.bytes,
+            least,
+            moved.rest,
+            moved.launches,
+            moved.dram,
+            bounded=False,
         )
 
 
@@ -218,12 +231,15 @@ def main() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, __file__, "--json"], env=environment, stdout=subprocess.PIPE, check=True)
     made = [*rows(), *(Row(**row) for row in json.loads(done.stdout))]
-    table = Table("backend", "op", "case", "MB moved", "MB by the formula", "ratio", "MB of the rest", "launches")
+    table = Table(
+        "backend", "op", "case", "MB moved", "MB by the formula", "ratio", "MB of DRAM", "MB of the rest", "launches"
+    )
     for row in sorted(made, key=lambda row: row.op.split()[0]):
         ratio = f"{row.ratio:.3f}" if row.bounded else f"{row.ratio:.2f} of the least"
         sizes = (f"{row.moved / 1e6:.2f}", f"{row.formula / 1e6:.2f}")
         rest = "" if row.backend == "cuda" else f"{row.rest / 1e6:.2f}"
-        table.add_row(row.backend, row.op, row.case, *sizes, ratio, rest, str(row.launches))
+        dram = "" if row.dram is None else f"{row.dram / 1e6:.2f}"
+        table.add_row(row.backend, row.op, row.case, *sizes, ratio, dram, rest, str(row.launches))
     Console(width=140).print(table)
     target = Path(__file__).parent / "results" / "traffic.json"
     target.write_text(json.dumps([{**asdict(row), "ratio": round(row.ratio, 4)} for row in made], indent=1) + "\n")

@@ -22,6 +22,10 @@ def check(backend: str) -> None:
     assert {r.backend for r in made} == {backend}
     assert [f"{r.op} {r.case}: {r.ratio:.3f}" for r in made if r.bounded and not 0.999 <= r.ratio <= 1.05] == []
     assert [f"{r.op} {r.case}: {r.launches}" for r in made if r.launches not in launches(r)] == []
+    # what several blocks read of an operand, DRAM serves once
+    read_once = [r for r in made if r.dram is not None and not r.bounded and "dweight" not in r.op]
+    assert [f"{r.op} {r.case}: {r.dram}" for r in read_once if r.dram > 1.05 * r.formula] == []
+    assert bool(read_once) == (backend == "cuda")
     used = {r.launches for r in made if r.op == "bn_relu forward"}
     assert used == set(launches(next(r for r in made if r.op == "bn_relu forward"))), "all variants are in the table"
 
