@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import emulated
 
 import fasttricks
+from fasttricks import backends
 
 FORWARD, INPUT, WEIGHT = range(3)
 # multiprocessors, shared memory per multiprocessor and per block (CUDA Programming Guide, "Compute Capabilities")
@@ -341,3 +344,27 @@ def test_planted_faults_are_caught(fault: str, tmp_path: Path) -> None:
     *change, kind, said = FAULTS[fault]
     build = emulated.Build(kind, emulated.changed(tmp_path, *change), ("avgpool_conv1x1",))
     assert said in emulated.run("run_avgpool_conv1x1.py", build)
+
+
+# ---- what is left to torch ----
+
+
+def test_auto_leaves_to_torch_what_it_is_predicted_to_do_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    op = importlib.import_module("fasttricks.ops.avgpool_conv1x1")
+    monkeypatch.setattr(op, "namespace_for", lambda name, device: "fasttricks")
+    device, capabilities = torch.device("cuda", 0), backends._capabilities
+
+    def chosen(capability: tuple[int, int], size: int, channels: int) -> bool:
+        monkeypatch.setitem(capabilities, device, capability)
+        x = SimpleNamespace(device=device, is_cuda=True, shape=(2, channels, 8, 8), element_size=lambda: size)
+        return op._chosen(x) == "fasttricks"
+
+    with fasttricks.backend("auto"):
+        assert chosen((8, 0), 2, 1024)
+        assert chosen((9, 0), 2, 256)
+        assert not chosen((9, 0), 2, 512)
+        assert not chosen((12, 0), 2, 2048)
+        assert not chosen((8, 6), 4, 64)
+    for name in ("cuda", "reference"):  # where a backend is chosen, it is taken
+        monkeypatch.setattr(backends, "_forced", name)
+        assert chosen((10, 0), 2, 1024)

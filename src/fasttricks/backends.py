@@ -170,6 +170,32 @@ def ops_for(op: str, device: torch.device) -> Any:
     return None if namespace is None else getattr(torch.ops, namespace)
 
 
+# What `auto` leaves to torch's own operators on a card of the CUDA library, because ours are predicted to be slower:
+# from a compute capability, bytes of an element and number of input channels on. avgpool_conv1x1 is a product of its
+# own with mma.sync: from 9.0 on only wgmma and tcgen05 reach the full rate (H100, fp16, NHWC, batch 256, forward and
+# backward: 512 -> 1024 channels 0.9 ms against 0.7, 1024 -> 2048 0.97 against 0.5, 256 -> 512 even), and float32 and
+# float64 run on the general cores. Predicted from counts of operations and bytes; benchmarks/card.py measures both.
+LEFT_TO_TORCH: dict[str, tuple[tuple[tuple[int, int], int, int], ...]] = {
+    "avgpool_conv1x1": (((8, 0), 4, 1), ((9, 0), 2, 512)),
+}
+_capabilities: dict[torch.device, tuple[int, int]] = {}
+
+
+@torch.compiler.assume_constant_result
+def _capability(device: torch.device) -> tuple[int, int]:
+    if device not in _capabilities:
+        _capabilities[device] = torch.cuda.get_device_capability(device)
+    return _capabilities[device]
+
+
+def left_to_torch(op: str, device: torch.device, element_bytes: int, channels: int) -> bool:
+    """Whether `auto` does not take the CUDA library's `op` for such tensors on `device`; see LEFT_TO_TORCH."""
+    if _forced != "auto":
+        return False
+    capability = _capability(device)
+    return any(capability >= c and element_bytes >= b and channels >= n for c, b, n in LEFT_TO_TORCH.get(op, ()))
+
+
 def loaded_namespaces() -> list[str]:
     """The namespaces in which ops are defined; each module of fasttricks.ops registers fakes and autograd in them."""
     return [namespaces[name] for name in ("cpu", "triton") if name not in not_loaded]

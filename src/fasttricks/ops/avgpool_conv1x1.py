@@ -11,7 +11,7 @@ from torch.fx import Proxy
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from .. import transforms
-from ..backends import loaded_namespaces, namespace_for
+from ..backends import left_to_torch, loaded_namespaces, namespace_for
 from ..layout import layout_of
 from ..reference.avgpool_conv1x1 import avgpool_conv1x1 as reference
 from ..reference.avgpool_conv1x1 import avgpool_conv1x1_backward as differentiable_backward
@@ -68,7 +68,7 @@ def avgpool_conv1x1(
     try:
         if torch._C._is_any_autocast_enabled():
             x, weight, bias = _autocast(x, weight, bias)
-        namespace = namespace_for("avgpool_conv1x1", x.device)
+        namespace = _chosen(x)
         # the dispatcher would cast other types to int and bool before the kernels could refuse them
         if namespace is not None and type(stride) is int and type(ceil_mode) is bool:
             return _differentiable[namespace](x, weight, bias, stride, ceil_mode)
@@ -81,13 +81,21 @@ def avgpool_conv1x1(
     return reference(x, weight, bias, stride=stride, ceil_mode=ceil_mode)
 
 
+def _chosen(x: torch.Tensor) -> str | None:
+    """The namespace of the kernels for x; None if plain torch runs, for want of kernels or because it is faster."""
+    namespace = namespace_for("avgpool_conv1x1", x.device)
+    if namespace == "fasttricks" and x.is_cuda:
+        return None if left_to_torch("avgpool_conv1x1", x.device, x.element_size(), x.shape[1]) else namespace
+    return namespace
+
+
 def _traced(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: int, ceil_mode: bool
 ) -> torch.Tensor:
     """The call under torch.compile and torch.jit.trace: one op in their graph; operations of torch in exported ones."""
     x, weight, bias = _autocast(x, weight, bias)
     check_forward("avgpool_conv1x1", x, weight, bias, stride, ceil_mode)
-    namespace = namespace_for("avgpool_conv1x1", x.device)
+    namespace = _chosen(x)
     if namespace is None or transforms.active() or transforms.exports():
         return reference(x, weight, bias, stride=stride, ceil_mode=ceil_mode)
     # a constant: with dynamic=True stride may be a symbol, which Triton's inferred schema would keep
