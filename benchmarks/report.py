@@ -3,6 +3,7 @@
     python benchmarks/report.py                          rewrites the tables and draws the pictures
     python benchmarks/report.py RAW.json RESULT.json     the same, after condensing a pytest-benchmark file
     python benchmarks/report.py --runs RUN...            the same, after storing the curves of runs in digits.json
+    python benchmarks/report.py --ablations RUN...       the same, after storing ablations in ablations.json
 
 A condensed file has for each case the best time in milliseconds and the figures that the case recorded (ratios to its
 peers, bytes or FLOP per second), and for the machine the processor, the cores and torch's version. A table is the text
@@ -20,6 +21,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +31,7 @@ import fasttricks
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 ASSETS = ROOT / "docs" / "assets"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "gallery.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "gallery", "tricks")))
 BLUE, ORANGE, GREY = "#3b6fb6", "#e0882f", "#9a9a9a"
 
 
@@ -70,6 +72,18 @@ def condense_runs(folders: Sequence[Path]) -> dict:
             **{name: [round(float(row[name]), 5) for row in rows] for name in columns},
         }
     return runs
+
+
+def condense_ablations(folders: Sequence[Path]) -> dict:
+    """The options of each ablation, and the validation accuracy after the last epoch by row and seed."""
+    from fasttricks.train.ablation import read
+
+    found = {}
+    for folder in folders:
+        about, groups = read(folder)
+        rows = {group.name: [round(v, 2) for v in group.each(lambda run: run.rows[-1]["val_top1"])] for group in groups}
+        found[about["table"]] = {"model": about["model"], "options": about["options"], "top1": rows}
+    return found
 
 
 def load(name: str) -> Any:
@@ -208,7 +222,27 @@ def accuracy_table() -> str:
     return _markdown(["", *runs], rows)
 
 
-TABLES = {"speed": speed_table, "cases": case_table, "traffic": traffic_table, "accuracy": accuracy_table}
+def ablation_table(name: str) -> str:
+    """A row per row of the ablation: mean and standard deviation over the seeds, and the change to the first row."""
+    found = load("ablations.json")[name]
+    rows = [
+        [arm, f"{mean(top1):.2f} ± {stdev(top1):.2f}", f"{mean(top1) - mean(next(iter(found['top1'].values()))):+.2f}"]
+        for arm, top1 in found["top1"].items()
+    ]
+    rows[0][-1] = ""
+    seeds = len(next(iter(found["top1"].values())))
+    command = f"`fasttricks ablate {name} --seeds {seeds} {' '.join(found['options'])}`"
+    return f"{command}\n\n" + _markdown(["", f"top-1, mean of {seeds} seeds", "change"], rows)
+
+
+TABLES = {
+    "speed": speed_table,
+    "cases": case_table,
+    "traffic": traffic_table,
+    "accuracy": accuracy_table,
+    "ablation-efficient": lambda: ablation_table("efficient"),
+    "ablation-tweaks": lambda: ablation_table("tweaks"),
+}
 
 
 def rendered(page: str) -> str:
@@ -325,6 +359,9 @@ def main() -> None:
     if sys.argv[1:2] == ["--runs"]:
         runs = condense_runs([Path(folder) for folder in sys.argv[2:]])
         (RESULTS / "digits.json").write_text(json.dumps(runs, indent=1) + "\n")
+    elif sys.argv[1:2] == ["--ablations"]:
+        ablations = condense_ablations([Path(folder) for folder in sys.argv[2:]])
+        (RESULTS / "ablations.json").write_text(json.dumps(ablations, indent=1) + "\n")
     elif sys.argv[1:]:
         source, target = map(Path, sys.argv[1:])
         result = condense(json.loads(source.read_text()))

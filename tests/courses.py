@@ -59,20 +59,29 @@ def train(model: nn.Module, batches: list[torch.Tensor]) -> Course:
     return Course(outputs, gradients, copy.deepcopy(model.state_dict()), evaluated)
 
 
-def assert_same(got: Course, want: Course, tolerance: float) -> None:
-    assert all(relative_error(a, b) < tolerance for a, b in zip(got.outputs, want.outputs, strict=True))
+def distance(got: Course, want: Course) -> float:
+    """The largest relative error of an output, a gradient or a parameter."""
     assert got.gradients.keys() == want.gradients.keys()
+    assert list(got.state) == list(want.state)
+    errors = {
+        f"output {i}": relative_error(a, b) for i, (a, b) in enumerate(zip(got.outputs, want.outputs, strict=True))
+    }
+    errors["evaluated"] = relative_error(got.evaluated, want.evaluated)
     # a bias before a BatchNorm has a gradient of zero, and rounding
     least = 1e-4 * max(g.norm() for g in want.gradients.values())
     for name, g in want.gradients.items():
-        assert (got.gradients[name] - g).norm() <= tolerance * g.norm().clamp_min(least), name
-    assert list(got.state) == list(want.state)
+        errors[name] = float((got.gradients[name] - g).norm() / g.norm().clamp_min(least))
     for name, value in want.state.items():
         if value.is_floating_point():
-            assert (got.state[name] - value).norm() <= tolerance * value.norm().clamp_min(1e-6), name
+            errors[name] = float((got.state[name] - value).norm() / value.norm().clamp_min(1e-6))
         else:  # num_batches_tracked
             assert torch.equal(got.state[name], value), name
-    assert relative_error(got.evaluated, want.evaluated) < tolerance
+    assert all(error == error for error in errors.values()), errors
+    return max(errors.values())
+
+
+def assert_same(got: Course, want: Course, tolerance: float) -> None:
+    assert distance(got, want) < tolerance
 
 
 def total_error(got: Iterable[torch.Tensor], want: Iterable[torch.Tensor]) -> float:

