@@ -15,7 +15,8 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from signal import Signals, getsignal
+from signal import Signals, default_int_handler, getsignal
+from signal import signal as handle
 from typing import Any
 
 import pytest
@@ -234,7 +235,11 @@ def test_a_second_interrupt_acts_at_once(tree: Path, tmp_path: Path, capsys: obj
     """During accumulation, before the step ends: no checkpoint is written."""
     options = ["--epochs", "3", "--batch-size", "4", "--accumulate", "3"]
     signals = {4: Signals.SIGINT, 5: Signals.SIGINT}
-    assert train_with_signals(tree, tmp_path / "run", signals, *options) == 130
+    before = handle(Signals.SIGINT, default_int_handler)  # processes of pytest -n may ignore it
+    try:
+        assert train_with_signals(tree, tmp_path / "run", signals, *options) == 130
+    finally:
+        handle(Signals.SIGINT, before)
     assert "interrupted" in capsys.readouterr().err
     assert not (tmp_path / "run" / "last.pt").exists()
 
