@@ -10,14 +10,14 @@ import pytest
 
 import fasttricks
 
-# page faults of a tensor of 64 MB after some that were freed: posix_memalign joins freed blocks only after some calls
+# page faults of a tensor of 36 MB after some that were freed: posix_memalign joins freed blocks only after some calls
 CODE = """
 import resource, sys, torch, fasttricks
 if sys.argv[1] == "kept":
     assert fasttricks.keep_freed_memory()
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.empty(16 << 20).fill_(1.0)
+    torch.empty(9 << 20).fill_(1.0)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 for _ in range(20):
     faults()

@@ -105,6 +105,7 @@ def test_an_ablation_runs_resumes_and_reports(
     assert "--seed: fasttricks ablate sets it" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_a_failed_line_of_an_ablation_is_named(
     tree: Path, tmp_path: Path, capsys: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -107,6 +107,7 @@ def test_a_loss_that_is_not_finite(two_ranks: Path) -> None:
     assert all(len(images) == 4 for each in kept for images in each["images"])
 
 
+@pytest.mark.long
 def test_a_signal_stops_all_ranks_after_the_same_step(tree: Path, tmp_path: Path) -> None:
     """Sent to one of them; the run resumes."""
     out = tmp_path / "run"
@@ -137,6 +138,7 @@ def rank_of(pid: int, rank: int) -> int | None:
     return None
 
 
+@pytest.mark.long
 def test_torchrun_restarts_from_the_last_checkpoint(tree: Path, tmp_path: Path) -> None:
     """A rank is killed within an epoch; the rest of the run is that of one process without a fault."""
     out = tmp_path / "run"

@@ -244,6 +244,7 @@ def test_a_second_interrupt_acts_at_once(tree: Path, tmp_path: Path, capsys: obj
     assert not (tmp_path / "run" / "last.pt").exists()
 
 
+@pytest.mark.long
 def test_an_interrupt_from_the_terminal(tree: Path, tmp_path: Path) -> None:
     """The whole process group gets it, data workers too."""
     out = tmp_path / "run"

@@ -17,6 +17,7 @@ from train_runs import SMALL, differences
 KILLS = 20
 
 
+@pytest.mark.long
 def test_kills_at_random_moments(tree: Path, tmp_path: Path) -> None:
     """With half precision, a loss scale, warmup, mixup, averages, accumulation, and checkpoints in mid-epoch."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
