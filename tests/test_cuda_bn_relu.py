@@ -205,10 +205,10 @@ FAULTS = {
         "tsan",
         "data race",
     ),
-    "a block's units given to its neighbour": (
+    "the first unit given to no block": (
         "bn_relu_plan.h",
         "(block < extra ? block : extra)",
-        "(block < extra ? block : extra - 1)",
+        "(block < extra ? block : extra) + (block == 0)",
         "plain",
         "wrong",
     ),
