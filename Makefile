@@ -6,8 +6,6 @@ PY := $(VENV)/bin/python
 CXX_SOURCES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.h')
 # pytest on every core; tests that must not run side by side are of one xdist_group
 PYTEST := $(PY) -m pytest -q -n logical --maxprocesses 8 --dist loadgroup
-# Python compiles what it imports; compiling all that is installed takes half a minute more
-QUICKLY := -q --no-compile
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: train ablate test test-all test-long test-zoo test-oldest-triton libraries lint bench bench-check bench-traffic docs sdist wheel wheel-matrix clean
@@ -64,11 +62,11 @@ $(VENV)/ready: pyproject.toml setup.py build_libraries.py
 	@echo "fasttricks: making the virtual environment $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
 	@echo "fasttricks: installing torch and torchvision (3 GB with CUDA), 2 to 5 minutes"
-	@$(PY) -m pip install $(QUICKLY) "setuptools>=70.1" wheel ninja "torch>=2.10" torchvision
+	@$(PY) -m pip install -q "setuptools>=70.1" wheel ninja "torch>=2.10" torchvision
 	@echo "fasttricks: compiling the kernels, about a minute; 5 minutes more if a CUDA toolkit is installed"
 	@$(PY) setup.py -q build_ext --inplace
 	@echo "fasttricks: installing fasttricks as editable, and what the trainer and the tests need, about a minute"
-	@$(PY) -m pip install $(QUICKLY) --no-build-isolation -e ".[train,timm,test]"
+	@$(PY) -m pip install -q --no-build-isolation -e ".[train,timm,test]"
 	@touch $@
 
 # The libraries again if a source is newer; ninja knows which.
