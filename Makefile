@@ -33,7 +33,7 @@ test: libraries lint
 	@echo "fasttricks: the tests of the Triton kernels, in Triton's interpreter"
 	TRITON_INTERPRET=1 $(PYTEST) tests -m "not long and not zoo" -k "triton or registration"
 
-# Everything, in about an hour and a half on two cores.
+# Everything: hours on two cores, most of them for test-zoo.
 test-all: test test-oldest-triton test-long test-zoo bench-check
 
 # Sanitizers and planted faults on the emulated CUDA kernels, tensors past 2^31 elements, Triton for sm_80 and sm_100,
@@ -43,7 +43,8 @@ test-long: libraries
 	@PYTHONPATH=. $(PY) tests/emulator/emulated.py asan tsan
 	$(PYTEST) tests -m long
 
-# The pairs that fuse finds in every classification model of torchvision and timm, counted: about 25 minutes.
+# Every classification model of torchvision and timm: the pairs that fuse finds are counted (about 25 minutes), and
+# each model trains fused and not (hours).
 test-zoo: libraries
 	$(PYTEST) tests -m zoo
 

@@ -4,8 +4,8 @@
     python benchmarks/regression.py --slow-down 1.25 what it says of kernels that take a quarter longer; exit status 1
 
 Compares ratios with those of benchmarks/results/cpu.json if they are of this kind of machine. A case that is more than
-15% behind is measured again, three times in all, and its best ratio counts: what others do on the machine passes, a
-slower kernel stays.
+15% below is measured again, three times in all, and its best ratio counts, because other programs on the machine slow
+down single measurements.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import cpuinfo
@@ -86,9 +85,8 @@ def slower(committed: dict[str, float], measured: Callable[[Sequence[str]], dict
 def main() -> int:
     parser = argparse.ArgumentParser(description="Compares the operators' speed with the committed results.")
     parser.add_argument("--slow-down", type=float, default=1.0, metavar="FACTOR", help="how much longer kernels take")
-    parser.add_argument("--results", type=Path, help="other results than benchmarks/results/cpu.json")
     args = parser.parse_args()
-    results = load("cpu.json") if args.results is None else json.loads(args.results.read_text())
+    results = load("cpu.json")
     committed = ratios(results)
     here = condense({"machine_info": {"cpu": cpuinfo.get_cpu_info()}, "benchmarks": []})["machine"]
     kinds = [{key: machine[key] for key in ("processor", "cores", "isa")} for machine in (here, results["machine"])]

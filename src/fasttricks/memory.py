@@ -19,7 +19,7 @@ def keep_freed_memory() -> bool:
     `fasttricks train` calls it when it trains on a CPU.
 
     Returns:
-        Whether glibc took it; False with another C library, where nothing happens.
+        Whether glibc accepted the settings; False with another C library, where nothing happens.
 
     Examples:
         >>> kept = fasttricks.keep_freed_memory()  # once, before training

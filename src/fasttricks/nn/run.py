@@ -88,6 +88,11 @@ def is_2x2_pool(pool: Any) -> bool:
     return pool.kernel_size in _TWO and pool.stride in _TWO and pool.padding in _ZERO and pool.divisor_override is None
 
 
+def pads_an_edge(pool: nn.Module, x: torch.Tensor) -> bool:
+    """Whether timm's 2x2 pool pads an odd edge of x with zeros, which the op does not."""
+    return type(pool) is not nn.AvgPool2d and bool(x.shape[-2] % 2 or x.shape[-1] % 2)
+
+
 def is_1x1_conv(conv: Any) -> bool:
     """Whether conv is a 1x1 convolution with stride 1 and one group."""
     return (
@@ -186,7 +191,7 @@ def avgpool_conv1x1_of_modules(
     pool: nn.AvgPool2d, conv: nn.Conv2d, x: torch.Tensor, min_elements: int = 0
 ) -> torch.Tensor:
     """conv(pool(x)) of a 2x2 pool and a 1x1 convolution."""
-    if type(pool) is not nn.AvgPool2d and (x.shape[-2] % 2 or x.shape[-1] % 2):  # the op pads no edge with zeros
+    if pads_an_edge(pool, x):
         return conv(pool(x))
     return avgpool_conv1x1_of(conv, x, pool.ceil_mode, min_elements)
 
@@ -202,7 +207,7 @@ def conv1x1_avgpool_of_modules(
     pool: nn.AvgPool2d, conv: nn.Conv2d, x: torch.Tensor, min_elements: int = 0
 ) -> torch.Tensor:
     """pool(conv(x)) of a 1x1 convolution and a 2x2 pool: both are linear, so the pool may come first."""
-    if type(pool) is not nn.AvgPool2d and (x.shape[-2] % 2 or x.shape[-1] % 2):  # the op pads no edge with zeros
+    if pads_an_edge(pool, x):
         return pool(conv(x))
     return conv1x1_avgpool_of(conv, x, pool.ceil_mode, min_elements)
 
