@@ -31,16 +31,21 @@ ONE_STATISTIC = ["--sync-bn", "--epochs", "2", "--batch-size", "8"]
 
 
 def assert_close(one: Path, two: Path) -> None:
-    """The results of two runs but for rounding, which grows more in tensors of small norm and in momentum."""
+    """The results of two runs but for rounding.
+
+    A running mean near zero has the rounding of the values that cancel in it. Momentum changes by a whole gradient's
+    share where rounding moves an activation across the zero of its ReLU.
+    """
     for name in ("model", "ema", "optimizer", "scheduler", "step", "epoch", "classes"):
         a, b = (tree_leaves(torch.load(out / "last.pt", weights_only=True)[name]) for out in (one, two))
         floats = [i for i, x in enumerate(a) if isinstance(x, torch.Tensor) and x.is_floating_point()]
         assert all(same(x, y) for i, (x, y) in enumerate(zip(a, b, strict=True)) if i not in floats), name
         if floats:
-            # means that are zero but for rounding are left to the sum below
-            assert all(relative_error(b[i], a[i]) < 1e-3 for i in floats if a[i].square().mean() > 1e-12), name
+            each, all_of_them = (5e-2, 5e-3) if name == "optimizer" else (1e-3, 1e-5)
+            for i in floats:
+                assert (b[i] - a[i]).norm() < each * a[i].norm() + 5e-6 * a[i].numel() ** 0.5, name
             whole = [torch.cat([leaves[i].flatten() for i in floats]) for leaves in (a, b)]
-            assert relative_error(whole[1], whole[0]) < (1e-4 if name == "optimizer" else 1e-5), name
+            assert relative_error(whole[1], whole[0]) < all_of_them, name
     for a, b in zip(rows(one), rows(two), strict=True):
         for name in a.keys() - {"img_per_s", "train_seconds"}:
             assert float(b[name]) == pytest.approx(float(a[name]), rel=1e-5), name
