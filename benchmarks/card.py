@@ -1,19 +1,22 @@
 """Every op on a GPU, on each backend, against its peers: python benchmarks/card.py [--device cuda] [--out DIR].
 
 A row is one case on one side: median milliseconds, the speedup over eager torch and, for sides with a formula of
-bytes, the fraction of the measured copy bandwidth. All sides of a case run in turn in every round, so that ratios
-compare equal conditions. Writes DIR/<card>.json and DIR/<card>.png.
+bytes, the fraction of the measured copy bandwidth. Beside what was measured stands what was predicted: of the CUDA
+kernels by their launch plans and the card's published limits (predict.py). All sides of a case run in turn in every
+round, so that ratios compare equal conditions. Writes DIR/<card>.json and DIR/<card>.png.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import statistics
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import bench_sgd
 import torch
@@ -54,37 +57,73 @@ class Row:
     side: str
     ms: float
     against_eager: float
-    predicted_ms: float | None  # the formula's bytes at the bandwidth of a copy, and the latency of launches
-    of_copy: float | None
+    copy_ms: float | None = None  # the formula's bytes at the bandwidth of a copy, and the latency of launches
+    of_copy: float | None = None
+    predicted_ms: float | None = None  # at the card's published limits
 
 
 @dataclass(frozen=True)
 class Formula:
-    """Bytes and launches of a call of ours; those of the CUDA kernels differ where a tensor stays on the chip."""
+    """Bytes, launches and, at the card's published limits, seconds of a call of ours."""
 
     moved: float
     launches: int
-    of_cuda: tuple[float, int] | None = None
+    seconds: float | None = None
 
-    def of(self, side: str) -> tuple[float, int]:
-        return self.of_cuda if side == "cuda" and self.of_cuda else (self.moved, self.launches)
+
+Formulas = dict[str, Formula]  # by side
+Case = tuple[str, str, Sides, Formulas]  # op, case
+
+
+class Predictor:
+    """What the launch plans of the CUDA kernels give on this card; why_not: why that is not known."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.why_not = ""
+        if device.type != "cuda":
+            self.why_not = "no card"
+            return
+        try:
+            import predict
+
+            card = torch.cuda.get_device_properties(device)
+            limits = predict.limits_of(card.name)
+            self.machines = {layout: predict.Machine(limits, layout == "NHWC") for layout in LAYOUTS}
+        except (ImportError, OSError, ValueError, SystemExit) as error:  # the card is there to be measured
+            self.why_not = f"{type(error).__name__}: {error}"
+
+    def formula(self, launches: Iterable[Any]) -> Formula:
+        made = tuple(launches)
+        return Formula(sum(one.dram for one in made), len(made), sum(one.seconds for one in made))
+
+    def bn(self, x: torch.Tensor, layout: str, add: bool) -> Formulas:
+        if self.why_not:
+            return {}
+        forward, backward = self.machines[layout].bn_launches(tuple(x.shape), add, x.element_size())
+        return {"cuda": self.formula(forward + backward)}
+
+    def avgpool_conv1x1(self, x: torch.Tensor, layout: str, out: int) -> Formulas:
+        if self.why_not:
+            return {}
+        launches = self.machines[layout].avgpool_launches(tuple(x.shape), out)
+        return {"cuda": self.formula(one for each in launches.values() for one in each)}
+
+    def sgd(self, half: bool) -> Formulas:
+        if self.why_not:
+            return {}
+        sizes = [math.prod(shape) for shape in bench_sgd.SHAPES]
+        return {"cuda": self.formula(self.machines["NHWC"].sgd_launches(sizes, half, check=half))}
+
+
+def of_sides(formula: Formula, predicted: Formulas) -> Formulas:
+    """The formula of every side with kernels of ours, but what is predicted for those where it is."""
+    return {side: predicted.get(side, formula) for side in ("cuda", "triton", "cpu")}
 
 
 def bn_formula(x: torch.Tensor, add: bool) -> Formula:
-    """Forward and backward; one launch each where the blocks' shared memory holds x, and x and dz."""
+    """Forward and backward in several launches."""
     n, bits = x.numel() * x.element_size(), x.numel() / 8 if add else 0.0
-
-    def moved(forward_reads: int, backward_reads: int) -> float:
-        forward = (forward_reads + 1 + add) * n + bits
-        return forward + (2 * backward_reads + 1 + add) * n + backward_reads * bits
-
-    of_cuda = None
-    if x.device.type == "cuda" and x.element_size() < 8:
-        card = torch.cuda.get_device_properties(x.device)
-        room = card.multi_processor_count * (card.shared_memory_per_block_optin - (17 << 10))
-        reads = [1 if arrays * n <= 0.95 * room and x[0].numel() % 8 == 0 else 2 for arrays in (1, 2)]
-        of_cuda = moved(*reads), sum(2 * r - 1 for r in reads) + 1  # the running statistics
-    return Formula(moved(2, 2), 7, of_cuda)
+    return Formula((8 + 2 * add) * n + 3 * bits, 7)
 
 
 def backends(device: torch.device) -> list[str]:
@@ -127,9 +166,7 @@ def gradients(run: Callable[..., torch.Tensor], leaves: list[torch.Tensor]) -> C
     return lambda: torch.autograd.grad(run(*leaves), leaves, dy)
 
 
-def bn_cases(
-    sizes: Sizes, device: torch.device, dtype: torch.dtype
-) -> Iterator[tuple[str, str, Sides, Formula | None]]:
+def bn_cases(sizes: Sizes, device: torch.device, dtype: torch.dtype, predictor: Predictor) -> Iterator[Case]:
     for add in (False, True):
         for c, size in sizes.bn:
             for layout, memory_format in LAYOUTS.items():
@@ -161,13 +198,13 @@ def bn_cases(
                     ("bn_add_relu" if add else "bn_relu"),
                     f"{c}x{size}x{size} {layout} {dtype}",
                     sides,
-                    bn_formula(x, add),
+                    of_sides(bn_formula(x, add), predictor.bn(x, layout, add)),
                 )
 
 
 def avgpool_conv1x1_cases(
-    sizes: Sizes, device: torch.device, dtype: torch.dtype
-) -> Iterator[tuple[str, str, Sides, Formula | None]]:
+    sizes: Sizes, device: torch.device, dtype: torch.dtype, predictor: Predictor
+) -> Iterator[Case]:
     for c, out, size in sizes.pool:
         for layout, memory_format in LAYOUTS.items():
             x = torch.randn(sizes.batch, c, size, size, dtype=dtype).contiguous(memory_format=memory_format)
@@ -178,19 +215,21 @@ def avgpool_conv1x1_cases(
                     sides[name] = on(name, gradients(fasttricks.avgpool_conv1x1, leaves))
             y = sizes.batch * out * (size // 2) ** 2
             moved = (3 * x.numel() + 3 * y) * x.element_size()  # forward: x, y; backward: dy twice, x, dx
-            yield "avgpool_conv1x1", f"{c}->{out} {size}x{size} {layout} {dtype}", sides, Formula(moved, 4)
+            formulas = of_sides(Formula(moved, 4), predictor.avgpool_conv1x1(x, layout, out))
+            yield "avgpool_conv1x1", f"{c}->{out} {size}x{size} {layout} {dtype}", sides, formulas
 
 
-def sgd_cases(device: torch.device) -> Iterator[tuple[str, str, Sides, Formula | None]]:
+def sgd_cases(device: torch.device, predictor: Predictor) -> Iterator[Case]:
     """ResNet-50's parameters: check and step in fp16 with masters, step in fp32."""
     sides: Sides = {"eager": bench_sgd.eager_fp16(), "in place": bench_sgd.in_place_fp16()}
     for name in backends(device):
         sides[name] = on(name, bench_sgd.fused_fp16())
-    yield "sgd", "ResNet-50, float16, masters, check", sides, Formula(bench_sgd.COUNT * bench_sgd.BYTES, 2)
+    formulas = of_sides(Formula(bench_sgd.COUNT * bench_sgd.BYTES, 2), predictor.sgd(half=True))
+    yield "sgd", "ResNet-50, float16, masters, check", sides, formulas
     sides = {"eager": torch_sgd(foreach=True), "torch fused": torch_sgd(fused=True)}
     for name in backends(device):
         sides[name] = on(name, bench_sgd.fused_fp32())
-    yield "sgd", "ResNet-50, float32", sides, Formula(bench_sgd.COUNT * 20, 1)
+    yield "sgd", "ResNet-50, float32", sides, of_sides(Formula(bench_sgd.COUNT * 20, 1), predictor.sgd(half=False))
 
 
 def torch_sgd(**kind: bool) -> Callable[[], object]:
@@ -199,9 +238,7 @@ def torch_sgd(**kind: bool) -> Callable[[], object]:
     return torch.optim.SGD(parameters, **options, **kind).step
 
 
-def step_cases(
-    sizes: Sizes, device: torch.device, dtype: torch.dtype
-) -> Iterator[tuple[str, str, Sides, Formula | None]]:
+def step_cases(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
     """One training step of ResNet-50-D under autocast, channels_last."""
     images = torch.randn(sizes.step_batch, 3, sizes.image, sizes.image).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(0, 1000, (sizes.step_batch,))
@@ -216,7 +253,7 @@ def step_cases(
         return run
 
     sides: Sides = {"eager": side(False)} | {name: on(name, side(True)) for name in backends(device)}
-    yield "training step", f"ResNet-50-D, batch {sizes.step_batch}, NHWC, {dtype}", sides, None
+    yield "training step", f"ResNet-50-D, batch {sizes.step_batch}, NHWC, {dtype}", sides, {}
 
 
 def check_results(case: str, sides: Sides) -> None:
@@ -232,28 +269,43 @@ def check_results(case: str, sides: Sides) -> None:
                 raise RuntimeError(f"{case}: gradient {k} of {name} differs from eager's by {error:.2g}")
 
 
-def measure(sizes: Sizes, device: torch.device) -> tuple[list[Row], float]:
+def row_of(
+    op: str, case: str, side: str, seconds: float, eager: float, bandwidth: float, formula: Formula | None
+) -> Row:
+    row = Row(op, case, side, seconds * 1e3, eager / seconds)
+    if formula is None:
+        return row
+    return replace(
+        row,
+        copy_ms=1e3 * (formula.moved / bandwidth + formula.launches * LAUNCH),
+        of_copy=formula.moved / seconds / bandwidth,
+        predicted_ms=None if formula.seconds is None else 1e3 * formula.seconds,
+    )
+
+
+def line(row: Row) -> str:
+    said = f"{row.op:16} {row.case:45} {row.side:12} {row.ms:8.3f} ms {row.against_eager:5.2f}x"
+    if row.of_copy is not None:
+        said += f", {row.of_copy:4.0%} of copy"
+    return said if row.predicted_ms is None else f"{said}, {row.predicted_ms:.3f} ms predicted"
+
+
+def measure(sizes: Sizes, device: torch.device, predictor: Predictor) -> tuple[list[Row], float]:
     bandwidth = copy_bandwidth(sizes)
     print(f"copy: {bandwidth / 1e9:.0f} GB/s", flush=True)
     rows: list[Row] = []
     half = torch.float16 if device.type == "cuda" else torch.bfloat16
-    groups = [bn_cases(sizes, device, half), avgpool_conv1x1_cases(sizes, device, half), sgd_cases(device)]
-    groups += [bn_cases(sizes, device, torch.float32), step_cases(sizes, device, half)]
+    groups = [bn_cases(sizes, device, half, predictor), avgpool_conv1x1_cases(sizes, device, half, predictor)]
+    groups += [sgd_cases(device, predictor), bn_cases(sizes, device, torch.float32, predictor)]
+    groups += [step_cases(sizes, device, half)]
     for group in groups:
-        for op, case, sides, formula in group:
+        for op, case, sides, formulas in group:
             check_results(f"{op} {case}", sides)
             seconds = median_seconds(sides, sizes)
             for side, s in seconds.items():
-                of_copy = predicted = None
-                if formula and side in ("cuda", "triton", "cpu"):
-                    moved, launches = formula.of(side)
-                    of_copy = moved / s / bandwidth
-                    predicted = 1e3 * (moved / bandwidth + launches * LAUNCH)
-                rows.append(Row(op, case, side, s * 1e3, seconds["eager"] / s, predicted, of_copy))
-                share = f", {of_copy:4.0%} of copy, {predicted:.3f} ms predicted" if of_copy else ""
-                print(
-                    f"{op:16} {case:45} {side:12} {s * 1e3:8.3f} ms {rows[-1].against_eager:5.2f}x{share}", flush=True
-                )
+                row = row_of(op, case, side, s, seconds["eager"], bandwidth, formulas.get(side))
+                rows.append(row)
+                print(line(row), flush=True)
     return rows, bandwidth
 
 
@@ -296,9 +348,17 @@ def main() -> None:
     sizes = SMOKE if given.smoke else Sizes(given.batch)
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     with device:
-        rows, bandwidth = measure(sizes, device)
+        predictor = Predictor(device)
+        print(f"predictions: {predictor.why_not or 'of the CUDA kernels'}", flush=True)
+        rows, bandwidth = measure(sizes, device, predictor)
     info = {key: str(value) for key, value in fasttricks.info().items()}
-    result = {"card": card, "copy_bytes_a_second": bandwidth, "info": info, "rows": [asdict(row) for row in rows]}
+    result = {
+        "card": card,
+        "copy_bytes_a_second": bandwidth,
+        "not_predicted": predictor.why_not,
+        "info": info,
+        "rows": [asdict(row) for row in rows],
+    }
     given.out.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"\W+", "-", card.lower()).strip("-")
     (given.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -28,55 +28,28 @@ EMULATED = (4, 228 << 10, 227 << 10)  # emulated_device() of csrc/cuda/launch.cu
 RESNET = [(256, c, h, h, 2 * c, 2, 0) for c, h in ((256, 56), (512, 28), (1024, 14))]
 
 
-@dataclass(frozen=True)
-class Plan:
-    tiles_m: int
-    tiles_n: int
-    depth: int
-    depth_per_split: int
-    splits: int
-
-
-@dataclass(frozen=True)
-class SlabPlan:
-    tiles_m: int
-    tiles_n: int
-    tiles_per_group: int
-    groups: int
-    shared_bytes: int
+Sizes = tuple[int, ...]
 
 
 class Planner:
-    """csrc/cuda/avgpool_conv1x1_plan.h, compiled for the host."""
+    """csrc/cuda/avgpool_conv1x1_plan.h, for sizes and cards as above."""
 
     def __init__(self) -> None:
-        source = Path(__file__).parent / "avgpool_conv1x1_plan.cpp"
-        self.library = ctypes.CDLL(str(emulated.Build(ops=(), sources=(source,), name="avgpool_conv1x1_plan").make()))
-        self.library.avgpool_images_of.restype = self.library.avgpool_bias_splits_of.restype = ctypes.c_int64
+        self.plans = emulated.plans()
 
-    def _ask(self, name: str, sizes: tuple[int, ...], *more: int) -> list[int]:
-        out = (ctypes.c_int64 * 5)()
-        getattr(self.library, name)((ctypes.c_int64 * 7)(*sizes), *map(ctypes.c_int64, more), out)
-        return list(out)
-
-    def plan(self, sizes: tuple[int, ...], product: int, size: int, device: tuple[int, int, int]) -> Plan:
-        return Plan(*self._ask("avgpool_plan_of", sizes, product, size, device[0]))
-
-    def slab(self, sizes: tuple[int, ...], device: tuple[int, int, int]) -> SlabPlan:
-        return SlabPlan(*self._ask("avgpool_slab_plan_of", sizes, *device))
-
-    def images(self, ho: int, wo: int) -> int:
-        return self.library.avgpool_images_of(ctypes.c_int64(ho), ctypes.c_int64(wo))
-
-    def offsets(self, sizes: tuple[int, ...], pixel: int, channel: int) -> list[int]:
-        out = (ctypes.c_int64 * 6)()
-        self.library.avgpool_offsets_of(
-            (ctypes.c_int64 * 7)(*sizes), ctypes.c_int64(pixel), ctypes.c_int64(channel), out
+    def plan(self, sizes: Sizes, product: int, size: int, device: tuple[int, int, int]) -> Any:
+        return self.plans.avgpool_plan(
+            self.plans.AvgPoolShape(*sizes), self.plans.AvgPoolProduct(product), size, device[0]
         )
-        return list(out)
 
-    def bias_splits(self, sizes: tuple[int, ...], device: tuple[int, int, int]) -> int:
-        return self.library.avgpool_bias_splits_of((ctypes.c_int64 * 7)(*sizes), ctypes.c_int64(device[0]))
+    def slab(self, sizes: Sizes, device: tuple[int, int, int]) -> Any:
+        return self.plans.avgpool_slab_plan(self.plans.AvgPoolShape(*sizes), *device)
+
+    def offsets(self, sizes: Sizes, pixel: int, channel: int) -> Any:
+        return self.plans.avgpool_offsets(self.plans.AvgPoolShape(*sizes), pixel, channel)
+
+    def bias_splits(self, sizes: Sizes, device: tuple[int, int, int]) -> int:
+        return self.plans.avgpool_bias_splits(self.plans.AvgPoolShape(*sizes), device[0])
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +91,7 @@ def test_tiles_cover_the_product(planner: Planner, product: int, size: int) -> N
 
 def test_pixels_of_one_launch_fit_31_bits(planner: Planner) -> None:
     for ho, wo in ((1, 1), (28, 28), (1 << 15, 1 << 15), (1 << 15, (1 << 16) - 1)):
-        images = planner.images(ho, wo)
+        images = planner.plans.avgpool_images(ho, wo)
         assert images >= 1
         assert images * ho * wo + 128 < 2**31
         assert images == 1 or (images + 1) * ho * wo > 2**31 - 256
@@ -131,14 +104,14 @@ def test_offsets_beyond_2_to_the_31_are_right(planner: Planner) -> None:
         ho, wo = out_size(sizes)
         i, j, channel = ho - 1, wo - 1, o - 1
         pixel = n * ho * wo - 1
-        nhwc, nchw, half, _, rows, planes = planner.offsets(sizes, pixel, channel)
-        assert nhwc == (((n - 1) * h + i * stride) * w + j * stride) * c
-        assert nchw == half == (n - 1) * c * h * w + i * stride * w + j * stride
-        assert rows == pixel * o + channel
-        assert planes == ((n - 1) * o + channel) * ho * wo + i * wo + j
-        assert max(nhwc, nchw) > 2**31
+        at = planner.offsets(sizes, pixel, channel)
+        assert at.nhwc == (((n - 1) * h + i * stride) * w + j * stride) * c
+        assert at.nchw == at.first_of_two == (n - 1) * c * h * w + i * stride * w + j * stride
+        assert at.dy_nhwc == pixel * o + channel
+        assert at.dy_nchw == ((n - 1) * o + channel) * ho * wo + i * wo + j
+        assert max(at.nhwc, at.nchw) > 2**31
         # half a vector before: four pixels
-        assert planner.offsets(sizes, pixel - 4, channel)[3] == nchw
+        assert planner.offsets(sizes, pixel - 4, channel).second_of_two == at.nchw
 
 
 def test_slabs_that_fit_read_x_once_or_twice(planner: Planner) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 from pathlib import Path
 
@@ -10,11 +9,10 @@ import pytest
 import torch
 from cases import LAYOUTS
 
-HERE = Path(__file__).resolve().parent
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("this file tests no Triton kernel", allow_module_level=True)
 
-import emulated  # noqa: E402
+import emulated
 
 EPS = 1e-5
 
@@ -165,13 +163,10 @@ def test_an_empty_batch_launches_one_kernel() -> None:
 
 def test_offsets_beyond_2_to_the_31_are_right() -> None:
     """Those of the last element, and its channel, of tensors with more than 2^31 elements."""
-    build = emulated.Build(ops=(), sources=(HERE / "emulator/bn_offsets.cpp",), name="bn_offsets")
-    library, out = ctypes.CDLL(str(build.make())), (ctypes.c_int64 * 2)()
-    for n, c, hw, channels_last in ((4096, 1024, 1024, 1), (1 << 21, 8, 513, 1), (70000, 64, 784, 0)):
-        library.emu_bn_last_offset(*map(ctypes.c_int64, (n, c, hw, channels_last, 64)), out)
+    plans = emulated.plans()
+    for n, c, hw, channels_last in ((4096, 1024, 1024, True), (1 << 21, 8, 513, True), (70000, 64, 784, False)):
         assert n * c * hw > 2**31
-        assert out[0] == n * c * hw - 1
-        assert out[1] == c - 1
+        assert plans.bn_last_offset(plans.bn_shape(n, c, hw, channels_last), most=64) == (n * c * hw - 1, c - 1)
 
 
 # ---- other builds ----

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import os
 import random
-from dataclasses import dataclass
-from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -19,43 +18,13 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import emulated
 
 
-@dataclass(frozen=True)
-class Tiling:
-    rows: int  # of a unit
-    tiles: int
-    units: int  # of a tile
-    blocks: int
-    parts: int
-    first_units: list[int]
-    blocks_of_units: list[int]
-
-
-class Planner:
-    """csrc/cuda/bn_relu_plan.h, compiled for the host."""
-
-    def __init__(self) -> None:
-        source = Path(__file__).parent / "bn_relu_plan.cpp"
-        self.library = ctypes.CDLL(str(emulated.Build(ops=(), sources=(source,), name="bn_relu_plan").make()))
-        for function in ("bn_tiling_of", "bn_slab_bytes_of", "bn_slab_static", "divided", "long_divided"):
-            getattr(self.library, function).restype = ctypes.c_int64
-
-    def tiling(self, n: int, c: int, hw: int, nhwc: bool, most: int) -> Tiling:
-        sizes, room = tuple(map(ctypes.c_int64, (n, c, hw, nhwc, most))), 4096
-        while True:
-            out = (ctypes.c_int64 * room)()
-            needed = self.library.bn_tiling_of(*sizes, out, ctypes.c_int64(room))
-            if needed <= room:
-                blocks = out[3]
-                return Tiling(*out[:5], list(out[5 : 6 + blocks]), list(out[6 + blocks : needed]))
-            room = needed
-
-    def slab_bytes(self, n: int, c: int, hw: int, nhwc: bool, most: int, arrays: int) -> int:
-        return self.library.bn_slab_bytes_of(*map(ctypes.c_int64, (n, c, hw, nhwc, most, arrays)))
-
-
 @pytest.fixture(scope="module")
-def planner() -> Planner:
-    return Planner()
+def plans() -> ModuleType:
+    return emulated.plans()
+
+
+def first_units(tiling: Any) -> list[int]:
+    return [tiling.first_unit(block) for block in range(tiling.blocks + 1)]
 
 
 SHAPES = [
@@ -64,7 +33,7 @@ SHAPES = [
 
 
 @pytest.mark.parametrize(("card", "nhwc"), SHAPES)
-def test_no_wave_is_left_unfilled(planner: Planner, card: str, nhwc: bool) -> None:
+def test_no_wave_is_left_unfilled(plans: ModuleType, card: str, nhwc: bool) -> None:
     """Whatever number of blocks a multiprocessor holds, and none has more than one unit of rows beyond its share.
 
     A block's share of the units of small tensors is below 20; there the unit that one block has and another has not
@@ -73,13 +42,13 @@ def test_no_wave_is_left_unfilled(planner: Planner, card: str, nhwc: bool) -> No
     sm_count = CARDS[card].sm_count
     for (c, size), n, resident in itertools.product(BATCH_NORMS, BATCHES, (1, 2, 3, 4, 5, 8)):
         slots = sm_count * resident
-        t = planner.tiling(n, c, size * size, nhwc, slots)
+        t = plans.bn_tile(plans.bn_shape(n, c, size * size, nhwc), slots)
         work = t.tiles * t.units
         waves = t.blocks / slots
         lost = 1 - waves / max(1, -(-t.blocks // slots))
         assert t.blocks <= slots
         assert lost <= 0.05 or t.blocks == work // 2, f"{waves} waves of {c} x {size} x {size}, batch {n}"
-        shares = [b - a for a, b in itertools.pairwise(t.first_units)]
+        shares = [b - a for a, b in itertools.pairwise(first_units(t))]
         assert max(shares) - min(shares) <= 1
         # blocks go to the multiprocessors in turn
         of_one = [sum(shares[sm::sm_count]) for sm in range(sm_count)]
@@ -88,43 +57,42 @@ def test_no_wave_is_left_unfilled(planner: Planner, card: str, nhwc: bool) -> No
             assert 1 - work / sm_count / max(of_one) <= 0.05
 
 
-def test_blocks_share_tiles_as_the_reduction_expects(planner: Planner) -> None:
+def test_blocks_share_tiles_as_the_reduction_expects(plans: ModuleType) -> None:
     """Every unit has one block, and no tile more blocks than it has places for partial results."""
     for _ in range(60):
         n, c, hw = random.randint(1, 300), random.choice((1, 3, 8, 24, 64, 100, 513)), random.choice((1, 4, 49, 200))
         nhwc, most = random.random() < 0.5, random.randint(1, 700)
-        t = planner.tiling(n, c, hw, nhwc, most)
-        assert (t.first_units[0], t.first_units[-1]) == (0, t.tiles * t.units)
-        for block, (a, b) in enumerate(itertools.pairwise(t.first_units)):
+        t = plans.bn_tile(plans.bn_shape(n, c, hw, nhwc), most)
+        firsts, blocks = first_units(t), [t.block_of(unit) for unit in range(t.tiles * t.units)]
+        assert (firsts[0], firsts[-1]) == (0, t.tiles * t.units)
+        for block, (a, b) in enumerate(itertools.pairwise(firsts)):
             assert a < b
-            assert set(t.blocks_of_units[a:b]) == {block}
+            assert set(blocks[a:b]) == {block}
         for tile in range(t.tiles):
-            owners = set(t.blocks_of_units[tile * t.units : (tile + 1) * t.units])
+            owners = set(blocks[tile * t.units : (tile + 1) * t.units])
             assert max(owners) - min(owners) + 1 == len(owners) <= t.parts
 
 
-def test_dividers(planner: Planner) -> None:
+def test_dividers(plans: ModuleType) -> None:
     def numbers(bits: int) -> list[int]:
         edges = [2**k + d for k in range(bits) for d in (-1, 0, 1)]
         return [n for n in (*edges, *(random.getrandbits(random.randint(1, bits)) for _ in range(40))) if n >= 0]
 
-    library = planner.library
-    for name, bits in (("divided", 31), ("long_divided", 63)):
-        divide = getattr(library, name)
+    for divider, bits in ((plans.Divider, 31), (plans.LongDivider, 63)):
         dividends = [n for n in numbers(bits) if n < 2**bits]
         for by in sorted({d for d in numbers(bits - 1) if 0 < d < 2 ** (bits - 1)}):
             for n in (*random.sample(dividends, 20), by - 1, by, 2**bits - 1):
-                assert divide(ctypes.c_int64(n), ctypes.c_int64(by)) == n // by, (name, n, by)
+                assert divider(by).divide(n) == n // by, (divider, n, by)
 
 
-def test_what_stays_on_the_chip(planner: Planner) -> None:
+def test_what_stays_on_the_chip(plans: ModuleType) -> None:
     """In one launch, with all blocks resident: two where shared memory allows, else one per multiprocessor."""
     of_h100 = set()
     for (card, has), (c, size), n, nhwc in itertools.product(CARDS.items(), BATCH_NORMS, BATCHES, (False, True)):
         taken = 2 * n * c * size * size
         for arrays in (1, 2):
-            needed = planner.slab_bytes(n, c, size * size, nhwc, has.sm_count, arrays)
-            static = planner.library.bn_slab_static()
+            needed = plans.bn_slab_plan(plans.bn_shape(n, c, size * size, nhwc), has.sm_count, 2, arrays).bytes
+            static = plans.BN_SLAB_STATIC
             fits = needed <= has.shared_per_block - static
             # a thread of one block has a row more than one of another; the last rows of a tile need not be whole units
             most = has.sm_count * (has.shared_per_block - static)

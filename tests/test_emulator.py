@@ -14,7 +14,9 @@ HERE = Path(__file__).resolve().parent / "emulator"
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("this file tests no Triton kernel", allow_module_level=True)
 
-from emulated import LANDINGS, ORDERS, Build, sanitized  # noqa: E402
+from emulated import Build, sanitized  # noqa: E402
+
+ORDERS = ("ascending", "descending", "random")
 
 
 @functools.cache
@@ -24,8 +26,7 @@ def library(kind: str) -> Path:
 
 def run(kind: str, name: str, fault: int, order: str, landing: str = "late") -> str:
     """The output of the emulator or the sanitizer; "" if it found nothing wrong."""
-    command = [sys.executable, str(HERE / "run_primitive.py"), str(library(kind)), name, str(fault)]
-    command += [str(ORDERS.index(order)), str(LANDINGS.index(landing))]
+    command = [sys.executable, str(HERE / "run_primitive.py"), str(library(kind)), name, str(fault), order, landing]
     done = subprocess.run(command, capture_output=True, text=True, env=sanitized(kind))
     return "" if done.returncode == 0 else done.stderr
 

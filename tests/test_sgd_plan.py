@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import random
-from dataclasses import dataclass
-from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import emulated
@@ -19,79 +17,29 @@ LIMIT, OLD_LIMIT = 32764, 4096  # bytes of kernel parameters since CUDA 12.1, an
 CHECK, STEP_FP32, STEP_HALF = 1, 4, 5  # pointers per entry: gradient; parameter, momentum and count; master
 
 
-@dataclass(frozen=True)
-class Entry:
-    tensor: int
-    begin: int
-    count: int
-    first_block: int
-    last: bool
-
-
-@dataclass(frozen=True)
-class Launch:
-    entries: list[Entry]
-    group_starts: list[int]
-    blocks: int
-    bytes: int
-
-
-class Planner:
-    """csrc/cuda/sgd_plan.h, compiled for the host."""
-
-    def __init__(self) -> None:
-        source = Path(__file__).parent / "sgd_plan.cpp"
-        self.library = ctypes.CDLL(str(emulated.Build(ops=(), sources=(source,), name="sgd_plan").make()))
-        for name in ("sgd_block", "sgd_piece", "sgd_plan_of", "sgd_find_first"):
-            getattr(self.library, name).restype = ctypes.c_int64
-        self.block, self.piece = self.library.sgd_block(), self.library.sgd_piece()
-
-    def offsets(self, entries: int, groups: int, pointers: int) -> list[int]:
-        out = (ctypes.c_int64 * 6)()
-        self.library.sgd_offsets(*map(ctypes.c_int64, (entries, groups, pointers)), out)
-        return list(out)
-
-    def find(self, firsts: list[int], at: int) -> int:
-        array = (ctypes.c_int64 * len(firsts))(*firsts)
-        return self.library.sgd_find_first(array, ctypes.c_int64(len(firsts)), ctypes.c_int64(at))
-
-    def plan(self, numels: list[int], keys: list[int], pointers: int, limit: int = LIMIT) -> list[Launch]:
-        n = len(numels)
-        arrays = [(ctypes.c_int64 * n)(*values) for values in (numels, keys)]
-        numbers = [ctypes.c_int64(v) for v in (n, pointers, limit)]
-        room = self.library.sgd_plan_of(*arrays, *numbers, None, ctypes.c_int64(-1))
-        out = (ctypes.c_int64 * room)()
-        assert self.library.sgd_plan_of(*arrays, *numbers, out, ctypes.c_int64(room)) == room
-        rest, launches = list(out), []
-        while rest:
-            entries, groups, blocks, size = rest[:4]
-            flat, starts = rest[4 : 4 + 5 * entries], rest[4 + 5 * entries : 4 + 5 * entries + groups]
-            rest = rest[4 + 5 * entries + groups :]
-            made = [Entry(*flat[i : i + 4], last=bool(flat[i + 4])) for i in range(0, 5 * entries, 5)]
-            launches.append(Launch(made, starts, blocks, size))
-        return launches
-
-
 @pytest.fixture(scope="module")
-def planner() -> Planner:
-    return Planner()
+def plans() -> ModuleType:
+    return emulated.plans()
 
 
-def check(planner: Planner, numels: list[int], keys: list[int], pointers: int, limit: int) -> list[Launch]:
+def plan(plans: ModuleType, numels: list[int], keys: list[int], pointers: int, limit: int = LIMIT) -> list[Any]:
+    return plans.sgd_plan(list(map(plans.SgdTensor, numels, keys)), pointers, limit)
+
+
+def check(plans: ModuleType, numels: list[int], keys: list[int], pointers: int, limit: int) -> list[Any]:
     """Asserts that each value and each block is in one entry, each group has one key, each table fits the limit."""
-    launches = planner.plan(numels, keys, pointers, limit)
+    launches = plan(plans, numels, keys, pointers, limit)
     done = [0] * len(numels)
     counted = [0] * len(numels)
     for launch in launches:
         assert launch.bytes <= limit
-        sizes = planner.offsets(len(launch.entries), len(launch.group_starts), pointers)
-        assert launch.bytes == sizes[-1]
+        assert launch.bytes == plans.sgd_layout(len(launch.entries), len(launch.group_starts), pointers).bytes
         blocks = 0
         for e in launch.entries:
             assert e.begin == done[e.tensor]  # in order, no gap
-            assert 0 <= e.count <= planner.piece
+            assert 0 <= e.count <= plans.SGD_PIECE
             assert e.first_block == blocks
-            blocks += max(1, -(-e.count // planner.block))
+            blocks += max(1, -(-e.count // plans.SGD_BLOCK))
             done[e.tensor] += e.count
             counted[e.tensor] += e.last
             assert e.last == (done[e.tensor] == numels[e.tensor])
@@ -101,8 +49,8 @@ def check(planner: Planner, numels: list[int], keys: list[int], pointers: int, l
             assert len({keys[e.tensor] for e in launch.entries[start:end]}) == 1
         firsts = [e.first_block for e in launch.entries]
         for block in {0, blocks - 1, *random.sample(range(blocks), min(blocks, 50))}:
-            e = launch.entries[planner.find(firsts, block)]
-            assert 0 <= block - e.first_block < max(1, -(-e.count // planner.block))
+            e = launch.entries[plans.sgd_find(firsts, block)]
+            assert 0 <= block - e.first_block < max(1, -(-e.count // plans.SGD_BLOCK))
     assert done == numels
     assert counted == [1] * len(numels)
     return launches
@@ -110,39 +58,40 @@ def check(planner: Planner, numels: list[int], keys: list[int], pointers: int, l
 
 @pytest.mark.parametrize("limit", [LIMIT, OLD_LIMIT, 200])
 @pytest.mark.parametrize("pointers", [CHECK, STEP_FP32, STEP_HALF])
-def test_random_tensors_are_covered_once(planner: Planner, pointers: int, limit: int) -> None:
+def test_random_tensors_are_covered_once(plans: ModuleType, pointers: int, limit: int) -> None:
     random.seed(torch.initial_seed())
-    edges = [0, 1, planner.block - 1, planner.block, planner.block + 1]
+    edges = [0, 1, plans.SGD_BLOCK - 1, plans.SGD_BLOCK, plans.SGD_BLOCK + 1]
     numels = [random.choice([*edges, random.randrange(10**6)]) for _ in range(random.randrange(1, 300))]
-    check(planner, numels, [random.randrange(4) for _ in numels], pointers, limit)
+    check(plans, numels, [random.randrange(4) for _ in numels], pointers, limit)
 
 
-def test_tensors_beyond_32_bits_are_cut(planner: Planner) -> None:
+def test_tensors_beyond_32_bits_are_cut(plans: ModuleType) -> None:
     """Only the last piece counts the step, also if the pieces are in several launches."""
-    numels = [5, 2 * planner.piece + 7, planner.piece]
-    assert [e.count for e in check(planner, numels, [0, 0, 0], STEP_HALF, LIMIT)[0].entries] == [
+    numels = [5, 2 * plans.SGD_PIECE + 7, plans.SGD_PIECE]
+    assert [e.count for e in check(plans, numels, [0, 0, 0], STEP_HALF, LIMIT)[0].entries] == [
         5,
-        planner.piece,
-        planner.piece,
+        plans.SGD_PIECE,
+        plans.SGD_PIECE,
         7,
-        planner.piece,
+        plans.SGD_PIECE,
     ]
-    assert len(check(planner, numels, [0, 0, 0], STEP_HALF, 200)) > 1
+    assert len(check(plans, numels, [0, 0, 0], STEP_HALF, 200)) > 1
 
 
-def test_arrays_of_a_table_do_not_overlap(planner: Planner) -> None:
+def test_arrays_of_a_table_do_not_overlap(plans: ModuleType) -> None:
     """They are aligned to their elements."""
     for entries, groups, pointers in ((1, 1, 1), (7, 3, 5), (604, 4, 5)):
-        at = planner.offsets(entries, groups, pointers)
+        layout = plans.sgd_layout(entries, groups, pointers)
+        at = [layout.groups, layout.pointers, layout.counts, layout.first_blocks, layout.tensors, layout.bytes]
         sizes = [groups * 48, entries * pointers * 8, entries * 4, entries * 4, entries * 2]
         assert [b - a for a, b in itertools.pairwise(at)] == sizes
         assert all(offset % align == 0 for offset, align in zip(at, (8, 8, 4, 4, 2), strict=False))
 
 
-def test_impossible_limits_give_no_plan(planner: Planner) -> None:
-    assert planner.plan([3], [0], STEP_HALF, 100) == []
-    assert planner.plan([1] * (2**16 + 1), [0] * (2**16 + 1), CHECK) == []
-    assert planner.plan([], [], CHECK) == []
+def test_impossible_limits_give_no_plan(plans: ModuleType) -> None:
+    assert plan(plans, [3], [0], STEP_HALF, 100) == []
+    assert plan(plans, [1] * (2**16 + 1), [0] * (2**16 + 1), CHECK) == []
+    assert plan(plans, [], [], CHECK) == []
 
 
 # model of torchvision, its tensors, launches of a step with 4,096 bytes of kernel parameters
@@ -153,7 +102,7 @@ MODELS = [("resnet50", 161, 4), ("vgg16", 32, 2), ("vgg16_bn", 58, 2), ("densene
 @pytest.mark.parametrize("batch_norm", [torch.float16, torch.float32])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_a_step_of_a_network_is_two_launches(
-    planner: Planner, name: str, count: int, before: int, batch_norm: torch.dtype, groups: int
+    plans: ModuleType, name: str, count: int, before: int, batch_norm: torch.dtype, groups: int
 ) -> None:
     """One for the check and one for the step, in fp16 with masters and momentum, in one or two parameter groups."""
     build: Any = getattr(pytest.importorskip("torchvision").models, name)
@@ -168,7 +117,7 @@ def test_a_step_of_a_network_is_two_launches(
             numels.append(p.numel())
             keys.append(2 * i + (p.dtype is torch.float16))
     assert len(numels) == count
-    launches = [check(planner, numels, keys, pointers, LIMIT) for pointers in (CHECK, STEP_HALF)]
+    launches = [check(plans, numels, keys, pointers, LIMIT) for pointers in (CHECK, STEP_HALF)]
     assert sum(map(len, launches)) == 2
-    old = [check(planner, numels, keys, pointers, OLD_LIMIT) for pointers in (CHECK, STEP_HALF)]
+    old = [check(plans, numels, keys, pointers, OLD_LIMIT) for pointers in (CHECK, STEP_HALF)]
     assert sum(map(len, old)) == before

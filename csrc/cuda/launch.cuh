@@ -36,19 +36,21 @@ inline Device emulated_device() {
 
 template <typename... P, typename... A>
 void launch(void (*kernel)(P...), dim3 grid, int threads, size_t dynamic_bytes, cudaStream_t, const A&... args) {
-  emu::launch(grid, dim3(unsigned(threads)), dynamic_bytes, false, [&] { kernel(args...); });
+  emu::launch(reinterpret_cast<const void*>(kernel), grid, threads, dynamic_bytes, false, [&] { kernel(args...); });
 }
 // Returns whether the card takes the launch.
 template <typename... P, typename... A>
 bool launch_cooperative(void (*kernel)(P...), dim3 grid, int threads, size_t dynamic_bytes, cudaStream_t,
                         const A&... args) {
   if (emu::world.refuse_cooperative) return false;
-  emu::launch(grid, dim3(unsigned(threads)), dynamic_bytes, true, [&] { kernel(args...); });
+  emu::launch(reinterpret_cast<const void*>(kernel), grid, threads, dynamic_bytes, true, [&] { kernel(args...); });
   return true;
 }
 // Number of a kernel's blocks that are resident on one SM at a time: three by their registers.
 template <typename... P>
-int resident_blocks(void (*)(P...), int, size_t dynamic_bytes, const Device& device) {
+int resident_blocks(void (*kernel)(P...), int threads, size_t dynamic_bytes, const Device& device) {
+  if (emu::world.recorder)
+    return emu::world.recorder->resident(reinterpret_cast<const void*>(kernel), threads, dynamic_bytes);
   return dynamic_bytes == 0 ? 3 : std::min(3, int(device.shared_per_sm / (dynamic_bytes + 18 * 1024)));
 }
 

@@ -5,30 +5,33 @@
         ...
     with library.schedule("random", seed=2): ...  # another order of threads and blocks
     with library.metered() as meter: ...          # bytes moved and launches
+    plans().bn_tile(...)                          # the launch planners of csrc/cuda, and what the ops launch on a card
 
-Builds: ``plain``; ``asan`` (AddressSanitizer and UndefinedBehaviorSanitizer) and ``tsan`` (ThreadSanitizer), which load
-in a Python with the environment of `sanitized`.
+Every build is a Python module, bound with pybind11 (bindings.h). Builds: ``plain``; ``asan`` (AddressSanitizer and
+UndefinedBehaviorSanitizer) and ``tsan`` (ThreadSanitizer), which load in a Python with the environment of `sanitized`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import functools
+import importlib
 import os
 import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
-from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import torch
+from extension import module_of
 
-from build_libraries import compile_step, find_compiler, link_step, run_steps
+from build_libraries import Step, compile_step, find_compiler, link_step, run_steps, stop
 from fasttricks import backends
 
 HERE = Path(__file__).resolve().parent
@@ -44,13 +47,13 @@ _FLAGS = {
         "-DFT_AVGPOOL_MAX_PIXELS=1400",
     ],
     "tsan": ["-O1", "-fsanitize=thread", "-Wno-tsan", "-DFT_AVGPOOL_MAX_PIXELS=1400"],
+    "plans": ["-O0", "-g0"],
 }
 _COMMON = (
     *("-std=c++20", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-ffp-contract=off"),
     *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-attributes", "-Wno-missing-field-initializers"),
     *("-DCUDA_ON_CPU", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DFT_LIBRARY_NAME=fasttricks_emulated"),
 )
-ORDERS, LANDINGS = ("ascending", "descending", "random"), ("late", "early")  # as in cuda_on_cpu/machine.h
 
 
 @dataclass(frozen=True)
@@ -71,27 +74,64 @@ class Build:
 
     def make(self) -> Path:
         """Compiles what is not up to date and returns the library's path."""
-        torch_home = Path(torch.__file__).parent
-        cxx = shlex.split(find_compiler())
-        include = [HERE / "cuda_on_cpu", self.csrc / "cuda", self.csrc]
-        system = [torch_home / "include", torch_home / "include/torch/csrc/api/include"]
-        command = [*cxx, *_COMMON, *_FLAGS[self.kind], *(f"-I{p}" for p in include)]
-        command += [*(f"-isystem{p}" for p in system), "-x", "c++"]
-        sources = [HERE / "control.cpp", *self.sources]
+        command = compiler(self.kind, [self.csrc / "cuda", self.csrc])
+        sources = list(self.sources)
         if self.ops:
             sources += [self.csrc / "library.cpp", *(self.csrc / "cuda" / f"{op}.cu" for op in self.ops)]
-        self.folder.mkdir(parents=True, exist_ok=True)
         steps = [
             compile_step(command, source, self.folder / f"{source.name}.o", f"emulator ({self.kind}): {source.name}")
             for source in sources
         ]
-        libraries = [f"-L{torch_home / 'lib'}", "-ltorch_cpu"] if self.ops else []
-        made = [step.output for step in steps]
-        steps.append(link_step([*cxx, *_FLAGS[self.kind]], made, self.folder / "libemulated.so", libraries))
-        with open(self.folder / "lock", "w") as lock:  # of several processes the first one builds
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            run_steps(steps, self.folder)
+        libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu"] if self.ops else []
+        made = [control(self.kind), *(step.output for step in steps)]
+        linker = [*shlex.split(find_compiler()), *_FLAGS[self.kind]]
+        steps.append(link_step(linker, made, self.folder / "libemulated.so", libraries))
+        run_locked(steps, self.folder)
         return steps[-1].output
+
+
+def compiler(kind: str, include: list[Path]) -> list[str]:
+    torch_headers = Path(torch.__file__).parent / "include"
+    system = [*python_headers(), torch_headers, torch_headers / "torch/csrc/api/include"]
+    command = [*shlex.split(find_compiler()), *_COMMON, *_FLAGS[kind], f"-I{HERE / 'cuda_on_cpu'}"]
+    return [*command, *(f"-I{p}" for p in include), *(f"-isystem{p}" for p in system), "-x", "c++"]
+
+
+@functools.cache
+def control(kind: str) -> Path:
+    """control.cpp, which needs nothing of csrc: compiled once for all builds of a kind."""
+    folder = ROOT / "build" / "emulator" / f"control-{kind}"
+    source = HERE / "control.cpp"
+    step = compile_step(compiler(kind, []), source, folder / "control.cpp.o", f"emulator ({kind}): {source.name}")
+    run_locked([step], folder)
+    return step.output
+
+
+def run_locked(steps: list[Step], folder: Path) -> None:
+    """Runs the steps; of several processes the first one does it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        run_steps(steps, folder)
+
+
+def python_headers() -> list[Path]:
+    """Of Python and of pybind11; torch has pybind11's, too, and a machine with a card may have no other ones."""
+    python = Path(sysconfig.get_paths()["include"])
+    if not (python / "Python.h").is_file():
+        stop(f"{python} has no Python.h; install the headers of this Python (Debian: `apt install python3-dev`).")
+    try:
+        import pybind11
+    except ImportError:
+        return [python]
+    return [python, Path(pybind11.get_include())]
+
+
+@functools.cache
+def plans() -> ModuleType:
+    """The launch planners, for tests and predictions: a build without ops, whose kernels are rarely run."""
+    sources = tuple(HERE / f"{op}_plan.cpp" for op in ("bn_relu", "sgd", "avgpool_conv1x1"))
+    return module_of(Build("plans", ops=(), sources=sources).make())
 
 
 def run(script: str, build: Build) -> str:
@@ -156,49 +196,47 @@ SCHEDULES: tuple[dict, ...] = (
 @dataclass
 class Library:
     path: Path
-    c: ctypes.CDLL = field(init=False)
+    module: ModuleType = field(init=False)
 
     def __post_init__(self) -> None:
-        torch.ops.load_library(str(self.path))
-        self.c = ctypes.CDLL(str(self.path))
+        self.module = module_of(self.path)
 
     @contextlib.contextmanager
     def schedule(self, order: str, seed: int = 1, poison: bool = True, landing: str = "late") -> Iterator[None]:
-        settings = (ORDERS.index(order), seed, int(poison), LANDINGS.index(landing))
-        self.c.emu_schedule((ctypes.c_int64 * 4)(*settings))
+        orders, landings = self.module.Order, self.module.Landing
+        self.module.schedule(getattr(orders, order), seed, poison, getattr(landings, landing))
         try:
             yield
         finally:
-            self.c.emu_schedule((ctypes.c_int64 * 4)(0, 1, 1, 0))
+            self.module.schedule(orders.ascending, 1, True, landings.late)
 
     @contextlib.contextmanager
     def shared_per_sm(self, size: int) -> Iterator[None]:
         """Launch plans for a card with so many bytes of shared memory a multiprocessor; none: nothing stays on chip."""
-        self.c.emu_shared_per_sm(ctypes.c_int64(size))
+        self.module.shared_per_sm(size)
         try:
             yield
         finally:
-            self.c.emu_shared_per_sm(ctypes.c_int64(228 << 10))
+            self.module.shared_per_sm(228 << 10)
 
     @contextlib.contextmanager
     def refused_cooperative_launches(self) -> Iterator[None]:
         """As on a card of which other processes have a part (MPS, green contexts)."""
-        self.c.emu_refuse_cooperative(ctypes.c_int64(1))
+        self.module.refuse_cooperative(True)
         try:
             yield
         finally:
-            self.c.emu_refuse_cooperative(ctypes.c_int64(0))
+            self.module.refuse_cooperative(False)
 
     @contextlib.contextmanager
     def metered(self, conflicts: bool = False) -> Iterator[Meter]:
         """The meter has its numbers when the context ends; those of bank conflicts take longer."""
         meter = Meter()
-        numbers = (ctypes.c_int64 * len(fields(meter)))()
-        self.c.emu_meter(numbers, ctypes.c_int64(conflicts))
+        self.module.take_meter(conflicts)
         yield meter
-        self.c.emu_meter(numbers, ctypes.c_int64(0))
-        for each, number in zip(fields(meter), numbers, strict=True):
-            setattr(meter, each.name, number)
+        counted = self.module.take_meter(False)
+        for each in fields(meter):
+            setattr(meter, each.name, getattr(counted, each.name))
 
 
 @functools.cache
@@ -240,7 +278,7 @@ def load(build: Build | None = None) -> Library:
 
 def _register(names: tuple[str, ...]) -> None:
     for name in names:
-        import_module(f"fasttricks.ops.{name}").register("fasttricks_emulated")
+        importlib.import_module(f"fasttricks.ops.{name}").register("fasttricks_emulated")
     backends.devices["cuda"] = ("cpu", "meta")
     backends.namespaces["cuda"] = "fasttricks_emulated"
     backends.not_loaded.pop("cuda", None)

@@ -1,8 +1,7 @@
 // Kernels that use each primitive of the emulator once, with faults that can be planted, for the emulator's own tests.
-#include <cstdio>
-#include <exception>
 #include <string>
 
+#include "bindings.h"
 #include "launch.cuh"
 
 using namespace fasttricks::cuda;
@@ -71,8 +70,9 @@ __global__ void banks(int* out, int stride) {
   store(out + t, int(load_shared(reinterpret_cast<const uint4*>(buffer) + t * stride).x));
 }
 
-static bool run(const std::string& name, void* x, void* y, void* z, int fault) {
-  const auto i = [](void* p) { return static_cast<int*>(p); };
+// Runs a primitive on buffers x and y, and z where it needs a third.
+static void run(const std::string& name, const py::buffer& x, const py::buffer& y, const py::buffer& z, int fault) {
+  const auto i = [](const py::buffer& b) { return static_cast<int*>(b.request(true).ptr); };
   if (name == "neighbours") {
     launch(&neighbours, dim3(3), 128, 0, nullptr, i(x), i(y), fault);
   } else if (name == "ring" && fault == 3) {
@@ -83,24 +83,15 @@ static bool run(const std::string& name, void* x, void* y, void* z, int fault) {
     launch(&votes, fault == 2 ? dim3(1, 70000) : dim3(1), fault == 3 ? 2048 : 32, 0, nullptr, i(x), i(y), fault);
   } else if (name == "product") {
     const size_t bytes = fault == 5 ? 768 : 1024;
-    launch(&product, dim3(1), 32, bytes, nullptr, static_cast<Half*>(x), static_cast<Half*>(y), static_cast<float*>(z),
-           fault);
+    const auto half = [](const py::buffer& b) { return static_cast<Half*>(b.request(true).ptr); };
+    launch(&product, dim3(1), 32, bytes, nullptr, half(x), half(y), static_cast<float*>(z.request(true).ptr), fault);
   } else if (name == "banks") {
     launch(&banks, dim3(1), 32, 0, nullptr, i(y), fault);
   } else {
-    return false;
+    throw std::invalid_argument("no primitive " + name);
   }
-  return true;
 }
 
-// 0, or 1 and why in `error`.
-extern "C" __attribute__((visibility("default"))) int emu_primitive(const char* name, void* x, void* y, void* z,
-                                                                    int fault, char* error, int64_t bytes) {
-  try {
-    if (run(name, x, y, z, fault)) return 0;
-    std::snprintf(error, size_t(bytes), "no primitive %s", name);
-  } catch (const std::exception& e) {
-    std::snprintf(error, size_t(bytes), "%s", e.what());
-  }
-  return 1;
+EMU_BINDINGS(m) {
+  m.def("run_primitive", &run, py::arg("name"), py::arg("x"), py::arg("y"), py::arg("z"), py::arg("fault"));
 }

@@ -1,14 +1,16 @@
 """One primitive of the emulator on known inputs, in a process of its own; exits with what is wrong.
 
-python run_primitive.py LIBRARY NAME FAULT ORDER LANDING       numbers of Order and Landing in cuda_on_cpu/machine.h
+python run_primitive.py LIBRARY NAME FAULT ORDER LANDING
 """
 
 from __future__ import annotations
 
-import ctypes
 import sys
+from pathlib import Path
+from types import ModuleType
 
 import numpy as np
+from extension import module_of
 
 
 def expected(name: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -24,25 +26,23 @@ def expected(name: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return (x.astype(np.float32) @ y.astype(np.float32))[:, :8]
 
 
-def check_banks(library: ctypes.CDLL, stride: int) -> None:
+def check_banks(module: ModuleType, stride: int) -> None:
     """Of 32 words, stride apart, as many share a bank as the stride has of 32; 16 bytes are loaded by eight threads."""
-    meter, y = (ctypes.c_int64 * 8)(), np.zeros(32, np.int32)
-    library.emu_meter(meter, ctypes.c_int64(1))
-    none, error = ctypes.c_void_p(0), ctypes.create_string_buffer(64)
-    library.emu_primitive(b"banks", none, ctypes.c_void_p(y.ctypes.data), none, stride, error, ctypes.c_int64(64))
-    library.emu_meter(meter, ctypes.c_int64(0))
+    y = np.zeros(32, np.int32)
+    module.take_meter(True)
+    module.run_primitive("banks", y, y, y, stride)
+    meter = module.take_meter(False)
     shared = np.gcd(stride, 32)
-    want = [shared + 4 * min(shared, 8), 1 + 4]
-    if list(meter[6:8]) != want:
-        sys.exit(f"{list(meter[6:8])} wavefronts, {want} expected")
+    got, want = (meter.wavefronts, meter.least_wavefronts), (shared + 4 * min(shared, 8), 1 + 4)
+    if got != want:
+        sys.exit(f"{got} wavefronts, {want} expected")
 
 
 def main() -> None:
-    path, name, *numbers = sys.argv[1:]
-    fault, order, landing = map(int, numbers)
-    library = ctypes.CDLL(path)
+    path, name, number, order, landing = sys.argv[1:]
+    module, fault = module_of(Path(path)), int(number)
     if name == "banks":
-        return check_banks(library, fault)
+        return check_banks(module, fault)
     draw = np.random.default_rng(0)
     if name == "product":
         x, y = (draw.standard_normal((16, 16)).astype(np.float16) for _ in range(2))
@@ -52,11 +52,12 @@ def main() -> None:
         x = draw.integers(0, 9, n, dtype=np.int32)
         y, z = np.zeros(4 if name == "votes" else n, np.int32), np.zeros(n, np.int32)
         result = z if name == "ring" else y
-    want, error = expected(name, x, y), ctypes.create_string_buffer(4096)
-    pointers = [ctypes.c_void_p(a.ctypes.data) for a in (x, y, z)]
-    library.emu_schedule((ctypes.c_int64 * 4)(order, 1, 1, landing))
-    if library.emu_primitive(name.encode(), *pointers, fault, error, ctypes.c_int64(4096)):
-        sys.exit(error.value.decode())
+    want = expected(name, x, y)
+    module.schedule(getattr(module.Order, order), 1, True, getattr(module.Landing, landing))
+    try:
+        module.run_primitive(name, x, y, z, fault)
+    except RuntimeError as error:
+        sys.exit(str(error))
     if not np.allclose(result, want, rtol=1e-3):
         sys.exit("wrong result")
 

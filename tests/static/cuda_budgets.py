@@ -1,4 +1,5 @@
-"""What each CUDA kernel may use of a multiprocessor, and what its machine code must contain; read by test_cuda_sass.py.
+"""What each CUDA kernel may use of a multiprocessor, and what its machine code must contain; read by test_cuda_sass.py
+and benchmarks/predict.py.
 
 Every kernel of the library matches exactly one pattern. A budget is what keeps the stated number of blocks resident:
 65,536 registers per multiprocessor, 64 warps (48 on sm_86 and sm_120), 164 KiB (sm_80; sm_86 and sm_120: 100) of shared
@@ -7,7 +8,21 @@ memory.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+
+# of a multiprocessor: KiB of shared memory by architecture, each block needing 1 KiB for the system; warps and blocks
+# (CUDA Programming Guide, "Compute Capabilities"); registers come in units of 256 a warp
+SHARED = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}
+REGISTERS, WARPS, BLOCKS = 65536, {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}, {80: 32, 86: 16, 89: 24}
+
+
+def resident_blocks(arch: int, threads: int, registers: int, shared: int) -> int:
+    """Blocks of so many threads, registers a thread and bytes of shared memory that fit on one multiprocessor."""
+    warps = -(-threads // 32)
+    by_registers = REGISTERS // (-(-registers * 32 // 256) * 256 * warps)
+    by_shared = SHARED[arch] * 1024 // (shared + 1024)
+    return min(by_registers, by_shared, WARPS[arch] // warps, BLOCKS.get(arch, 32))
 
 
 @dataclass(frozen=True)
@@ -108,3 +123,9 @@ BUDGETS: dict[str, Budget] = {
     r"avgpool_sum_splits<.*>": Budget(256, registers=48, blocks=5, wide=("LDG", "STG")),
     r"avgpool_bias<.*>": Budget(256, registers=40, blocks=6),
 }
+
+
+def budget_of(name: str) -> Budget:
+    fitting = [budget for pattern, budget in BUDGETS.items() if re.fullmatch(pattern, name)]
+    assert len(fitting) == 1, f"{name} matches {len(fitting)} patterns of cuda_budgets.py"
+    return fitting[0]

@@ -167,20 +167,21 @@ def inspect(kernel: Kernel, code: list[Instruction]) -> None:
         kernel.waited += sum(i in loop and not any(i < p < use for p in inside) for i, use in uses.items() if inside)
 
 
+def short_name(demangled: str) -> str:
+    """A kernel's name without return type, arguments and namespaces: bn_stats<Half, true>."""
+    name = demangled.removeprefix("void ").replace("(anonymous namespace)::", "").replace("(bool)", "")
+    depth, end = 0, len(name)
+    for i, letter in enumerate(name):  # the first parenthesis outside the template arguments
+        depth += {"<": 1, ">": -1}.get(letter, 0)
+        if letter == "(" and depth == 0:
+            end = i
+            break
+    return re.sub(r"\b(?:\w+::)+", "", name[:end])
+
+
 def _names(mangled: list[str]) -> dict[str, str]:
-    """Demangled, without return type, arguments and namespaces: bn_stats<__half, true>."""
     text = subprocess.run(["c++filt"], input="\n".join(mangled), capture_output=True, text=True, check=True).stdout
-    short = {}
-    for name, line in zip(mangled, text.splitlines(), strict=True):
-        line = line.removeprefix("void ").replace("(anonymous namespace)::", "").replace("(bool)", "")
-        depth, end = 0, len(line)
-        for i, letter in enumerate(line):  # the first parenthesis outside the template arguments
-            depth += {"<": 1, ">": -1}.get(letter, 0)
-            if letter == "(" and depth == 0:
-                end = i
-                break
-        short[name] = re.sub(r"\b(?:\w+::)+", "", line[:end])
-    return short
+    return {name: short_name(line) for name, line in zip(mangled, text.splitlines(), strict=True)}
 
 
 def kernels(path: Path) -> list[Kernel]:

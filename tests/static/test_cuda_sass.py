@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 import pytest
-from cuda_budgets import BUDGETS, Budget
+from cuda_budgets import BUDGETS, budget_of, resident_blocks
 from sass import Kernel, kernels, tool
 
 from fasttricks.backends import LIB, build_facts
@@ -23,35 +23,15 @@ if not LIBRARY.exists():
 if tool("cuobjdump") is None:
     pytest.skip("no cuobjdump: neither a CUDA toolkit's nor Triton's", allow_module_level=True)
 
-# of a multiprocessor: shared bytes by architecture, each block needing 1 KiB for the system (CUDA Programming Guide,
-# "Compute Capabilities"); registers come in units of 256 a warp
-SHARED = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}
-REGISTERS, WARPS, BLOCKS = 65536, {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}, {80: 32, 86: 16, 89: 24}
-
-
-def resident_blocks(kernel: Kernel, budget: Budget) -> int:
-    """Blocks of this kernel that fit on one multiprocessor."""
-    warps = -(-budget.threads // 32)
-    by_registers = REGISTERS // (-(-kernel.registers * 32 // 256) * 256 * warps)
-    shared = kernel.shared + budget.dynamic + 1024
-    by_shared = SHARED[kernel.arch] * 1024 // shared
-    return min(by_registers, by_shared, WARPS[kernel.arch] // warps, BLOCKS.get(kernel.arch, 32))
-
 
 @pytest.fixture(scope="module")
 def built() -> list[Kernel]:
     return kernels(LIBRARY)
 
 
-def budget_of(kernel: Kernel) -> Budget:
-    fitting = [budget for pattern, budget in BUDGETS.items() if re.fullmatch(pattern, kernel.name)]
-    assert len(fitting) == 1, f"{kernel.name} matches {len(fitting)} patterns of cuda_budgets.py"
-    return fitting[0]
-
-
 def faults(kernel: Kernel) -> list[str]:
     """What a kernel's machine code does against its budget."""
-    budget = budget_of(kernel)
+    budget = budget_of(kernel.name)
     found = []
     if kernel.stack or kernel.local:
         found.append(f"{kernel.stack} bytes of stack and {kernel.local} of local memory a thread")
@@ -61,7 +41,7 @@ def faults(kernel: Kernel) -> list[str]:
         found.append(f"{kernel.registers} registers, budget {budget.registers}")
     if kernel.shared > budget.shared + 1024:  # the system's own part is counted from sm_90 on
         found.append(f"{kernel.shared} bytes of static shared memory, budget {budget.shared}")
-    blocks = resident_blocks(kernel, budget)
+    blocks = resident_blocks(kernel.arch, budget.threads, kernel.registers, kernel.shared + budget.dynamic)
     if (kernel.arch in (80, 90, 100) or not budget.dynamic) and blocks < budget.blocks:
         found.append(f"{blocks} blocks on a multiprocessor, budget {budget.blocks}")
     for access in budget.wide:

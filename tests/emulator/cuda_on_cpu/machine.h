@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
+#include <functional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -97,8 +98,21 @@ struct Block {
   int shared_count = 0;
   std::vector<SharedAccess> accesses;
 };
+// Takes launches in place of running them, and says how many blocks of a kernel a multiprocessor holds.
+struct Launch {
+  const void* kernel;
+  dim3 grid;
+  int threads;
+  size_t dynamic_bytes;
+  bool cooperative;
+};
+struct Recorder {
+  std::function<int(const void* kernel, int threads, size_t dynamic_bytes)> resident;
+  std::vector<Launch> launches = {};
+};
 struct World {
   Options options;
+  Recorder* recorder = nullptr;
   Meter meter;
   bool count_conflicts = false;
   std::unordered_map<uintptr_t, Sectors> touched;  // by the launch, by page
@@ -398,12 +412,16 @@ EMU_UNSEEN inline void run_grid(dim3 grid, dim3 block, size_t dynamic_bytes, boo
   EMU_TSAN(__tsan_acquire(&world.end);)
   for (size_t i = 0; i < count; ++i) end_block(*world.blocks[i]);
 }
-// Runs `body` once for every thread of the grid.
+// Runs `body`, which calls the kernel, once for every thread of the grid.
 template <class F>
-void launch(dim3 grid, dim3 block, size_t dynamic_bytes, bool cooperative, F&& body) {
+void launch(const void* kernel, dim3 grid, int threads, size_t dynamic_bytes, bool cooperative, F&& body) {
+  if (world.recorder) {
+    world.recorder->launches.push_back({kernel, grid, threads, dynamic_bytes, cooperative});
+    return;
+  }
   run_grid(
-      grid, block, dynamic_bytes, cooperative, [](void* f) { (*static_cast<std::remove_reference_t<F>*>(f))(); },
-      &body);
+      grid, dim3(unsigned(threads)), dynamic_bytes, cooperative,
+      [](void* f) { (*static_cast<std::remove_reference_t<F>*>(f))(); }, &body);
 }
 
 // A barrier of the block; returns the OR of the votes.

@@ -1,0 +1,234 @@
+"""Bytes, launches and saved bytes of one training step of ResNet-50-D: the last part of make bench-traffic.
+
+Everything that is no convolution, at batch 256 and 224 pixels, NHWC, float16, for a card (an H100): of eager torch, by
+its kernels' formulas (resnet50d.py); of today's ops; and of ops that follow the residual from block to block.
+
+Bytes are those of DRAM: what a launch stores, and the first load of each 32 bytes. Today's ops run in the emulator on
+one and on two images of every layer's shape, and bytes are linear in the batch. Which of them stay on the chip, and the
+number of launches, is what their host code plans for the card (predict.py). Where no op of ours runs, torch's formula
+is taken. The operands of avgpool_conv1x1's products belong to a convolution and are subtracted.
+
+An op that is not there yet has a formula in ALONG_THE_RESIDUAL; when it can be metered, it moves to `metered`.
+
+Saved bytes: the tensors that nodes of the autograd graph save which are no convolutions, parameters left out.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import emulated
+import predict
+import torch
+from resnet50d import ELEMENT, Cost, Layer, eager, eager_optimizer, layers, parameter_sizes
+
+from fasttricks.models import resnet50
+
+BATCH, EPS = 256, 1e-5
+NHWC = torch.channels_last
+# the parameters of a bottleneck, as in traffic.py
+SGD_SIZES = (128 * 512, 128, 128, 128 * 128 * 9, 128, 128, 512 * 128, 512, 512)
+Passes = tuple[Cost, Cost]  # forward and backward
+
+
+@dataclass(frozen=True)
+class Step:
+    side: str
+    bytes: float
+    launches: int
+    saved: int
+
+
+class Metered:
+    """Today's ops in the emulator, scaled to BATCH images on a card."""
+
+    def __init__(self, card: str = "h100") -> None:
+        self.machine = predict.Machine(predict.limits_of(card), nhwc=True)
+        self.library, self.ops = emulated.load(), torch.ops.fasttricks_emulated
+
+    def of_batch(self, bytes_of: Callable[[int], list[int]]) -> list[float]:
+        """Of BATCH images, from those of one and of two."""
+        return [one + (BATCH - 1) * (two - one) for one, two in zip(bytes_of(1), bytes_of(2), strict=True)]
+
+    def dram(self, run: Callable[[], Any], on_chip: bool = False) -> tuple[Any, int]:
+        """What `run` returns, and its bytes, in one launch that keeps tensors on the chip or in several."""
+        with self.library.shared_per_sm(228 << 10 if on_chip else 0), self.library.metered() as meter:
+            result = run()
+        assert (meter.cooperative_launches > 0) == on_chip
+        return result, meter.dram
+
+    @functools.cache  # noqa: B019
+    def bn(self, shape: tuple[int, ...], residual: bool) -> Passes:
+        planned = self.machine.bn_launches(shape, residual)
+        on_chip = [any("slab" in launch.kernel for launch in launches) for launches in planned]
+        c = shape[1]
+
+        def bytes_of(batch: int) -> list[int]:
+            x, z, dy = (torch.randn(batch, *shape[1:]).half().contiguous(memory_format=NHWC) for _ in range(3))
+            weight, bias = torch.rand(c) + 0.5, torch.rand(c)
+            if residual:
+                (_, mean, var, mask), forward = self.dram(
+                    lambda: self.ops.bn_add_relu_forward(x, z, weight, bias, EPS), on_chip[0]
+                )
+            else:
+                (_, mean, var), forward = self.dram(lambda: self.ops.bn_relu_forward(x, weight, bias, EPS), on_chip[0])
+                mask = None
+            given = (weight, bias, mean, var, EPS, True, residual)
+            _, backward = self.dram(lambda: self.ops.bn_relu_backward(dy, x, mask, *given), on_chip[1])
+            return [forward, backward]
+
+        forward, backward = self.of_batch(bytes_of)
+        return Cost(forward, len(planned[0])), Cost(backward, len(planned[1]))
+
+    @functools.cache  # noqa: B019
+    def avgpool_conv1x1(self, shape: tuple[int, ...]) -> Passes:
+        """Without the operands of the three products, of which each has two and a result."""
+        c, h, w = shape[1:]
+
+        def bytes_of(batch: int) -> list[int]:
+            x = torch.randn(batch, c, h, w).half().contiguous(memory_format=NHWC)
+            weight = torch.randn(2 * c, c, 1, 1).half()
+            y, forward = self.dram(lambda: self.ops.avgpool_conv1x1_forward(x, weight, None, 2, True))
+            dx, dweight = (
+                self.dram(lambda of=of: self.ops.avgpool_conv1x1_backward(y, x, weight, 2, True, *of, False))[1]
+                for of in ((True, False), (False, True))
+            )
+            product = ELEMENT * (y.numel() // 2 + weight.numel() + y.numel())
+            return [forward - product, dx + dweight - 2 * product]
+
+        planned = self.machine.avgpool_launches(shape, 2 * c)
+        forward, backward = self.of_batch(bytes_of)
+        products = {name: len(launches) - 1 for name, launches in planned.items()}  # a convolution has one launch each
+        return Cost(forward, products["forward"]), Cost(backward, products["dx"] + products["dweight"])
+
+    def optimizer(self, sizes: list[int]) -> Cost:
+        params = [torch.randn(size).half() for size in SGD_SIZES]
+        lists = [[torch.randn_like(p) for p in params], [torch.zeros(p.shape) for p in params]]
+        steps, masters, found_inf = [torch.ones(()) for _ in params], [p.float() for p in params], torch.zeros(())
+        groups = ([len(params)], [torch.tensor(0.1)], [0.9], [0.0], [1e-4], [False], [False], [0.0])
+
+        def run() -> None:
+            self.ops.sgd_check(lists[0], [], [], found_inf, None, None)
+            self.ops.sgd_step(params, *lists, steps, masters, *groups, 0.0, False, 0.0, None, found_inf, None, None)
+
+        (row,) = self.machine.sgd_rows(sizes)
+        return Cost(self.dram(run)[1] / sum(SGD_SIZES) * sum(sizes), len(row.launches))
+
+
+def metered(layer: Layer, ops: Metered) -> Passes:
+    """What today's ops move."""
+    if layer.kind in ("bn_relu", "bn_add_relu"):
+        return ops.bn(layer.shape, layer.kind == "bn_add_relu")
+    if layer.kind == "pool" and not ops.machine.left_to_torch(layer):
+        return ops.avgpool_conv1x1(layer.shape)
+    return eager(layer)
+
+
+# ---- ops along the residual ----
+
+
+def adding_along_the_residual(layer: Layer, ops: Metered) -> Passes:
+    """The pooled output of bn_add_relu, N/4, and its two gradients: dy, dy2, x -> dz; dz, x -> dx. Or two BatchNorms:
+    x, r; x, r -> y, and back dy, x, r; dz, x, r -> dx, dr, with dy2 -> dz in between."""
+    n, mask = layer.bytes, layer.elements / 8
+    pooled = n / 4 if layer.pooled else 0
+    second = pooled or n
+    if layer.projection:
+        backward = 8 * n + (second + n if layer.forked else 0) + mask
+        return Cost(5 * n + mask + pooled, 7), Cost(backward, 3)
+    forward, backward = metered(layer, ops)
+    if layer.forked:
+        backward = Cost(6 * n + second + mask, 3)
+    return forward + Cost(pooled), backward
+
+
+def nothing(layer: Layer, ops: Metered) -> Passes:
+    return Cost(), Cost()
+
+
+def adding_gradients_before_the_first_block(layer: Layer, ops: Metered) -> Passes:
+    """The output of the max pool is no op's of ours."""
+    return eager(layer) if layer.name == "layer1.0" else nothing(layer, ops)
+
+
+# kind of a layer -> what replaces `metered`
+ALONG_THE_RESIDUAL: dict[str, Callable[[Layer, Metered], Passes]] = {
+    "bn_add_relu": adding_along_the_residual,
+    "bn": nothing,
+    "pool": nothing,
+    "fork": adding_gradients_before_the_first_block,
+}
+
+
+# ---- what the graph saves ----
+
+
+def nodes_of(root: Any) -> Iterator[Any]:
+    seen, waiting = set(), [root]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        waiting += [following for following, _ in node.next_functions]
+
+
+def saved_tensors(node: Any) -> Iterator[torch.Tensor]:
+    found = getattr(node, "saved_tensors", None) or [
+        getattr(node, name) for name in dir(node) if name.startswith("_saved_")
+    ]
+    return (t for t in found if isinstance(t, torch.Tensor))
+
+
+def saved_bytes(fused: bool, batch: int = BATCH) -> int:
+    """Of storages, each once. Without max pool, head and convolutions."""
+    with torch.device("meta"):
+        model = resnet50("d", fused=fused).half().to(memory_format=NHWC)
+        images = torch.empty(batch, 3, 224, 224, dtype=torch.float16).contiguous(memory_format=NHWC)
+    own = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+    for node in nodes_of(model(images).grad_fn):
+        if not any(part in node.name().lower() for part in ("conv", "maxpool", "addmm", "mean")):
+            for t in saved_tensors(node):
+                kept[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
+    return sum(size for storage, size in kept.items() if storage not in own)
+
+
+# ---- the table ----
+
+
+def total(passes: Iterator[Passes], optimizer: Cost) -> Cost:
+    return sum((forward + backward for forward, backward in passes), optimizer)
+
+
+def steps(card: str = "h100") -> list[Step]:
+    ops, of_model, sizes = Metered(card), layers(BATCH), parameter_sizes()
+    sides = {
+        "eager": (total((eager(layer) for layer in of_model), eager_optimizer(sizes)), saved_bytes(False)),
+        "today's ops": (total((metered(layer, ops) for layer in of_model), ops.optimizer(sizes)), saved_bytes(True)),
+        "along the residual (predicted)": (
+            total(
+                (ALONG_THE_RESIDUAL.get(layer.kind, metered)(layer, ops) for layer in of_model), ops.optimizer(sizes)
+            ),
+            saved_bytes(True),
+        ),
+    }
+    return [Step(side, cost.bytes, cost.launches, saved) for side, (cost, saved) in sides.items()]
+
+
+def show(made: list[Step]) -> None:
+    print(f"one training step of ResNet-50-D, batch {BATCH}, NHWC, float16: what is no convolution")
+    for step in made:
+        share = step.bytes / made[0].bytes
+        print(
+            f"{step.side:32} {step.bytes / 1e9:6.1f} GB, {share:6.1%} of eager's; {step.launches:4} launches; "
+            f"{step.saved / 1e9:5.2f} GB saved for the backward pass"
+        )
+
+
+if __name__ == "__main__":
+    show(steps())
