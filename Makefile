@@ -88,9 +88,10 @@ bench: libraries
 bench-check: libraries
 	PYTHONPATH=benchmarks $(PY) benchmarks/regression.py
 
-# Bytes and launches of the CUDA and Triton kernels, emulated: no card is needed.
+# Bytes and launches of the CUDA and Triton kernels and of a training step, emulated: no card is needed.
 bench-traffic: libraries
 	PYTHONPATH=.:tests:tests/emulator $(PY) benchmarks/traffic.py
+	PYTHONPATH=.:tests:tests/emulator $(PY) benchmarks/step_traffic.py
 
 sdist: $(VENV)/ready
 	rm -rf dist/*.tar.gz

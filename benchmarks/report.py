@@ -203,6 +203,22 @@ def traffic_table() -> str:
     return _markdown(["op", "CUDA: bytes / formula", "launches", "Triton: bytes / formula", "launches"], rows)
 
 
+def step_table() -> str:
+    """A row per side of results/step_traffic.json, and its bytes beside eager's."""
+    steps = load("step_traffic.json")
+    rows = [
+        [
+            f"{step['side']}{' (predicted)' if step['predicted'] else ''}",
+            f"{step['bytes'] / 1e9:.1f}",
+            f"{step['bytes'] / steps[0]['bytes']:.1%}",
+            str(step["launches"]),
+            f"{step['saved'] / 1e9:.2f}",
+        ]
+        for step in steps
+    ]
+    return _markdown(["", "GB moved", "of eager's", "launches", "GB saved for the backward pass"], rows)
+
+
 def accuracy_table() -> str:
     """A column per run of results/digits.json."""
     runs = load("digits.json")
@@ -239,6 +255,7 @@ TABLES = {
     "speed": speed_table,
     "cases": case_table,
     "traffic": traffic_table,
+    "step": step_table,
     "accuracy": accuracy_table,
     "ablation-efficient": lambda: ablation_table("efficient"),
     "ablation-tweaks": lambda: ablation_table("tweaks"),

@@ -1,14 +1,14 @@
 """Bytes, launches and saved bytes of one training step of ResNet-50-D: the last part of make bench-traffic.
 
-Everything that is no convolution, at batch 256 and 224 pixels, NHWC, float16, for a card (an H100): of eager torch, by
-its kernels' formulas (resnet50d.py); of today's ops; and of ops that follow the residual from block to block.
+Everything that is no convolution, at batch 256 and 224 pixels, NHWC, float16, on an H100: of eager torch, by its
+kernels' formulas (resnet50d.py); of today's ops; and of ops that follow the residual from block to block.
 
 Bytes are those of DRAM: what a launch stores, and the first load of each 32 bytes. Today's ops run in the emulator on
-one and on two images of every layer's shape, and bytes are linear in the batch. Which of them stay on the chip, and the
-number of launches, is what their host code plans for the card (predict.py). Where no op of ours runs, torch's formula
-is taken. The operands of avgpool_conv1x1's products belong to a convolution and are subtracted.
+a few images of every layer's shape and on twice as many, and bytes are linear in the batch. Which of them stay on the
+chip, and the number of launches, is what their host code plans for the card (predict.py). Where no op of ours runs,
+torch's formula is taken. The operands of avgpool_conv1x1's products belong to a convolution and are subtracted.
 
-An op that is not there yet has a formula in ALONG_THE_RESIDUAL; when it can be metered, it moves to `metered`.
+Ops that are not there yet have formulas, in ALONG_THE_RESIDUAL and `partly_on_chip`; whoever builds one meters it here.
 
 Saved bytes: the tensors that nodes of the autograd graph save which are no convolutions, parameters left out.
 """
@@ -16,8 +16,11 @@ Saved bytes: the tensors that nodes of the autograd graph save which are no conv
 from __future__ import annotations
 
 import functools
+import json
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import emulated
@@ -34,14 +37,6 @@ SGD_SIZES = (128 * 512, 128, 128, 128 * 128 * 9, 128, 128, 512 * 128, 512, 512)
 Passes = tuple[Cost, Cost]  # forward and backward
 
 
-@dataclass(frozen=True)
-class Step:
-    side: str
-    bytes: float
-    launches: int
-    saved: int
-
-
 class Metered:
     """Today's ops in the emulator, scaled to BATCH images on a card."""
 
@@ -49,9 +44,11 @@ class Metered:
         self.machine = predict.Machine(predict.limits_of(card), nhwc=True)
         self.library, self.ops = emulated.load(), torch.ops.fasttricks_emulated
 
-    def of_batch(self, bytes_of: Callable[[int], list[int]]) -> list[float]:
-        """Of BATCH images, from those of one and of two."""
-        return [one + (BATCH - 1) * (two - one) for one, two in zip(bytes_of(1), bytes_of(2), strict=True)]
+    def of_batch(self, shape: tuple[int, ...], bytes_of: Callable[[int], list[int]]) -> list[float]:
+        """Of BATCH images, from those of a few and of twice as many, which are enough for all the emulated blocks."""
+        few = max(1, 100_000 // math.prod(shape[1:]))
+        pairs = zip(bytes_of(few), bytes_of(2 * few), strict=True)
+        return [once + (BATCH / few - 1) * (twice - once) for once, twice in pairs]
 
     def dram(self, run: Callable[[], Any], on_chip: bool = False) -> tuple[Any, int]:
         """What `run` returns, and its bytes, in one launch that keeps tensors on the chip or in several."""
@@ -60,10 +57,14 @@ class Metered:
         assert (meter.cooperative_launches > 0) == on_chip
         return result, meter.dram
 
+    def on_chip(self, shape: tuple[int, ...], residual: bool) -> list[bool]:
+        """Whether the forward pass keeps x, and the backward pass x and dz, in one launch."""
+        planned = self.machine.bn_launches(shape, residual)
+        return [any("slab" in launch.kernel for launch in launches) for launches in planned]
+
     @functools.cache  # noqa: B019
     def bn(self, shape: tuple[int, ...], residual: bool) -> Passes:
-        planned = self.machine.bn_launches(shape, residual)
-        on_chip = [any("slab" in launch.kernel for launch in launches) for launches in planned]
+        planned, on_chip = self.machine.bn_launches(shape, residual), self.on_chip(shape, residual)
         c = shape[1]
 
         def bytes_of(batch: int) -> list[int]:
@@ -80,7 +81,7 @@ class Metered:
             _, backward = self.dram(lambda: self.ops.bn_relu_backward(dy, x, mask, *given), on_chip[1])
             return [forward, backward]
 
-        forward, backward = self.of_batch(bytes_of)
+        forward, backward = self.of_batch(shape, bytes_of)
         return Cost(forward, len(planned[0])), Cost(backward, len(planned[1]))
 
     @functools.cache  # noqa: B019
@@ -100,7 +101,7 @@ class Metered:
             return [forward - product, dx + dweight - 2 * product]
 
         planned = self.machine.avgpool_launches(shape, 2 * c)
-        forward, backward = self.of_batch(bytes_of)
+        forward, backward = self.of_batch(shape, bytes_of)
         products = {name: len(launches) - 1 for name, launches in planned.items()}  # a convolution has one launch each
         return Cost(forward, products["forward"]), Cost(backward, products["dx"] + products["dweight"])
 
@@ -130,37 +131,60 @@ def metered(layer: Layer, ops: Metered) -> Passes:
 # ---- ops along the residual ----
 
 
-def adding_along_the_residual(layer: Layer, ops: Metered) -> Passes:
-    """The pooled output of bn_add_relu, N/4, and its two gradients: dy, dy2, x -> dz; dz, x -> dx. Or two BatchNorms:
-    x, r; x, r -> y, and back dy, x, r; dz, x, r -> dx, dr, with dy2 -> dz in between."""
+def adding(layer: Layer, ops: Metered) -> Passes:
+    """bn_add_relu with a second gradient, dy2: dy, dy2, x, mask -> dz and dz, x -> dx; dy2 has N/4 bytes if a shortcut
+    pools y. Two BatchNorms in one: x, r and x, r -> y; dy, x, r, mask and dy, x, r -> dx, dr, with dz as above."""
     n, mask = layer.bytes, layer.elements / 8
-    pooled = n / 4 if layer.pooled else 0
-    second = pooled or n
+    second = n / 4 if layer.pooled else n
     if layer.projection:
-        backward = 8 * n + (second + n if layer.forked else 0) + mask
-        return Cost(5 * n + mask + pooled, 7), Cost(backward, 3)
+        return Cost(5 * n + mask, 7), Cost(8 * n + mask + (second + n if layer.forked else 0), 3)
     forward, backward = metered(layer, ops)
-    if layer.forked:
-        backward = Cost(6 * n + second + mask, 3)
-    return forward + Cost(pooled), backward
+    return forward, Cost(6 * n + second + mask, 3) if layer.forked else backward
 
 
 def nothing(layer: Layer, ops: Metered) -> Passes:
     return Cost(), Cost()
 
 
-def adding_gradients_before_the_first_block(layer: Layer, ops: Metered) -> Passes:
-    """The output of the max pool is no op's of ours."""
+def pooling(layer: Layer, ops: Metered) -> Passes:
+    """The gradient of the means is not spread. That of the weight reads x, not the means; torch's saves these."""
+    again = 0 if ops.machine.left_to_torch(layer) else 0.75 * layer.bytes
+    return metered(layer, ops)[0], Cost(again)
+
+
+def adding_gradients(layer: Layer, ops: Metered) -> Passes:
+    """Only those of the first block's input, which comes from the max pool."""
     return eager(layer) if layer.name == "layer1.0" else nothing(layer, ops)
 
 
 # kind of a layer -> what replaces `metered`
 ALONG_THE_RESIDUAL: dict[str, Callable[[Layer, Metered], Passes]] = {
-    "bn_add_relu": adding_along_the_residual,
+    "bn_add_relu": adding,
     "bn": nothing,
-    "pool": nothing,
-    "fork": adding_gradients_before_the_first_block,
+    "pool": pooling,
+    "fork": adding_gradients,
 }
+
+
+def along_the_residual(layer: Layer, ops: Metered) -> Passes:
+    return ALONG_THE_RESIDUAL.get(layer.kind, metered)(layer, ops)
+
+
+def partly_on_chip(layer: Layer, ops: Metered) -> Passes:
+    """Also, bn_add_relu writes the means of y, N/4, while it has y; and what fits into shared memory stays there of the
+    tensors that a pass reads again: x; x and dz; with two BatchNorms also r."""
+    if layer.kind == "pool":
+        return nothing(layer, ops)
+    forward, backward = along_the_residual(layer, ops)
+    if layer.kind not in ("bn_relu", "bn_add_relu"):
+        return forward, backward
+    card = ops.machine.limits.geometry
+    room = card.sm_count * (card.shared_per_block - ops.machine.plans.BN_SLAB_STATIC)
+    whole = ops.on_chip(layer.shape, layer.kind == "bn_add_relu")  # is one launch already
+    tensors = (2, 3) if layer.projection else (1, 2)
+    kept = [0 if one else min(k * layer.bytes, room) for one, k in zip(whole, tensors, strict=True)]
+    means = layer.bytes / 4 if layer.pooled else 0
+    return forward + Cost(means - kept[0]), backward + Cost(-kept[1])
 
 
 # ---- what the graph saves ----
@@ -198,37 +222,55 @@ def saved_bytes(fused: bool, batch: int = BATCH) -> int:
     return sum(size for storage, size in kept.items() if storage not in own)
 
 
-# ---- the table ----
+# ---- the lines ----
 
 
-def total(passes: Iterator[Passes], optimizer: Cost) -> Cost:
-    return sum((forward + backward for forward, backward in passes), optimizer)
+# by side, what a layer moves; and whether no card or emulator has run it
+SIDES: dict[str, tuple[Callable[[Layer, Metered], Passes], bool]] = {
+    "eager": (lambda layer, ops: eager(layer), False),
+    "today's ops": (metered, False),
+    "along the residual": (along_the_residual, True),
+    "and partly on the chip": (partly_on_chip, True),
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    side: str
+    bytes: float
+    launches: int
+    saved: int
+    predicted: bool
 
 
 def steps(card: str = "h100") -> list[Step]:
     ops, of_model, sizes = Metered(card), layers(BATCH), parameter_sizes()
-    sides = {
-        "eager": (total((eager(layer) for layer in of_model), eager_optimizer(sizes)), saved_bytes(False)),
-        "today's ops": (total((metered(layer, ops) for layer in of_model), ops.optimizer(sizes)), saved_bytes(True)),
-        "along the residual (predicted)": (
-            total(
-                (ALONG_THE_RESIDUAL.get(layer.kind, metered)(layer, ops) for layer in of_model), ops.optimizer(sizes)
-            ),
-            saved_bytes(True),
-        ),
-    }
-    return [Step(side, cost.bytes, cost.launches, saved) for side, (cost, saved) in sides.items()]
+    optimizers = {True: eager_optimizer(sizes), False: ops.optimizer(sizes)}
+    saved = {True: saved_bytes(fused=False), False: saved_bytes(fused=True)}
+    made = []
+    for side, (passes, predicted) in SIDES.items():
+        is_eager = side == "eager"
+        cost = sum((one for layer in of_model for one in passes(layer, ops)), optimizers[is_eager])
+        made.append(Step(side, cost.bytes, cost.launches, saved[is_eager], predicted))
+    return made
 
 
 def show(made: list[Step]) -> None:
-    print(f"one training step of ResNet-50-D, batch {BATCH}, NHWC, float16: what is no convolution")
+    print(f"one training step of ResNet-50-D, batch {BATCH}, NHWC, float16, on an H100: what is no convolution")
     for step in made:
         share = step.bytes / made[0].bytes
         print(
-            f"{step.side:32} {step.bytes / 1e9:6.1f} GB, {share:6.1%} of eager's; {step.launches:4} launches; "
-            f"{step.saved / 1e9:5.2f} GB saved for the backward pass"
+            f"{step.side:24} {step.bytes / 1e9:6.1f} GB, {share:6.1%} of eager's; {step.launches:4} launches; "
+            f"{step.saved / 1e9:5.2f} GB saved for the backward pass{'; predicted' if step.predicted else ''}"
         )
 
 
+def main() -> None:
+    made = steps()
+    show(made)
+    target = Path(__file__).parent / "results" / "step_traffic.json"
+    target.write_text(json.dumps([asdict(step) for step in made], indent=1) + "\n")
+
+
 if __name__ == "__main__":
-    show(steps())
+    main()

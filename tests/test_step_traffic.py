@@ -1,0 +1,89 @@
+"""benchmarks/step_traffic.py: one training step's bytes, launches and saved bytes, against formulas."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("nothing of Triton is in it", allow_module_level=True)
+
+import step_traffic
+from resnet50d import layers
+from step_traffic import BATCH, Metered, Step, along_the_residual, metered, partly_on_chip, saved_bytes, steps
+
+
+@pytest.fixture(scope="module")
+def ops() -> Metered:
+    return Metered()
+
+
+@pytest.fixture(scope="module")
+def made(ops: Metered) -> dict[str, Step]:
+    return {step.side: step for step in steps()}
+
+
+def test_today_s_ops_move_what_their_formulas_say(ops: Metered) -> None:
+    checked = set()
+    for layer in layers(BATCH):
+        if layer.kind not in ("bn_relu", "bn_add_relu"):
+            continue
+        add, mask = (layer.bytes, layer.elements / 8) if layer.kind == "bn_add_relu" else (0, 0)
+        reads = [1 if once else 2 for once in ops.on_chip(layer.shape, layer.kind == "bn_add_relu")]
+        forward, backward = metered(layer, ops)
+        assert forward.bytes == pytest.approx((reads[0] + 1) * layer.bytes + add + mask, rel=0.02)
+        assert backward.bytes == pytest.approx((2 * reads[1] + 1) * layer.bytes + add + reads[1] * mask, rel=0.02)
+        assert (forward.launches, backward.launches) == (2 * reads[0], 2 * reads[1] - 1)
+        checked.add(tuple(reads))
+    assert checked == {(1, 1), (1, 2), (2, 2)}, "all variants are in it"
+
+
+def test_bytes_of_a_step(made: dict[str, Step]) -> None:
+    """The goal of ops along the residual is 55% of eager's bytes."""
+    share = {side: step.bytes / made["eager"].bytes for side, step in made.items()}
+    assert share["today's ops"] <= 0.69
+    assert share["along the residual"] <= 0.58
+    assert share["and partly on the chip"] <= 0.55
+    normalised = sum(layer.bytes for layer in layers(BATCH) if layer.kind.startswith("bn"))
+    assert 13 * normalised < made["eager"].bytes < 16 * normalised + 3e9
+
+
+def test_saved_bytes_are_those_of_inputs_outputs_and_masks(made: dict[str, Step]) -> None:
+    """Of eager the input of each BatchNorm and the output of each ReLU; of ours the input, and a bit per element."""
+    found = [layer for layer in layers(BATCH) if layer.kind.startswith("bn")]
+    inputs = sum(layer.bytes for layer in found)
+    outputs = sum(layer.bytes for layer in found if layer.kind != "bn")
+    masks = sum(layer.elements / 8 for layer in found if layer.kind == "bn_add_relu")
+    assert made["eager"].saved == pytest.approx(inputs + outputs, rel=1e-3)
+    assert made["today's ops"].saved == pytest.approx(inputs + masks, rel=1e-3)
+
+
+def test_saved_bytes_grow_with_the_batch() -> None:
+    one, two, three = (saved_bytes(True, batch) for batch in (1, 2, 3))
+    assert three - two == two - one > 0
+
+
+def test_every_layer_moves_less_along_the_residual(ops: Metered) -> None:
+    """Together with the shortcut's BatchNorm and the additions that it makes unnecessary."""
+    shares = []
+    for passes in (metered, along_the_residual, partly_on_chip):
+        of_kind: dict[str, float] = {}
+        for layer in layers(BATCH):
+            moved = sum(cost.bytes for cost in passes(layer, ops))
+            of_kind[layer.kind] = of_kind.get(layer.kind, 0.0) + moved
+        shares.append(of_kind)
+    today, along, on_chip = shares
+    assert along["bn_relu"] == today["bn_relu"] > on_chip["bn_relu"]
+    for kind in ("bn", "fork", "pool"):
+        assert on_chip[kind] <= along[kind] < today[kind]
+    joined = ("bn_add_relu", "bn", "fork")
+    assert sum(along[kind] for kind in joined) < 0.8 * sum(today[kind] for kind in joined)
+
+
+def test_lines(made: dict[str, Step], capsys: pytest.CaptureFixture[str]) -> None:
+    step_traffic.show(list(made.values()))
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 5
+    assert "batch 256" in said[0]
+    assert ["predicted" in line for line in said[1:]] == [False, False, True, True]
