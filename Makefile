@@ -27,8 +27,8 @@ ablate: libraries
 # The style checks and the tests, in about 10 minutes on two cores. Triton's interpreter replaces its compiler for a whole
 # process: what it runs has a run of its own.
 test: libraries lint
-	@echo "fasttricks: compiling the CUDA kernels for the CPU's emulator, about a minute"
-	@PYTHONPATH=. $(PY) tests/emulator/emulated.py plain
+	@echo "fasttricks: compiling the CUDA kernels for the CPU's emulator, about a minute and a half"
+	@PYTHONPATH=. $(PY) tests/emulator/emulated.py plain plans
 	$(PYTEST) tests -m "not long and not zoo"
 	@echo "fasttricks: the tests of the Triton kernels, in Triton's interpreter"
 	TRITON_INTERPRET=1 $(PYTEST) tests -m "not long and not zoo" -k "triton or registration"

@@ -127,11 +127,13 @@ def python_headers() -> list[Path]:
     return [python, Path(pybind11.get_include())]
 
 
+PLANS = Build("plans", ops=(), sources=tuple(HERE / f"{op}_plan.cpp" for op in ("bn_relu", "sgd", "avgpool_conv1x1")))
+
+
 @functools.cache
 def plans() -> ModuleType:
     """The launch planners, for tests and predictions: a build without ops, whose kernels are rarely run."""
-    sources = tuple(HERE / f"{op}_plan.cpp" for op in ("bn_relu", "sgd", "avgpool_conv1x1"))
-    return module_of(Build("plans", ops=(), sources=sources).make())
+    return module_of(PLANS.make())
 
 
 def run(script: str, build: Build) -> str:
@@ -286,4 +288,4 @@ def _register(names: tuple[str, ...]) -> None:
 
 if __name__ == "__main__":  # python emulated.py KIND...: builds ahead of the tests
     for kind in sys.argv[1:]:
-        Build(kind).make()
+        (PLANS if kind == PLANS.kind else Build(kind)).make()
