@@ -188,10 +188,12 @@ class Machine:
             "bn_backward_reduce": 2 * x + mask,
             "bn_backward_apply": 3 * x + add + mask,
             "bn_backward_slab": 3 * x + add + mask,
+            # numbers per channel
+            **dict.fromkeys(("bn_finalize_stats", "bn_finalize_backward", "bn_update_stats"), 0.0),
         }
 
         def work(kernel: str) -> Work:
-            return Work(moved.get(kernel, 0.0))  # the others read and write numbers per channel
+            return Work(moved[kernel])
 
         of = (self.plans.bn_shape(n, c, h * w, self.nhwc), self.device, self.resident, element_bytes, residual)
         forward, backward = self.plans.bn_forward_launches(*of), self.plans.bn_backward_launches(*of)
