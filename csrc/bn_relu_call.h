@@ -81,6 +81,29 @@ struct BnCall {
   }
   int64_t mask_bytes() const { return (x.numel() + 7) / 8; }
 
+  // A second gradient of y: of the shape of x, or, pooled, of the 2x2 means of y, of which the last window of an odd
+  // edge may be smaller.
+  struct SecondGradient {
+    const void* data = nullptr;
+    bool pooled = false;
+    int64_t height = 0, width = 0;  // of the means
+  };
+  SecondGradient second_gradient(const MaybeTensor& dy2) {
+    if (!dy2.has_value()) return {};
+    check_same_device(op, "dy2", *dy2, x);
+    check_dtype(op, "dy2", *dy2, x.scalar_type());
+    bool same = dy2->dim() == x.dim(), pooled = same && x.dim() == 4;
+    for (int64_t d = 0; same && d < x.dim(); ++d) same = dy2->size(d) == x.size(d);
+    for (int64_t d = 0; pooled && d < 4; ++d) {
+      const int64_t size = x.size(d), given = dy2->size(d);
+      pooled = d < 2 ? given == size : given == size / 2 || given == (size + 1) / 2;
+    }
+    FT_CHECK(op, same || pooled, "dy2 has shape ", shape_of(*dy2), "; accepted: ", shape_of(x),
+             ", the shape of x, or that of its 2x2 means");
+    const void* data = is_dense(*dy2, layout) ? dy2->const_data_ptr() : keep(torch::stable::contiguous(*dy2, layout));
+    return same ? SecondGradient{data} : SecondGradient{data, true, dy2->size(2), dy2->size(3)};
+  }
+
   void check_need_dresidual(bool need, const MaybeTensor& mask) const {
     FT_CHECK(op, !need || mask.has_value() || empty(),
              "need_dresidual is true and mask is None; accepted: the mask that the forward op gave");

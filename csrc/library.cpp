@@ -8,6 +8,7 @@
 
 FT_LIBRARY(FT_LIBRARY_NAME, m) {
   // bn_relu, bn_add_relu: see csrc/math/bn.h for the formulas. mean and var are biased, float32 (float64 for float64).
+  // dy2: a second gradient of y, which is added to dy; of the shape of x, or of the 2x2 means of y.
   // The forward ops update the running statistics themselves, so that a recomputed forward pass updates them as well.
 #define FT_RUNNING                                                                                      \
   " Tensor(a!)? running_mean=None, Tensor(b!)? running_var=None, Tensor(c!)? num_batches_tracked=None," \
@@ -24,7 +25,7 @@ FT_LIBRARY(FT_LIBRARY_NAME, m) {
   m.def("bn_stats(Tensor x) -> (Tensor mean, Tensor var)");
   m.def(
       "bn_relu_backward(Tensor dy, Tensor x, Tensor? mask, Tensor? weight, Tensor? bias, Tensor mean, Tensor var,"
-      " float eps, bool training, bool need_dresidual)"
+      " float eps, bool training, bool need_dresidual, Tensor? dy2=None)"
       " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)");
   m.def(
       "bn_relu_backward_reduce(Tensor dy, Tensor x, Tensor? mask, Tensor? weight, Tensor? bias, Tensor mean,"
@@ -38,15 +39,34 @@ FT_LIBRARY(FT_LIBRARY_NAME, m) {
       "bn_update_stats_(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, Tensor count,"
       " Tensor(c!)? num_batches_tracked=None, float? momentum=0.1) -> ()");
 
+  // bn_add_bn_relu: y = relu(bn(x) + bn(residual)), each with statistics, weight and bias of its own. dbias is that of
+  // both.
+  m.def(
+      "bn_add_bn_relu_forward(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, Tensor? residual_weight,"
+      " Tensor? residual_bias, float eps, float residual_eps, Tensor(a!)? running_mean=None,"
+      " Tensor(b!)? running_var=None, Tensor(c!)? num_batches_tracked=None, float? momentum=0.1,"
+      " Tensor(d!)? residual_running_mean=None, Tensor(e!)? residual_running_var=None,"
+      " Tensor(f!)? residual_num_batches_tracked=None, float? residual_momentum=0.1)"
+      " -> (Tensor y, Tensor mean, Tensor var, Tensor residual_mean, Tensor residual_var, Tensor mask)");
+  m.def(
+      "bn_add_bn_relu_apply(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, Tensor? residual_weight,"
+      " Tensor? residual_bias, Tensor mean, Tensor var, Tensor residual_mean, Tensor residual_var, float eps,"
+      " float residual_eps) -> (Tensor y, Tensor mask)");
+  m.def(
+      "bn_add_bn_relu_backward(Tensor dy, Tensor x, Tensor residual, Tensor mask, Tensor? weight,"
+      " Tensor? residual_weight, Tensor mean, Tensor var, Tensor residual_mean, Tensor residual_var, float eps,"
+      " float residual_eps, bool training, Tensor? dy2=None)"
+      " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dresidual_weight, Tensor dbias)");
+
   m.def("cpu_isa() -> str");  // the instruction set in use
   // Why the CUDA kernels cannot run on this device (an older driver, no code for the card); "" if they can.
   m.def("cuda_why_not(int device) -> str");
 
-  // avgpool_conv1x1: see csrc/math/avgpool.h.
+  // avgpool_conv1x1: see csrc/math/avgpool.h. pooled_dx: dx is the gradient of the means, not of x.
   m.def("avgpool_conv1x1_forward(Tensor x, Tensor weight, Tensor? bias, int stride, bool ceil_mode) -> Tensor");
   m.def(
       "avgpool_conv1x1_backward(Tensor dy, Tensor x, Tensor weight, int stride, bool ceil_mode, bool need_dx,"
-      " bool need_dweight, bool need_dbias) -> (Tensor dx, Tensor dweight, Tensor dbias)");
+      " bool need_dweight, bool need_dbias, bool pooled_dx=False) -> (Tensor dx, Tensor dweight, Tensor dbias)");
 
   // sgd_check, sgd_step: see csrc/math/sgd.h. One call per step for all tensors of a device: those of group 0, then
   // those of group 1, ... Half parameters have masters; parameters of groups with momentum have momentum_buffers and

@@ -167,6 +167,7 @@ def _pixels_by_channels(
 def avgpool_conv1x1_backward(
     dy: Tensor, x: Tensor, weight: Tensor, stride: int, ceil_mode: bool, need_dx: bool, need_dweight: bool,
     need_dbias: bool,
+    pooled_dx: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dx, dweight, dbias), empty where not needed; dweight has the strides of weight."""
     op = f"{launching.NAMESPACE}::avgpool_conv1x1_backward"

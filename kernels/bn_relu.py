@@ -302,10 +302,10 @@ def _backward_apply(
 
 def bn_relu_backward(
     dy: Tensor, x: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None, mean: Tensor,
-    var: Tensor, eps: float, training: bool, need_dresidual: bool,
+    var: Tensor, eps: float, training: bool, need_dresidual: bool, dy2: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dx, dresidual (empty unless asked for), dweight and dbias."""
-    check_backward("bn_relu_backward", dy, x, mask, weight, bias, mean, var, eps, need_dresidual)
+    """dx, dresidual (empty unless asked for), dweight and dbias; dy2: a second gradient of y."""
+    check_backward("bn_relu_backward", dy, x, mask, weight, bias, mean, var, eps, need_dresidual, dy2)
     layout = layout_of(x)
     inputs = _inputs(dy, x, mask, weight, bias, mean, var)
     dweight, dbias = _per_channel(x), _per_channel(x)

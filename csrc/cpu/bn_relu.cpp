@@ -307,7 +307,9 @@ std::tuple<Tensor, Tensor> new_sums(Call& call) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> bn_relu_backward(Tensor dy, Tensor x, MaybeTensor mask, MaybeTensor weight,
                                                             MaybeTensor bias, Tensor mean, Tensor var, double eps,
-                                                            bool training, bool need_dresidual) {
+                                                            bool training, bool need_dresidual,
+                                                            MaybeTensor dy2) {
+  FT_CHECK("bn_relu_backward", !dy2.has_value(), "dy2 is given");
   Call call = backward_call("bn_relu_backward", dy, x, mask, weight, bias, mean, var, eps);
   call.arguments.training = training;
   auto [dweight, dbias] = new_sums(call);

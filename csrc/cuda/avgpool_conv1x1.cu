@@ -62,8 +62,9 @@ struct Partial {
 
 std::tuple<Tensor, Tensor, Tensor> avgpool_conv1x1_backward(Tensor dy, Tensor x, Tensor weight, int64_t stride,
                                                             bool ceil_mode, bool need_dx, bool need_dweight,
-                                                            bool need_dbias) {
+                                                            bool need_dbias, bool pooled_dx) {
   const char* op = "avgpool_conv1x1_backward";
+  FT_CHECK(op, !pooled_dx, "pooled_dx is true");
   const AvgPoolConv1x1Sizes s = avgpool_conv1x1_sizes(op, x, weight, stride, ceil_mode);
   check_avgpool_conv1x1_dy(op, dy, x, s);
   Tensor dx = need_dx ? avgpool_conv1x1_empty(x, {s.n, s.c, s.h, s.w}, s.nhwc) : torch::stable::new_empty(x, {0});

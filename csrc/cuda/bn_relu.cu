@@ -220,7 +220,9 @@ struct BackwardCall : Call {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> bn_relu_backward(Tensor dy, Tensor x, MaybeTensor mask, MaybeTensor weight,
                                                             MaybeTensor bias, Tensor mean, Tensor var, double eps,
-                                                            bool training, bool need_dresidual) {
+                                                            bool training, bool need_dresidual,
+                                                            MaybeTensor dy2) {
+  FT_CHECK("bn_relu_backward", !dy2.has_value(), "dy2 is given");
   BackwardCall call("bn_relu_backward", dy, x, mask, weight, bias, mean, var, eps);
   call.check_need_dresidual(need_dresidual, mask);
   Tensor dweight = call.new_per_channel(), dbias = call.new_per_channel(), dx = call.new_like_x();

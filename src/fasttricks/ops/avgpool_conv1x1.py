@@ -138,9 +138,11 @@ def _fake_backward(
     need_dx: bool,
     need_dweight: bool,
     need_dbias: bool,
+    pooled_dx: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     check_backward("avgpool_conv1x1_backward", dy, x, weight, stride, ceil_mode)
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout_of(x)) if need_dx else x.new_empty(0)
+    shape = (*x.shape[:2], *dy.shape[2:]) if pooled_dx else x.shape
+    dx = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout_of(x)) if need_dx else x.new_empty(0)
     dweight = torch.empty_like(weight) if need_dweight else weight.new_empty(0)
     return dx, dweight, weight.new_empty(weight.shape[0] if need_dbias else 0)
 

@@ -368,9 +368,10 @@ def _fake_stats(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _fake_backward(
-    dy: Any, x: Any, mask: Any, weight: Any, bias: Any, mean: Any, var: Any, eps: float, training: bool, need: bool
-) -> tuple[torch.Tensor, ...]:
-    check_backward("bn_relu_backward", dy, x, mask, weight, bias, mean, var, eps, need)
+    dy: Any, x: Any, mask: Any, weight: Any, bias: Any, mean: Any, var: Any, eps: float, training: bool, need: bool,
+    dy2: Any = None,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    check_backward("bn_relu_backward", dy, x, mask, weight, bias, mean, var, eps, need, dy2)
     return *_fake_gradients(x, need), _per_channel(x), _per_channel(x)
 
 

@@ -98,11 +98,12 @@ def check_apply(op: str, x: Any, residual: Any, weight: Any, bias: Any, mean: An
 
 def check_backward(
     op: str, dy: Any, x: Any, mask: Any, weight: Any, bias: Any, mean: Any, var: Any, eps: float,
-    need_dresidual: bool = False, **sums: Any,
+    need_dresidual: bool = False, dy2: Any = None, **sums: Any,
 ) -> None:  # fmt: skip
     """Checks any of the backward ops; sums: the further arguments of bn_relu_backward_apply."""
     _check_affine(op, x, weight, bias, eps)
     _check_like_x(op, "dy", dy, x)
+    check_second(op, dy2, x)
     _check_per_channel(op, x, optional=False, mean=mean, var=var, **sums)
     if mask is not None:
         check_device(op, "mask", mask, x)
@@ -110,6 +111,29 @@ def check_backward(
         check_shape(op, "mask", mask, ((x.numel() + 7) // 8,), "a bit for each element of x")
     elif need_dresidual and x.numel() > 0:
         raise ValueError(f"{op}: need_dresidual is true and mask is None; accepted: the mask that the forward op gave")
+
+
+def check_second(op: str, dy2: Any, x: torch.Tensor) -> None:
+    """Checks a second gradient of y: of the shape of x, or of its 2x2 means."""
+    check_tensor(op, "dy2", dy2, optional=True)
+    if dy2 is None:
+        return
+    check_device(op, "dy2", dy2, x)
+    check_dtype(op, "dy2", dy2, (x.dtype,))
+    if dy2.shape != x.shape and not is_pooled(dy2, x):
+        raise ValueError(
+            f"{op}: dy2 has shape {tuple(dy2.shape)}; accepted: {tuple(x.shape)}, the shape of x, or that of its 2x2 "
+            "means"
+        )
+
+
+def is_pooled(dy2: torch.Tensor, x: torch.Tensor) -> bool:
+    """Whether dy2 has the shape of the 2x2 means of x, of which the last window of an odd edge may be smaller."""
+    return (
+        dy2.dim() == x.dim() == 4
+        and dy2.shape[:2] == x.shape[:2]
+        and all(pooled in (size // 2, (size + 1) // 2) for pooled, size in zip(dy2.shape[2:], x.shape[2:], strict=True))
+    )
 
 
 def check_update(
