@@ -15,22 +15,33 @@ namespace fasttricks {
 
 using MaybeTensor = std::optional<Tensor>;
 
+// What the arguments of a BatchNorm are called in errors.
+struct BnNames {
+  const char *weight, *bias, *mean, *var, *eps, *running_mean, *running_var, *num_batches_tracked, *momentum;
+};
+inline constexpr BnNames kBnNames{
+    "weight", "bias", "mean", "var", "eps", "running_mean", "running_var", "num_batches_tracked", "momentum"};
+inline constexpr BnNames kBnResidualNames{
+    "residual_weight",  "residual_bias",         "residual_mean",        "residual_var",
+    "residual_eps",     "residual_running_mean", "residual_running_var", "residual_num_batches_tracked",
+    "residual_momentum"};
+
 // The dense tensors of one call, kept alive while kernels use their pointers. x is a matrix of rows x channels (inner
 // is 1) or of rows x channels x inner.
 struct BnCall {
   const char* op;
+  const BnNames* names;
   Tensor x;
   MemoryFormat layout;
   ScalarType statistics_type;
   int64_t channels, values, rows, inner;
   std::vector<Tensor> kept;
 
-  BnCall(const char* op_, const Tensor& given, double eps) : op(op_), x(given) {
+  BnCall(const char* op_, const Tensor& given, double eps) : op(op_), names(&kBnNames), x(given) {
     FT_CHECK(op, x.dim() >= 2 && x.dim() <= 5, "x has shape ", shape_of(x),
              "; accepted: 2 to 5 dimensions (N, C, ...)");
     check_floating(op, "x", x);
-    FT_CHECK(op, eps >= 0 && eps < std::numeric_limits<double>::infinity(), "eps is ", eps,
-             "; accepted: a finite number >= 0");
+    check_eps(eps);
     statistics_type = accumulate_type(x.scalar_type());
     layout = layout_of(x);
     if (!is_dense(x, layout)) x = torch::stable::contiguous(x, layout);
@@ -40,15 +51,37 @@ struct BnCall {
     rows = by_rows ? values : x.size(0);
     inner = by_rows || rows == 0 ? 1 : values / rows;
   }
+  // The BatchNorm of a residual of x, in the layout of x.
+  BnCall(const BnCall& main, const Tensor& residual, double residual_eps)
+      : op(main.op),
+        names(&kBnResidualNames),
+        x(residual),
+        layout(main.layout),
+        statistics_type(main.statistics_type),
+        channels(main.channels),
+        values(main.values),
+        rows(main.rows),
+        inner(main.inner) {
+    main.check_like_x("residual", residual);
+    check_eps(residual_eps);
+    x = in_layout(residual, layout);
+  }
 
   bool empty() const { return x.numel() == 0; }
 
-  const void* like_x(const char* name, const Tensor& t) {
+  void check_eps(double eps) const {
+    FT_CHECK(op, eps >= 0 && eps < std::numeric_limits<double>::infinity(), names->eps, " is ", eps,
+             "; accepted: a finite number >= 0");
+  }
+  void check_like_x(const char* name, const Tensor& t) const {
     check_same_device(op, name, t, x);
     check_dtype(op, name, t, x.scalar_type());
     bool same = t.dim() == x.dim();
     for (int64_t d = 0; same && d < x.dim(); ++d) same = t.size(d) == x.size(d);
     FT_CHECK(op, same, name, " has shape ", shape_of(t), "; accepted: ", shape_of(x), ", the shape of x");
+  }
+  const void* like_x(const char* name, const Tensor& t) {
+    check_like_x(name, t);
     return is_dense(t, layout) ? t.const_data_ptr() : keep(torch::stable::contiguous(t, layout));
   }
 
@@ -123,24 +156,24 @@ struct BnRunningStatistics {
   MaybeTensor mean, var, batches;  // batches: num_batches_tracked
   std::optional<double> momentum;  // none: the cumulative average
 
-  void check_numbers(const char* op, const Tensor& x) const {
-    FT_CHECK(op, mean.has_value() == var.has_value(), mean.has_value() ? "running_var" : "running_mean",
+  void check_numbers(const char* op, const Tensor& x, const BnNames& names = kBnNames) const {
+    FT_CHECK(op, mean.has_value() == var.has_value(), mean.has_value() ? names.running_var : names.running_mean,
              " is None and the other is not; accepted: both, or neither");
-    FT_CHECK(op, !momentum.has_value() || std::abs(*momentum) < std::numeric_limits<double>::infinity(), "momentum is ",
-             momentum.value_or(0), "; accepted: a finite number");
-    FT_CHECK(op, momentum.has_value() || !mean.has_value() || batches.has_value(),
-             "momentum is None and num_batches_tracked is None; accepted: one of the two given");
+    FT_CHECK(op, !momentum.has_value() || std::abs(*momentum) < std::numeric_limits<double>::infinity(), names.momentum,
+             " is ", momentum.value_or(0), "; accepted: a finite number");
+    FT_CHECK(op, momentum.has_value() || !mean.has_value() || batches.has_value(), names.momentum, " is None and ",
+             names.num_batches_tracked, " is None; accepted: one of the two given");
     if (!batches.has_value()) return;
-    check_same_device(op, "num_batches_tracked", *batches, x);
-    check_dtype(op, "num_batches_tracked", *batches, ScalarType::Long);
-    FT_CHECK(op, batches->numel() == 1, "num_batches_tracked has shape ", shape_of(*batches),
+    check_same_device(op, names.num_batches_tracked, *batches, x);
+    check_dtype(op, names.num_batches_tracked, *batches, ScalarType::Long);
+    FT_CHECK(op, batches->numel() == 1, names.num_batches_tracked, " has shape ", shape_of(*batches),
              "; accepted: (), a number");
   }
   void check(const BnCall& call) const {
-    check_numbers(call.op, call.x);
+    check_numbers(call.op, call.x, *call.names);
     if (!mean.has_value()) return;
-    call.check_per_channel("running_mean", *mean);
-    call.check_per_channel("running_var", *var);
+    call.check_per_channel(call.names->running_mean, *mean);
+    call.check_per_channel(call.names->running_var, *var);
   }
   int64_t* batches_data() const {
     return batches.has_value() ? static_cast<int64_t*>(batches->mutable_data_ptr()) : nullptr;
