@@ -158,3 +158,84 @@ def bn_layouts(shape: tuple[int, ...]) -> tuple[torch.memory_format, ...]:
     return {4: LAYOUTS, 5: (torch.contiguous_format, torch.channels_last_3d)}.get(
         len(shape), (torch.contiguous_format,)
     )
+
+
+def bn_tensor(
+    shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format = torch.contiguous_format
+) -> torch.Tensor:
+    return (2 * torch.randn(shape) + 0.5).to(dtype).contiguous(memory_format=layout)
+
+
+def bn_affine(channels: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """weight of both signs and bias, in the type of the sums, such that y is positive in about half of a channel."""
+    weight = (0.5 + torch.rand(channels)) * torch.where(torch.rand(channels) < 0.5, -1, 1)
+    wide = bn_wide(dtype)
+    return weight.to(wide), (torch.rand(channels) - 0.5).to(wide)
+
+
+def bn_wide(dtype: torch.dtype) -> torch.dtype:
+    """The type in which values of `dtype` are summed."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def assert_bn_close(name: str, got: torch.Tensor, want: torch.Tensor, peer: torch.Tensor, dy: torch.Tensor) -> None:
+    """Asserts that a result errs at most twice as much as torch's `peer`; `want` is exact, dy the gradient of y.
+
+    name: y; dx for a gradient through batch statistics; anything else for the other gradients.
+    """
+    eps, want, scale = torch.finfo(got.dtype).eps, want.detach(), dy.double().norm()
+    error, limit = relative_error(got, want), allowed(max(relative_error(peer, want), eps), got.dtype)
+    if got.dtype == torch.float64 and dy.dtype == torch.float64:
+        limit = 1e-12  # the exact values are float64 themselves
+    elif name not in ("y", "dx"):
+        limit = max(limit, 2e-6)  # float32 sums of values that cancel, each as large as dy
+        error = float((got.double() - want).norm() / (want.norm() + scale))
+    elif name == "dx":  # with few values per channel nearly everything cancels: errors relative to dy / 4
+        error = float((got.double() - want).norm() / torch.maximum(want.norm(), scale / 4))
+    if name in ("y", "dx") and sums_in_float32():
+        limit = max(limit, 32 * torch.finfo(torch.float32).eps)
+    assert error <= limit, (name, error, limit)
+    norms = got.double().norm() * want.norm()
+    if norms > 0:
+        assert (got.double() * want).sum() / norms > 1 - 1e-4, name
+
+
+# Shapes whose pixels are pooled: one pixel, row or column, odd edges, rows that span the chunks of a reduction
+BN_POOLED_SHAPES = (
+    (3, 5, 1, 1),
+    (2, 3, 1, 6),
+    (2, 9, 7, 1),
+    (2, 7, 3, 5),
+    (3, 6, 7, 7),
+    (2, 17, 8, 12),
+    (1, 2, 5 if INTERPRETED else 70, 71),
+)
+BN_SECONDS = ("full", "floor", "ceil", "mixed")
+
+
+def bn_second_shape(shape: tuple[int, ...], second: str) -> tuple[int, ...]:
+    """The shape of a second gradient of y: that of x, or of its 2x2 means with windows dropped or cut at odd edges."""
+    if second == "full":
+        return shape
+    up = {"floor": (0, 0), "ceil": (1, 1), "mixed": (0, 1)}[second]
+    return (*shape[:2], *((size + more) // 2 for size, more in zip(shape[2:], up, strict=True)))
+
+
+def bn_add_gradients(dy: torch.Tensor, dy2: torch.Tensor) -> torch.Tensor:
+    """dy plus a second gradient, as an op of its own would add them: rounded once, in the layout of dy."""
+    wide = bn_wide(dy.dtype)
+    return (dy.to(wide) + bn_spread(dy2.to(wide), dy.shape)).to(dy.dtype)
+
+
+def bn_spread(dy2: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """A second gradient of y as a gradient of every pixel: that of a mean is divided by the pixels of its window."""
+    if dy2.shape == shape:
+        return dy2
+    covered = [min(size, 2 * windows) for size, windows in zip(shape[2:], dy2.shape[2:], strict=True)]
+    rows, columns = (
+        (size - 2 * torch.arange(windows)).clamp(max=2) for size, windows in zip(covered, dy2.shape[2:], strict=True)
+    )
+    each = (dy2 / (rows[:, None] * columns)).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    out = dy2.new_zeros(shape)
+    out[:, :, : covered[0], : covered[1]] = each[:, :, : covered[0], : covered[1]]
+    return out
