@@ -147,9 +147,14 @@ def counted() -> Iterator[dict[str, int]]:
         counts[op] += 1
         return norm(op, *args)
 
-    pool, norm = run.avgpool_conv1x1, run.call
+    def counting_two_norms(*args: Any) -> Any:
+        counts["bn_add_relu"] += 1
+        return two_norms(*args)
+
+    pool, norm, two_norms = run.avgpool_conv1x1, run.call, run.call_of_two
     with (
         mock.patch.object(run, "avgpool_conv1x1", counting_pools),
         mock.patch.object(run, "call", counting_norms),
+        mock.patch.object(run, "call_of_two", counting_two_norms),
     ):
         yield counts

@@ -6,6 +6,7 @@ from .diagnostics import info
 from .memory import keep_freed_memory
 from .nn import zero_init_last
 from .ops.avgpool_conv1x1 import avgpool_conv1x1
+from .ops.bn_add_bn_relu import bn_add_bn_relu
 from .ops.bn_relu import bn_add_relu, bn_relu
 from .ops.sgd import sgd_check, sgd_step
 from .patch import fuse, fusions, unfuse, unfused
@@ -14,6 +15,7 @@ from .recomputation import recompute
 __all__ = [
     "avgpool_conv1x1",
     "backend",
+    "bn_add_bn_relu",
     "bn_add_relu",
     "bn_relu",
     "fuse",

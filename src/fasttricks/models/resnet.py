@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import AvgPoolConv1x1, BatchNormAddReLU2d, BatchNormReLU2d
+from ..nn.run import untouched
 from .blocks import check_sizes
 from .init import xavier_
 
@@ -49,6 +50,18 @@ def _relu(fused: bool) -> nn.Module:
     return nn.Identity() if fused else nn.ReLU(inplace=True)
 
 
+def _add_shortcut(bn: nn.Module, out: Tensor, shortcut: nn.Module | None, x: Tensor) -> Tensor:
+    """relu(bn(out) + shortcut(x)); the BatchNorm at the end of a projection is part of the same op."""
+    if shortcut is None:
+        return bn(out, x)
+    if not isinstance(shortcut, nn.Sequential) or not untouched(shortcut):
+        return bn(out, shortcut(x))
+    *projection, shortcut_bn = shortcut
+    for module in projection:
+        x = module(x)
+    return bn(out, x, shortcut_bn)
+
+
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut:
     x (N, in_channels, H, W) -> (N, channels, ceil(H/stride), ceil(W/stride)).
@@ -74,13 +87,12 @@ class BasicBlock(nn.Module):
         self.downsample = shortcut
 
     def forward(self, x: Tensor) -> Tensor:
-        residual = x if self.downsample is None else self.downsample(x)
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.conv2(out)
         if self.fused:
-            return self.bn2(out, residual)
+            return _add_shortcut(self.bn2, out, self.downsample, x)
         out = self.bn2(out)
-        out += residual
+        out += x if self.downsample is None else self.downsample(x)
         return self.relu(out)
 
 
@@ -112,14 +124,13 @@ class Bottleneck(nn.Module):
         self.downsample = shortcut
 
     def forward(self, x: Tensor) -> Tensor:
-        residual = x if self.downsample is None else self.downsample(x)
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.relu(self.bn2(self.conv2(out)))
         out = self.conv3(out)
         if self.fused:
-            return self.bn3(out, residual)
+            return _add_shortcut(self.bn3, out, self.downsample, x)
         out = self.bn3(out)
-        out += residual
+        out += x if self.downsample is None else self.downsample(x)
         return self.relu(out)
 
 

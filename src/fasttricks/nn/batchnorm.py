@@ -121,7 +121,9 @@ class BatchNormAddReLU2d(_FusedBatchNorm2d):
         zero_init: start with weight = 0, so that the block starts as its shortcut (He et al. 2018, section 3.1).
         The others: as in BatchNormReLU2d.
 
-    Shapes: x and residual (N, C, H, W) -> (N, C, H, W). Errors: those of `fasttricks.bn_add_relu`.
+    forward: x and residual (N, C, H, W) -> (N, C, H, W). With a third argument, an nn.BatchNorm2d that is the last
+    module of the shortcut, residual is its input: relu(BatchNorm2d(x) + shortcut_norm(residual)) is one op then, too.
+    Errors: those of `fasttricks.bn_add_relu` and `fasttricks.bn_add_bn_relu`.
 
     Examples:
         >>> bn = fasttricks.nn.BatchNormAddReLU2d(8, zero_init=True)
@@ -160,15 +162,23 @@ class BatchNormAddReLU2d(_FusedBatchNorm2d):
         if self.zero_init:
             nn.init.zeros_(self.held.weight)
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        if not (type(x) is type(residual) is torch.Tensor) and (node := self._leaf(x, residual)) is not None:
-            return node  # type: ignore[return-value]
+    def forward(self, x: torch.Tensor, residual: torch.Tensor, shortcut_norm: nn.Module | None = None) -> torch.Tensor:
+        if not (type(x) is type(residual) is torch.Tensor):
+            if shortcut_norm is not None:
+                residual, shortcut_norm = shortcut_norm(residual), None
+            if (node := self._leaf(x, residual)) is not None:
+                return node  # type: ignore[return-value]
         if len(self._modules) == 1:
-            return self._compute(x, residual)
-        return self._lent(self._compute, x, residual)
+            return self._compute(x, residual, shortcut_norm)
+        return self._lent(self._compute, x, residual, shortcut_norm)
 
-    def _compute(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        return run.norm_add_relu(self.held, x, residual) if self._fuses(x) else F.relu(self.held(x) + residual)
+    def _compute(self, x: torch.Tensor, residual: torch.Tensor, shortcut_norm: nn.Module | None) -> torch.Tensor:
+        fuses = self._fuses(x)
+        if shortcut_norm is not None:
+            if fuses and run.is_plain_norm(shortcut_norm):
+                return run.norm_add_norm_relu(self.held, x, shortcut_norm, residual)
+            residual = shortcut_norm(residual)
+        return run.norm_add_relu(self.held, x, residual) if fuses else F.relu(self.held(x) + residual)
 
 
 def _refuse_norm_layer(cls: type) -> None:

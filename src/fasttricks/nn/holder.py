@@ -154,7 +154,7 @@ class Holder(nn.Module):
 
     # ---- parametrizations ----
 
-    def _lent(self, compute: Callable[..., torch.Tensor], *args: torch.Tensor) -> torch.Tensor:
+    def _lent(self, compute: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
         """compute(*args), with the tensors that are parametrized on this module as attributes of the held one."""
         attributes = self.held.__dict__
         names = [name for name in ("weight", "bias", *_STATISTICS) if is_parametrized(self, name)]

@@ -15,6 +15,8 @@ from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..ops.avgpool_conv1x1 import avgpool_conv1x1
+from ..ops.bn_add_bn_relu import Norm
+from ..ops.bn_add_bn_relu import call as call_of_two
 from ..ops.bn_relu import call
 
 
@@ -124,8 +126,8 @@ def _own(norm: Any, tensors: dict[str, Any], name: str) -> Any:
     return getattr(norm, name)  # FSDP and pruning replace a parameter by a plain attribute
 
 
-def _op(norm: Any, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
-    """The fused op with the parameters, statistics and mode of norm."""
+def _state(norm: Any) -> tuple[bool, Norm]:
+    """Whether norm uses batch statistics, and its parameters, statistics and options as the ops take them."""
     parameters, buffers = norm._parameters, norm._buffers
     training, momentum, tracked = norm.training, norm.momentum, None
     mean, var = _own(norm, buffers, "running_mean"), _own(norm, buffers, "running_var")
@@ -136,20 +138,16 @@ def _op(norm: Any, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tens
             mean = var = None  # untracked buffers are not updated
     if momentum is None and tracked is None:
         momentum = 0.0  # without a count there is no cumulative average, and torch then updates nothing
-    return call(
-        "bn_relu" if residual is None else "bn_add_relu",
-        x,
-        residual,
-        _own(norm, parameters, "weight"),
-        _own(norm, parameters, "bias"),
-        mean,
-        var,
-        training or mean is None,
-        momentum,
-        norm.eps,
-        None if type(norm) is nn.BatchNorm2d else _process_group(norm),
-        tracked,
-    )
+    weight, bias = _own(norm, parameters, "weight"), _own(norm, parameters, "bias")
+    return training or mean is None, (weight, bias, mean, var, momentum, norm.eps, tracked)
+
+
+def _op(norm: Any, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+    """The fused op with the parameters, statistics and mode of norm."""
+    training, (weight, bias, mean, var, momentum, eps, tracked) = _state(norm)
+    group = None if type(norm) is nn.BatchNorm2d else _process_group(norm)
+    op = "bn_relu" if residual is None else "bn_add_relu"
+    return call(op, x, residual, weight, bias, mean, var, training, momentum, eps, group, tracked)
 
 
 # In the functions below, a pair on fewer than min_elements elements calls its modules.
@@ -185,6 +183,26 @@ def norm_add_relu(
             y = y + residual
         return F.relu(y)
     return _op(norm, x, residual)
+
+
+def norm_add_norm_relu(
+    norm: Any, x: torch.Tensor, other: Any, residual: Any, in_place: bool = False, min_elements: int = 0
+) -> torch.Tensor:
+    """relu(norm(x) + other(residual)) for plain norms; in_place: the addition was `+=` on the result of norm."""
+    if (
+        x.dim() != 4
+        or residual.shape != x.shape
+        or residual.dtype != x.dtype
+        or (min_elements and is_small(x, min_elements))
+        or (type(norm) is not nn.BatchNorm2d and _process_group(norm) is not None)
+        or (type(other) is not nn.BatchNorm2d and _process_group(other) is not None)
+    ):
+        return norm_add_relu(norm, x, other(residual), in_place, min_elements)
+    training, state = _state(norm)
+    other_training, other_state = _state(other)
+    if training != other_training:
+        return norm_add_relu(norm, x, other(residual), in_place, min_elements)
+    return call_of_two(x, residual, training, state, other_state)
 
 
 def avgpool_conv1x1_of_modules(

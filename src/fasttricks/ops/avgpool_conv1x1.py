@@ -16,6 +16,7 @@ from ..layout import layout_of
 from ..reference.avgpool_conv1x1 import avgpool_conv1x1 as reference
 from ..reference.avgpool_conv1x1 import avgpool_conv1x1_backward as differentiable_backward
 from ..reference.avgpool_conv1x1 import output_size
+from . import second_gradient
 from .avgpool_conv1x1_checks import check_backward, check_forward
 
 
@@ -82,10 +83,11 @@ def avgpool_conv1x1(
 
 
 def _chosen(x: torch.Tensor) -> str | None:
-    """The namespace of the kernels for x; None if plain torch runs, for want of kernels or because it is faster."""
+    """The namespace of the kernels for x; BY_TORCH if the kernels are slower, None if there are none."""
     namespace = namespace_for("avgpool_conv1x1", x.device)
     if namespace == "fasttricks" and x.is_cuda:
-        return None if left_to_torch("avgpool_conv1x1", x.device, x.element_size(), x.shape[1]) else namespace
+        slower = left_to_torch("avgpool_conv1x1", x.device, x.element_size(), x.shape[1])
+        return BY_TORCH if slower else namespace
     return namespace
 
 
@@ -96,7 +98,7 @@ def _traced(
     x, weight, bias = _autocast(x, weight, bias)
     check_forward("avgpool_conv1x1", x, weight, bias, stride, ceil_mode)
     namespace = _chosen(x)
-    if namespace is None or transforms.active() or transforms.exports():
+    if namespace in (None, BY_TORCH) or transforms.active() or transforms.exports():
         return reference(x, weight, bias, stride=stride, ceil_mode=ceil_mode)
     # a constant: with dynamic=True stride may be a symbol, which Triton's inferred schema would keep
     constant = 2 if stride == 2 else 1
@@ -159,16 +161,17 @@ def _backward_flops(
     return (need_dx + need_dweight) * conv_flop_count(x, weight, dy)
 
 
-# the raw forward op of a namespace, with its derivative: in eager mode called directly, without the dispatcher's
+BY_TORCH = "torch"
+# of a namespace, or BY_TORCH, the forward with its derivative: in eager mode called directly, without the dispatcher's
 # autograd, which costs 10 us
 _differentiable: dict[str, Callable[..., torch.Tensor]] = {}
 _libraries: list[torch.library.Library] = []  # keeps the registrations alive
 
 
-def register(namespace: str) -> None:
-    """Registers fakes, autograd and flop counts for the ops of a namespace (fasttricks, fasttricks_triton)."""
-    ops = getattr(torch.ops, namespace)
-    raw_forward, raw_backward = ops.avgpool_conv1x1_forward.default, ops.avgpool_conv1x1_backward.default
+def _with_derivative(
+    raw_forward: Callable[..., torch.Tensor], raw_backward: Callable[..., tuple[Any, Any, Any]]
+) -> Callable[..., torch.Tensor]:
+    """The op by these two, which saves x and weight for the backward pass, and no pooled tensor."""
 
     class AvgPoolConv1x1Function(torch.autograd.Function):
         @staticmethod
@@ -190,11 +193,15 @@ def register(namespace: str) -> None:
             arguments = (dy, x, weight, *ctx.mode, need_dx, need_dweight, need_dbias)
             if torch.is_grad_enabled() or transforms.active():  # create_graph=True, or vmap over gradients
                 return *differentiable_backward(*arguments), None, None
+            node = second_gradient.receiver(ctx, 0) if need_dx else None
             below = torch._C._AutoDispatchBelowAutograd()
             try:
-                dx, dweight, dbias = raw_backward(*arguments)
+                dx, dweight, dbias = raw_backward(*arguments, node is not None)
             finally:
                 del below
+            if node is not None:
+                second_gradient.give(node, dx)
+                need_dx = False
             return dx if need_dx else None, dweight if need_dweight else None, dbias if need_dbias else None, None, None
 
     def forward(
@@ -207,6 +214,25 @@ def register(namespace: str) -> None:
             return AvgPoolConv1x1Function.apply(x, weight, bias, stride, ceil_mode)
         with torch._C._AutoDispatchBelowAutograd():
             return raw_forward(x, weight, bias, stride, ceil_mode)
+
+    return forward
+
+
+def _forward_by_torch(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: int, ceil_mode: bool
+) -> torch.Tensor:
+    check_forward("avgpool_conv1x1", x, weight, bias, stride, ceil_mode)
+    return reference(x, weight, bias, stride=stride, ceil_mode=ceil_mode)
+
+
+_differentiable[BY_TORCH] = _with_derivative(_forward_by_torch, differentiable_backward)
+
+
+def register(namespace: str) -> None:
+    """Registers fakes, autograd and flop counts for the ops of a namespace (fasttricks, fasttricks_triton)."""
+    ops = getattr(torch.ops, namespace)
+    raw_forward, raw_backward = ops.avgpool_conv1x1_forward.default, ops.avgpool_conv1x1_backward.default
+    forward = _with_derivative(raw_forward, raw_backward)
 
     def backward(
         dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, stride: int, ceil_mode: bool, *need: bool

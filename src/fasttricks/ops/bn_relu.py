@@ -14,10 +14,12 @@ from torch.fx import Proxy
 from .. import transforms
 from ..backends import loaded_namespaces, ops_for
 from ..checks import check_bool, fail
-from ..layout import layout_of
 from ..recomputation import current
 from ..reference import bn_relu as plain
+from . import second_gradient
+from .bn_outputs import empty_like_x, mask_of, pack_mask, per_channel_of, unpack_mask
 from .bn_relu_checks import check_apply, check_backward, check_forward, check_public, check_update, check_x
+from .registration import differentiable, library_of, opaque
 
 
 def bn_relu(
@@ -245,20 +247,24 @@ class _Fused(torch.autograd.Function):
             del below
         ctx.save_for_backward(x, weight, bias, mean, var, mask)
         ctx.constants = constants
+        ctx.set_materialize_grads(False)
+        second_gradient.prepare(ctx, y)
         if not whole:
             if (outputs := current()) is not None:
                 again = functools.partial(compute_again, constants[0], constants[3])
                 outputs.add(y, again, (x, residual), (weight, bias), (mean, var))
             return y
-        ctx.set_materialize_grads(False)
         others = [t for t in ((mean, var, mask) if constants[1] else (mask,)) if t is not None]
         ctx.mark_non_differentiable(*others)
         return (y, *others) if others else y
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor | None, *unused: Any) -> tuple[Any, ...]:
+        dy2 = second_gradient.taken(ctx)
         if dy is None:
-            return (None,) * 6
+            if dy2 is None:
+                return (None,) * 6
+            dy, dy2 = plain.spread(dy2, ctx.saved_tensors[0]), None
         x, weight, bias, mean, var, mask = ctx.saved_tensors
         ops, training, _, eps, _, _, _ = ctx.constants
         need_dx, need_dresidual, need_dweight, need_dbias, _, _ = ctx.needs_input_grad
@@ -269,10 +275,13 @@ class _Fused(torch.autograd.Function):
             below = torch._C._AutoDispatchBelowAutograd()
             try:
                 dx, dresidual, dweight, dbias = ops.bn_relu_backward.default(
-                    dy, x, mask, weight, bias, mean, var, eps, training, need_dresidual
+                    dy, x, mask, weight, bias, mean, var, eps, training, need_dresidual, dy2
                 )
             finally:
                 del below
+            if need_dresidual and (node := second_gradient.receiver(ctx, 1)) is not None:
+                second_gradient.give(node, dresidual)
+                need_dresidual = False
         if weight is not None and weight.dtype != dweight.dtype:
             dweight = dweight.to(weight.dtype)
         if bias is not None and bias.dtype != dbias.dtype:
@@ -287,84 +296,62 @@ class _Fused(torch.autograd.Function):
         )
 
 
+second_gradient.receives(_Fused)
+
+
+def differentiable_statistics(
+    ops: Any, x: torch.Tensor, running_mean: Any, running_var: Any, batches: Any, momentum: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Batch statistics in torch's own operations; updates the running ones."""
+    mean, var = plain.statistics(x)
+    if running_mean is not None:
+        count = torch.full((), plain.values_per_channel(x), dtype=torch.float64, device=x.device)
+        ops.bn_update_stats_.default(running_mean, running_var, mean.detach(), var.detach(), count, batches, momentum)
+    elif batches is not None:
+        batches.add_(1)
+    return mean, var
+
+
 def _composed(x: Any, residual: Any, weight: Any, bias: Any, constants: _Constants) -> tuple[Any, Any, Any, Any]:
     """As `_raw`, in torch's own differentiable ops."""
     ops, training, momentum, eps, mean, var, batches = constants
     if training:
-        running_mean, running_var = mean, var
-        mean, var = plain.statistics(x)
-        if running_mean is not None:
-            count = torch.full((), plain.values_per_channel(x), dtype=torch.float64, device=x.device)
-            ops.bn_update_stats_.default(
-                running_mean, running_var, mean.detach(), var.detach(), count, batches, momentum
-            )
-        elif batches is not None:
-            batches.add_(1)
+        mean, var = differentiable_statistics(ops, x, mean, var, batches, momentum)
     y = plain.apply(x, residual, weight, bias, mean, var, eps)
     return y, mean, var, None if residual is None else pack_mask(~(y <= 0), x)
 
 
-def _like(x: torch.Tensor) -> torch.Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout_of(x))
-
-
-def _per_channel(x: torch.Tensor) -> torch.Tensor:
-    return x.new_empty(x.shape[1], dtype=plain.accumulate_dtype(x.dtype))
-
-
-def _mask(x: torch.Tensor) -> torch.Tensor:
-    return x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8)
-
-
-def pack_mask(passes: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """The bit mask of bn_add_relu from booleans of the shape of x."""
-    dense = passes if layout_of(x) == torch.contiguous_format else passes.movedim(1, -1)
-    flat = dense.reshape(-1)
-    padded = F.pad(flat, (0, -flat.shape[0] % 8)).view(-1, 8)
-    powers = 1 << torch.arange(8, device=x.device)
-    return (padded * powers).sum(1).to(torch.uint8)
-
-
-def unpack_mask(mask: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """The bit mask of bn_add_relu as booleans of the shape of x (the layout of bits is the memory order of y)."""
-    bits = (mask.unsqueeze(1) >> torch.arange(8, device=mask.device, dtype=torch.uint8)) & 1
-    flat = bits.flatten()[: x.numel()].bool()
-    if layout_of(x) == torch.contiguous_format:
-        return flat.view(x.shape)
-    return flat.view(x.shape[0], *x.shape[2:], x.shape[1]).movedim(-1, 1)
-
-
 def _fake_gradients(x: torch.Tensor, need_dresidual: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    return _like(x), _like(x) if need_dresidual else x.new_empty(0)
+    return empty_like_x(x), empty_like_x(x) if need_dresidual else x.new_empty(0)
 
 
 def _fake_forward(x: Any, weight: Any, bias: Any, eps: float, *moved: Any) -> tuple[torch.Tensor, ...]:
     check_forward("bn_relu_forward", x, None, weight, bias, eps, *moved)
-    return _like(x), _per_channel(x), _per_channel(x)
+    return empty_like_x(x), per_channel_of(x), per_channel_of(x)
 
 
 def _fake_add_forward(
     x: Any, residual: Any, weight: Any, bias: Any, eps: float, *moved: Any
 ) -> tuple[torch.Tensor, ...]:
     check_forward("bn_add_relu_forward", x, residual, weight, bias, eps, *moved)
-    return _like(x), _per_channel(x), _per_channel(x), _mask(x)
+    return empty_like_x(x), per_channel_of(x), per_channel_of(x), mask_of(x)
 
 
 def _fake_apply(x: Any, weight: Any, bias: Any, mean: Any, var: Any, eps: float) -> torch.Tensor:
     check_apply("bn_relu_apply", x, None, weight, bias, mean, var, eps)
-    return _like(x)
+    return empty_like_x(x)
 
 
 def _fake_add_apply(
     x: Any, residual: Any, weight: Any, bias: Any, mean: Any, var: Any, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     check_apply("bn_add_relu_apply", x, residual, weight, bias, mean, var, eps)
-    return _like(x), _mask(x)
+    return empty_like_x(x), mask_of(x)
 
 
 def _fake_stats(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     check_x("bn_stats", x)
-    return _per_channel(x), _per_channel(x)
+    return per_channel_of(x), per_channel_of(x)
 
 
 def _fake_backward(
@@ -372,12 +359,12 @@ def _fake_backward(
     dy2: Any = None,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     check_backward("bn_relu_backward", dy, x, mask, weight, bias, mean, var, eps, need, dy2)
-    return *_fake_gradients(x, need), _per_channel(x), _per_channel(x)
+    return *_fake_gradients(x, need), per_channel_of(x), per_channel_of(x)
 
 
 def _fake_backward_reduce(dy: Any, x: Any, *rest: Any) -> tuple[torch.Tensor, ...]:
     check_backward("bn_relu_backward_reduce", dy, x, *rest)
-    return _per_channel(x), _per_channel(x)
+    return per_channel_of(x), per_channel_of(x)
 
 
 def _fake_backward_apply(
@@ -407,81 +394,45 @@ FAKES: dict[str, Callable[..., Any]] = {
     "bn_relu_backward_apply": _fake_backward_apply,
     "bn_update_stats_": _fake_update,
 }
-_registrations: list[torch.library.Library] = []  # their kernels go with them
+
+
+def _ordered(
+    ops: Any, x: Any, residual: Any, weight: Any, bias: Any, eps: float, mean: Any = None, var: Any = None,
+    batches: Any = None, momentum: float | None = 0.1,
+) -> tuple[tuple[Any, Any, Any, Any], _Constants]:  # fmt: skip
+    """The arguments of a raw op with batch statistics as those of `_raw`."""
+    return (x, residual, weight, bias), (ops, True, momentum, eps, mean, var, batches)
+
+
+def _ordered_apply(
+    ops: Any, x: Any, residual: Any, weight: Any, bias: Any, mean: Any, var: Any, eps: float
+) -> tuple[tuple[Any, Any, Any, Any], _Constants]:
+    return (x, residual, weight, bias), (ops, False, None, eps, mean, var, None)
 
 
 def register(namespace: str) -> None:
-    """Gives the ops of a namespace with these schemas (fasttricks, fasttricks_triton) their fakes and derivatives.
-
-    torch.library.register_autograd takes no op that mutates, so that the kernels for autograd are written here.
-    """
+    """Gives the ops of a namespace with these schemas (fasttricks, fasttricks_triton) their fakes and derivatives."""
     ops = getattr(torch.ops, namespace)
-    library = torch.library.Library(namespace, "IMPL")
-    _registrations.append(library)
-    for name, fake in FAKES.items():
-        torch.library.register_fake(f"{namespace}::{name}", fake)
+    library = library_of(namespace, FAKES)
 
-    def differentiable(name: str, ordered: Callable[..., tuple[tuple[Any, Any, Any, Any], _Constants]]) -> None:
-        """ordered: the op's arguments as those of `_raw`, the tensors and the constants."""
-        op = getattr(ops, name).default
-        outputs = len(op._schema.returns)
+    def outputs(*which: int) -> Callable[..., Any]:
+        def composed(*given: Any) -> Any:
+            everything = _composed(*given)
+            results = [everything[i] for i in which]
+            return results[0] if len(results) == 1 else tuple(results)
 
-        def chosen(results: tuple[Any, ...]) -> Any:
-            y, mean, var, mask = results
-            return {1: y, 2: (y, mask), 3: (y, mean, var), 4: results}[outputs]
+        return composed
 
-        def autograd(*given: Any) -> Any:
-            tensors, constants = ordered(*given)
-            if transforms.active():
-                return chosen(_composed(*tensors, constants))
-            if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-                return _Fused.apply(*tensors, constants, True)
-            with torch._C._AutoDispatchBelowAutograd():
-                return op(*given)
+    forward, apply = ops.bn_relu_forward.default, ops.bn_relu_apply.default
+    differentiable(library, forward, lambda x, *rest: _ordered(ops, x, None, *rest), _Fused, outputs(0, 1, 2))
+    differentiable(library, apply, lambda x, *rest: _ordered_apply(ops, x, None, *rest), _Fused, outputs(0))
+    forward, apply = ops.bn_add_relu_forward.default, ops.bn_add_relu_apply.default
+    differentiable(library, forward, functools.partial(_ordered, ops), _Fused, outputs(0, 1, 2, 3))
+    differentiable(library, apply, functools.partial(_ordered_apply, ops), _Fused, outputs(0, 3))
 
-        def batched(*given: Any) -> Any:
-            tensors, constants = ordered(*given)
-            return chosen(_composed(*tensors, constants))
-
-        library.impl(name, autograd, "Autograd")
-        library.impl(name, batched, "FuncTorchBatched")
-
-    def add_forward(
-        x: Any, residual: Any, weight: Any, bias: Any, eps: float, mean: Any = None, var: Any = None,
-        batches: Any = None, momentum: float | None = 0.1,
-    ) -> tuple[tuple[Any, Any, Any, Any], _Constants]:  # fmt: skip
-        return (x, residual, weight, bias), (ops, True, momentum, eps, mean, var, batches)
-
-    def add_apply(
-        x: Any, residual: Any, weight: Any, bias: Any, mean: Any, var: Any, eps: float
-    ) -> tuple[tuple[Any, Any, Any, Any], _Constants]:
-        return (x, residual, weight, bias), (ops, False, None, eps, mean, var, None)
-
-    differentiable("bn_relu_forward", lambda x, *rest: add_forward(x, None, *rest))
-    differentiable("bn_add_relu_forward", add_forward)
-    differentiable("bn_relu_apply", lambda x, *rest: add_apply(x, None, *rest))
-    differentiable("bn_add_relu_apply", add_apply)
-
-    def opaque(name: str) -> None:
-        op = getattr(ops, name).default
-
-        def refuse() -> None:
-            raise RuntimeError(
-                f"{namespace}::{name} has no derivative and no rule for torch.func; accepted: "
-                "fasttricks.bn_relu and fasttricks.bn_add_relu, which have"
-            )
-
-        def autograd(*given: Any) -> Any:
-            if transforms.active():
-                refuse()
-            with torch._C._AutoDispatchBelowAutograd():
-                return op(*given)
-
-        library.impl(name, autograd, "Autograd")
-        library.impl(name, lambda *given: refuse(), "FuncTorchBatched")
-
+    accepted = "fasttricks.bn_relu and fasttricks.bn_add_relu, which have"
     for name in ("bn_stats", "bn_relu_backward", "bn_relu_backward_reduce", "bn_relu_backward_apply"):
-        opaque(name)
+        opaque(library, getattr(ops, name).default, accepted)
 
     update = ops.bn_update_stats_.default
 

@@ -17,14 +17,14 @@ def check_x(op: str, x: Any) -> None:
         raise ValueError(f"{op}: x has shape {tuple(x.shape)}; accepted: 2 to 5 dimensions (N, C, ...)")
 
 
-def _check_like_x(op: str, name: str, t: Any, x: torch.Tensor) -> None:
+def check_like_x(op: str, name: str, t: Any, x: torch.Tensor) -> None:
     check_tensor(op, name, t)
     check_device(op, name, t, x)
     check_dtype(op, name, t, (x.dtype,))
     check_shape(op, name, t, x.shape, "the shape of x")
 
 
-def _check_per_channel(op: str, x: torch.Tensor, optional: bool = True, **named: Any) -> None:
+def check_per_channel(op: str, x: torch.Tensor, optional: bool = True, **named: Any) -> None:
     """Checks tensors of shape (C,) in any floating dtype that the dtype of the sums represents exactly."""
     accepted = FLOATS if x.dtype == torch.float64 else FLOATS[:3]
     for name, t in named.items():
@@ -43,21 +43,33 @@ def _check_scalar(op: str, name: str, t: Any, x: torch.Tensor, dtype: torch.dtyp
         raise ValueError(f"{op}: {name} has shape {tuple(t.shape)}; accepted: (), a number")
 
 
-def _check_running(
-    op: str, x: torch.Tensor, running_mean: Any, running_var: Any, batches: Any, momentum: float | None
-) -> None:
+def check_running(
+    op: str, x: torch.Tensor, running_mean: Any, running_var: Any, batches: Any, momentum: float | None,
+    prefix: str = "",
+) -> None:  # fmt: skip
+    """Checks running statistics with the channels of x; prefix: of the names of the arguments."""
+    _check_moved(op, x, running_mean, running_var, batches, momentum, prefix)
+    check_per_channel(op, x, **{f"{prefix}running_mean": running_mean, f"{prefix}running_var": running_var})
+
+
+def _check_moved(
+    op: str, x: torch.Tensor, running_mean: Any, running_var: Any, batches: Any, momentum: float | None,
+    prefix: str = "",
+) -> None:  # fmt: skip
     if (running_mean is None) != (running_var is None):
-        missing = "running_mean" if running_mean is None else "running_var"
+        missing = f"{prefix}running_mean" if running_mean is None else f"{prefix}running_var"
         raise ValueError(f"{op}: {missing} is None and the other is not; accepted: both, or neither")
     if momentum is not None:
-        check_number(op, "momentum", momentum)
+        check_number(op, f"{prefix}momentum", momentum)
     elif running_mean is not None and batches is None:
-        raise ValueError(f"{op}: momentum is None and num_batches_tracked is None; accepted: one of the two given")
+        raise ValueError(
+            f"{op}: {prefix}momentum is None and {prefix}num_batches_tracked is None; accepted: one of the two given"
+        )
     if batches is not None:
-        _check_scalar(op, "num_batches_tracked", batches, x, torch.int64)
+        _check_scalar(op, f"{prefix}num_batches_tracked", batches, x, torch.int64)
 
 
-def _check_several_values(op: str, x: torch.Tensor) -> None:
+def check_several_values(op: str, x: torch.Tensor) -> None:
     values = x.shape[0]
     for size in x.shape[2:]:
         values = values * size
@@ -70,7 +82,7 @@ def _check_several_values(op: str, x: torch.Tensor) -> None:
 
 def _check_affine(op: str, x: Any, weight: Any, bias: Any, eps: float) -> None:
     check_x(op, x)
-    _check_per_channel(op, x, weight=weight, bias=bias)
+    check_per_channel(op, x, weight=weight, bias=bias)
     check_number(op, "eps", eps, least=0)
 
 
@@ -81,19 +93,18 @@ def check_forward(
     """Checks a forward op with batch statistics; `several`: whether to refuse a single value per channel."""
     _check_affine(op, x, weight, bias, eps)
     if residual is not None:
-        _check_like_x(op, "residual", residual, x)
-    _check_running(op, x, running_mean, running_var, batches, momentum)
-    _check_per_channel(op, x, running_mean=running_mean, running_var=running_var)
+        check_like_x(op, "residual", residual, x)
+    check_running(op, x, running_mean, running_var, batches, momentum)
     if several:
-        _check_several_values(op, x)
+        check_several_values(op, x)
 
 
 def check_apply(op: str, x: Any, residual: Any, weight: Any, bias: Any, mean: Any, var: Any, eps: float) -> None:
     """Checks a forward op with given statistics."""
     _check_affine(op, x, weight, bias, eps)
     if residual is not None:
-        _check_like_x(op, "residual", residual, x)
-    _check_per_channel(op, x, optional=False, mean=mean, var=var)
+        check_like_x(op, "residual", residual, x)
+    check_per_channel(op, x, optional=False, mean=mean, var=var)
 
 
 def check_backward(
@@ -102,15 +113,20 @@ def check_backward(
 ) -> None:  # fmt: skip
     """Checks any of the backward ops; sums: the further arguments of bn_relu_backward_apply."""
     _check_affine(op, x, weight, bias, eps)
-    _check_like_x(op, "dy", dy, x)
+    check_like_x(op, "dy", dy, x)
     check_second(op, dy2, x)
-    _check_per_channel(op, x, optional=False, mean=mean, var=var, **sums)
+    check_per_channel(op, x, optional=False, mean=mean, var=var, **sums)
     if mask is not None:
-        check_device(op, "mask", mask, x)
-        check_dtype(op, "mask", mask, (torch.uint8,))
-        check_shape(op, "mask", mask, ((x.numel() + 7) // 8,), "a bit for each element of x")
+        check_mask(op, mask, x)
     elif need_dresidual and x.numel() > 0:
         raise ValueError(f"{op}: need_dresidual is true and mask is None; accepted: the mask that the forward op gave")
+
+
+def check_mask(op: str, mask: Any, x: torch.Tensor) -> None:
+    check_tensor(op, "mask", mask)
+    check_device(op, "mask", mask, x)
+    check_dtype(op, "mask", mask, (torch.uint8,))
+    check_shape(op, "mask", mask, ((x.numel() + 7) // 8,), "a bit for each element of x")
 
 
 def check_second(op: str, dy2: Any, x: torch.Tensor) -> None:
@@ -140,7 +156,7 @@ def check_update(
     running_mean: Any, running_var: Any, mean: Any, var: Any, count: Any, batches: Any, momentum: float | None
 ) -> None:
     op = "bn_update_stats_"
-    _check_running(op, mean, running_mean, running_var, batches, momentum)
+    _check_moved(op, mean, running_mean, running_var, batches, momentum)
     if mean.dim() != 1:
         raise ValueError(f"{op}: mean has shape {tuple(mean.shape)}; accepted: (C,)")
     for name, t in {"mean": mean, "var": var, "running_mean": running_mean, "running_var": running_var}.items():

@@ -76,6 +76,8 @@ class Pair:
     add: fx.Node | None = None
     value: fx.Node | None = None  # the operand of the addition that comes from the BatchNorm
     in_place: bool = False
+    other: fx.Node | None = None  # the BatchNorm of the other operand, which the op computes as well
+    after_other: list[fx.Node] = field(default_factory=list)  # Identity and the like between it and the addition
     metadata: list[fx.Node] = field(default_factory=list)  # readers of the shape, dtype or device of a pooled value
     conv_first: bool = False
 
@@ -209,10 +211,11 @@ class Matcher:
         """All pairs; allowed(kind, module, name of the module) says which are wanted."""
         found = Matches()
         taken: set[fx.Node] = set()
+        others: set[fx.Node] = set()  # BatchNorms that the op of another one computes
         for node in self.graph.nodes:
             module = self.module(node)
             result: Pair | Left | None
-            if node in taken:
+            if node in taken or node in others:
                 continue
             if self.pools(node):
                 result = self._pool(node)
@@ -232,6 +235,10 @@ class Matcher:
             elif not allowed(result.kind, self.root.get_submodule(result.name), result.name):
                 found.left[result.name] = Left(result.kind, NOT_WANTED)
             else:
+                self._add_other(result, allowed)
+                if result.other is not None:
+                    others.add(result.other)
+                    found.left[str(result.other.target)] = Left(None, f"the op of {result.name} computes it")
                 found.pairs.append(result)
                 taken.add(result.last)
         return found
@@ -281,6 +288,30 @@ class Matcher:
         if self.changed_between(pair.first.args[0], pair.first, add):  # type: ignore[arg-type]
             return Left(pair.kind, "the input of the BatchNorm is changed in place before the addition")
         return pair
+
+    def _add_other(self, pair: Pair, allowed: Callable[[str, nn.Module, str], bool]) -> None:
+        """Takes the BatchNorm of the other operand into the pair, if it can run as late as the addition, too."""
+        if pair.add is None:
+            return
+        node = next(operand for operand in pair.add.args if operand is not pair.value)
+        between: list[fx.Node] = []
+        while isinstance(node, fx.Node) and len(node.users) == 1 and self.is_pass(node):
+            between.append(node)
+            node = node.args[0]
+        module = self.module(node) if isinstance(node, fx.Node) else None
+        if (
+            isinstance(node, fx.Node)
+            and module is not None
+            and run.is_plain_norm(module)
+            and len(node.users) == len(node.args) == 1
+            and not node.kwargs
+            and isinstance(node.args[0], fx.Node)
+            and self.calls[node.target] == 1
+            and all(run.untouched(self.module(n)) for n in between)  # type: ignore[arg-type]
+            and not self.changed_between(node.args[0], node, pair.add)
+            and allowed(pair.kind, module, str(node.target))
+        ):
+            pair.other, pair.after_other = node, between
 
     def pools(self, node: fx.Node) -> bool:
         """Whether node is a 2x2 average pool with stride 2, a module or a function, of one tensor."""
@@ -442,9 +473,14 @@ def rewrite(graph: fx.Graph, pairs: list[Pair], min_elements: int) -> None:
                 fused = graph.call_function(run.norm_relu, (norm, x), dict(limit))
             elif pair.kind == BN_ADD_RELU:
                 assert pair.add is not None  # its operands may have been replaced by earlier pairs
-                residual = next(operand for operand in pair.add.args if operand is not pair.value)
                 options = {"in_place": True, **limit} if pair.in_place else dict(limit)
-                fused = graph.call_function(run.norm_add_relu, (norm, x, residual), options)
+                if pair.other is not None:
+                    other = graph.get_attr(str(pair.other.target))
+                    arguments = (norm, x, other, pair.other.args[0])
+                    fused = graph.call_function(run.norm_add_norm_relu, arguments, options)
+                else:
+                    residual = next(operand for operand in pair.add.args if operand is not pair.value)
+                    fused = graph.call_function(run.norm_add_relu, (norm, x, residual), options)
             elif pair.pool.op == "call_module":
                 pool = graph.get_attr(str(pair.pool.target))
                 shape = graph.call_function(run.pooled_shape_of_module, (pool, x)) if pair.metadata else None
@@ -460,6 +496,9 @@ def rewrite(graph: fx.Graph, pairs: list[Pair], min_elements: int) -> None:
         pair.last.replace_all_uses_with(fused)
         for node in (pair.last, *reversed(pair.between), pair.first):
             graph.erase_node(node)
+        if pair.other is not None:
+            for node in (*pair.after_other, pair.other):
+                graph.erase_node(node)
 
 
 def _read_from(node: fx.Node, x: Any, shape: Any) -> None:
@@ -484,6 +523,8 @@ def modules_of(pairs: list[Pair]) -> Iterator[tuple[str, str]]:
             yield pair.name, "conv"
         else:
             yield pair.name, "norm"
-        for node in (*pair.between, *(() if pair.kind == AVGPOOL_CONV1X1 else (pair.last,))):
+            if pair.other is not None:
+                yield str(pair.other.target), "norm"
+        for node in (*pair.between, *pair.after_other, *(() if pair.kind == AVGPOOL_CONV1X1 else (pair.last,))):
             if node.op == "call_module" and node.target != pair.name:
                 yield str(node.target), "relu" if node is pair.last else "pass"

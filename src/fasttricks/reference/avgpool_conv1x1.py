@@ -34,8 +34,12 @@ def avgpool_conv1x1_backward(
     need_dx: bool,
     need_dweight: bool,
     need_dbias: bool,
+    pooled_dx: bool = False,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """(dx, dweight, dbias), None where not needed, made of operations that autograd can differentiate again."""
+    """(dx, dweight, dbias), None where not needed, made of operations that autograd can differentiate again.
+
+    pooled_dx: dx is the gradient of the pooled tensor.
+    """
     pooled = x if stride == 1 else F.avg_pool2d(x, 2, 2, 0, ceil_mode, count_include_pad=False)
     dpooled, dweight, dbias = torch.ops.aten.convolution_backward(
         dy,
@@ -50,6 +54,6 @@ def avgpool_conv1x1_backward(
         1,
         [need_dx, need_dweight, need_dbias],
     )
-    if need_dx and stride != 1:
+    if need_dx and stride != 1 and not pooled_dx:
         dpooled = torch.ops.aten.avg_pool2d_backward(dpooled, x, [2, 2], [2, 2], [0, 0], ceil_mode, False, None)
     return dpooled, dweight, dbias

@@ -32,6 +32,22 @@ def statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return mean, var
 
 
+def normalised(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    mean: torch.Tensor,
+    var: torch.Tensor,
+    eps: float,
+) -> torch.Tensor:
+    """weight * (x - mean) / sqrt(var + eps) + bias in float32 or 64."""
+    scale = torch.rsqrt(var.to(accumulate_dtype(x.dtype)) + eps)
+    if weight is not None:
+        scale = scale * weight.to(scale.dtype)
+    z = (x.to(scale.dtype) - _per_channel(mean, x)) * _per_channel(scale, x)
+    return z if bias is None else z + _per_channel(bias, x)
+
+
 def apply(
     x: torch.Tensor,
     residual: torch.Tensor | None,
@@ -42,12 +58,7 @@ def apply(
     eps: float,
 ) -> torch.Tensor:
     """relu(weight * (x - mean) / sqrt(var + eps) + bias [+ residual]), summed in float32 or 64."""
-    scale = torch.rsqrt(var.to(accumulate_dtype(x.dtype)) + eps)
-    if weight is not None:
-        scale = scale * weight.to(scale.dtype)
-    z = (x.to(scale.dtype) - _per_channel(mean, x)) * _per_channel(scale, x)
-    if bias is not None:
-        z = z + _per_channel(bias, x)
+    z = normalised(x, weight, bias, mean, var, eps)
     if residual is not None:
         z = z + residual.to(z.dtype)
     return F.relu(z.to(x.dtype))
@@ -110,6 +121,19 @@ def bn_add_relu(
         running_mean, running_var, mean.detach(), var.detach(), values_per_channel(x), num_batches_tracked, momentum
     )
     return apply(x, residual, weight, bias, mean, var, eps)
+
+
+def spread(dy2: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """A second gradient of y in the shape of x: that of a 2x2 mean goes to the pixels of its window in equal parts."""
+    for dim in (2, 3) if dy2.shape != x.shape else ():
+        size, pooled = x.shape[dim], dy2.shape[dim]
+        share = torch.full((size,), 0.5, dtype=x.dtype, device=x.device)
+        if size % 2:  # the last pixel has a window of its own, or none
+            share[-1] = 1.0 if 2 * pooled > size else 0.0
+        windows = (torch.arange(size, device=x.device) // 2).clamp(max=max(0, pooled - 1))
+        dy2 = dy2.index_select(dim, windows) if pooled else dy2.new_zeros(*dy2.shape[:dim], size, *dy2.shape[dim + 1 :])
+        dy2 = dy2 * share.view(-1, *[1] * (3 - dim))
+    return dy2
 
 
 def backward(
