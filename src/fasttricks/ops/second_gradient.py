@@ -6,7 +6,8 @@ at the shortcut's end hands its gradient to the node that made y and returns non
 backward op adds them while it reads them.
 
 The gradient of y that autograd sees is then that of the other reader alone. So nothing is handed over where somebody
-could look at it: hooks on y, `y.retain_grad()`, `torch.autograd.grad` and `backward(inputs=...)`, create_graph=True.
+could look at it: hooks on y or its node, `y.retain_grad()` and `backward(inputs=[y])`, which calls it,
+`torch.autograd.grad`, create_graph=True.
 """
 
 from __future__ import annotations
@@ -54,19 +55,22 @@ def receiver(ctx: Any, argument: int) -> Any:
     y = node.output()
     if y is not None and y.retains_grad:
         return None
-    if not any(type(leaf) is _AccumulateGrad and _runs_whole_graph(leaf) for leaf, _ in edges):
+    if not any(type(leaf) is _AccumulateGrad and _accumulates(leaf) for leaf, _ in edges) or not _executes(node):
         return None
     if node.seconds is not None and torch._C._current_graph_task_id() in node.seconds:
         return None  # one second gradient per backward pass
     return node
 
 
-def _runs_whole_graph(leaf: Any) -> bool:
-    """Whether backward was called for all leaves: a call for some gradients only does not execute this leaf's node."""
+def _accumulates(leaf: Any) -> bool:
+    """Whether this leaf's gradient is accumulated: `torch.autograd.grad`, which may ask for that of y, does not."""
     try:
-        return torch._C._will_engine_execute_node(leaf)
-    except RuntimeError:  # it was called for the gradient of this leaf; or compiled autograd runs
+        return _executes(leaf)
+    except RuntimeError:  # autograd.grad was called for this leaf; or compiled autograd runs
         return False
+
+
+_executes = torch._C._will_engine_execute_node
 
 
 def give(node: Any, gradient: torch.Tensor) -> None:
