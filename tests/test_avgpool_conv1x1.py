@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -68,6 +69,43 @@ def test_values_and_gradients(backend: str, shape: tuple[int, ...], dtype: torch
             assert ours[1].is_contiguous(memory_format=layout)
         if min(ours[0].shape[1:]) > 1:
             assert ours[0].is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", AVGPOOL_CONV1X1_SHAPES, ids=str)
+def test_gradient_of_the_pooled_tensor(raw_ops: Any, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """W^T dy, neither divided nor spread; the other gradients are the same bits."""
+    for (stride, ceil_mode), layout in itertools.product(AVGPOOL_CONV1X1_MODES, LAYOUTS):
+        if not avgpool_conv1x1_fits(shape, stride, ceil_mode):
+            continue
+        x, weight, _ = draw(shape, dtype, layout)
+        pooled = x if stride == 1 else F.avg_pool2d(x, 2, 2, 0, ceil_mode, False)
+        dy = torch.randn_like(F.conv2d(pooled, weight))
+        with poisoned_memory():
+            given = (dy, x, weight, stride, ceil_mode, True, True, True)
+            dx, *others = raw_ops.avgpool_conv1x1_backward(*given, pooled_dx=True)
+            spread, *same = raw_ops.avgpool_conv1x1_backward(*given)
+        _, exact, _, _ = avgpool_conv1x1_exact(pooled, weight, None, dy, 1, False)
+        limit = allowed(relative_error(F.conv_transpose2d(dy, weight), exact), dtype)
+        assert dx.shape == pooled.shape
+        assert dx.dtype == dtype
+        assert relative_error(dx, exact) <= limit, (stride, ceil_mode, layout)
+        assert stride == 2 or torch.equal(dx, spread)
+        assert all(torch.equal(a, b) for a, b in zip(others, same, strict=True))
+        if min(dx.shape[1:]) > 1:
+            assert dx.is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_gradient_of_an_empty_pooled_tensor(raw_ops: Any, layout: torch.memory_format) -> None:
+    x, weight, _ = draw((0, 6, 5, 7, 3), torch.float32, layout)
+    for ceil_mode, size in ((False, (2, 3)), (True, (3, 4))):
+        given = (torch.empty(0, 3, *size), x, weight, 2, ceil_mode)
+        dx, dweight, dbias = raw_ops.avgpool_conv1x1_backward(*given, True, True, True, pooled_dx=True)
+        assert dx.shape == (0, 6, *size)
+        assert not dweight.any()
+        assert not dbias.any()
+        assert raw_ops.avgpool_conv1x1_backward(*given, False, True, True, pooled_dx=True)[0].numel() == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -12,7 +12,7 @@ def test_values_on_instruction_set(isa: str, request: pytest.FixtureRequest) -> 
     run_on(
         isa,
         "test_avgpool_conv1x1.py",
-        "(test_values or test_any or test_one or test_nan or test_windows or test_half)"
+        "(test_values or test_any or test_one or test_nan or test_windows or test_half or test_gradient)"
         " and not reference and not emulated",
         request.config.getoption("--seed"),
     )

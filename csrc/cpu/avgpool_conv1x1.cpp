@@ -163,7 +163,6 @@ std::tuple<Tensor, Tensor, Tensor> avgpool_conv1x1_backward(Tensor dy, Tensor x,
                                                             bool ceil_mode, bool need_dx, bool need_dweight,
                                                             bool need_dbias, bool pooled_dx) {
   const char* op = "avgpool_conv1x1_backward";
-  FT_CHECK(op, !pooled_dx, "pooled_dx is true");
   const AvgPoolConv1x1Sizes s = avgpool_conv1x1_sizes(op, x, weight, stride, ceil_mode);
   check_avgpool_conv1x1_dy(op, dy, x, s);
   const AvgPoolConv1x1OfType& kernels = kernels_of(x.scalar_type());
@@ -171,12 +170,13 @@ std::tuple<Tensor, Tensor, Tensor> avgpool_conv1x1_backward(Tensor dy, Tensor x,
   const bool empty = s.n == 0;
   if (!empty) dy = in_layout(dy, layout);
 
-  Tensor dx = need_dx ? make(x, {s.n, s.c, s.h, s.w}, s.nhwc) : make_vector(x, 0);
+  const AvgPoolConv1x1Sizes to = pooled_dx ? s.without_pool() : s;
+  Tensor dx = need_dx ? make(x, {to.n, to.c, to.h, to.w}, to.nhwc) : make_vector(x, 0);
   if (need_dx && !empty) {
-    convolve(kernels, s, AvgPoolConv1x1Pass::backward, dy, in_layout(weight, MemoryFormat::Contiguous), nullptr, dx);
-    if (s.ho * stride < s.h || s.wo * stride < s.w)
-      parallel_for(0, s.n, 1,
-                   [&](int64_t begin, int64_t end) { kernels.zero_uncovered(s, dx.mutable_data_ptr(), begin, end); });
+    convolve(kernels, to, AvgPoolConv1x1Pass::backward, dy, in_layout(weight, MemoryFormat::Contiguous), nullptr, dx);
+    if (to.ho * to.stride < to.h || to.wo * to.stride < to.w)
+      parallel_for(0, to.n, 1,
+                   [&](int64_t begin, int64_t end) { kernels.zero_uncovered(to, dx.mutable_data_ptr(), begin, end); });
   }
 
   Tensor dweight = need_dweight ? make_like(weight) : make_vector(weight, 0);

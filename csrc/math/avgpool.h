@@ -26,6 +26,9 @@ FT_HD int64_t avgpool_extent(int64_t size, int64_t stride, int64_t window) {
 struct AvgPoolConv1x1Sizes {
   int64_t n, c, h, w, o, ho, wo, stride;
   bool nhwc;
+
+  // Those of the convolution alone, on the pooled tensor.
+  FT_HD AvgPoolConv1x1Sizes without_pool() const { return {n, c, ho, wo, o, ho, wo, 1, nhwc}; }
 };
 
 }  // namespace fasttricks
