@@ -37,14 +37,16 @@ def ones(*shape: int, dtype: torch.dtype = FLOAT) -> Tensor:
 
 # ---- bn_relu, bn_add_relu ----
 
-OF_CHANNELS = ("weight", "bias", "mean", "var", "running_mean", "running_var", "mean_dweight", "mean_dbias")
+OF_BATCHNORM = ("weight", "bias", "mean", "var", "running_mean", "running_var")
+OF_CHANNELS = (*OF_BATCHNORM, *(f"residual_{name}" for name in OF_BATCHNORM), "mean_dweight", "mean_dbias")
 
 
 def good_bn_relu() -> dict[str, Any]:
     given: dict[str, Any] = {name: ones(3) for name in OF_CHANNELS}
-    given |= {name: ones(2, 3, 4, 4) for name in ("x", "dy", "residual")}
-    given |= {"mask": torch.zeros(12, dtype=torch.uint8), "eps": 1e-5, "momentum": 0.1, "group": None}
-    given |= {"count": torch.tensor(32.0, dtype=DOUBLE), "num_batches_tracked": torch.tensor(0)}
+    given |= {name: ones(2, 3, 4, 4) for name in ("x", "dy", "residual")} | {"dy2": ones(2, 3, 2, 2)}
+    given |= {"mask": torch.zeros(12, dtype=torch.uint8), "count": torch.tensor(32.0, dtype=DOUBLE), "group": None}
+    for prefix in ("", "residual_"):
+        given |= {f"{prefix}eps": 1e-5, f"{prefix}momentum": 0.1, f"{prefix}num_batches_tracked": torch.tensor(0)}
     return given | {"training": True, "need_dresidual": True}
 
 
@@ -68,25 +70,32 @@ def bad_bn_relu(op: str) -> Table:
             (ones(3), r"has shape \(3,\); accepted: 2 to 5 dimensions \(N, C, ...\)"),
             (ones(2, 3, 4, 4).long(), "has dtype int64; accepted: float16, bfloat16, float32, float64"),
         ],
-        "eps": [
-            (-1.0, "is -1.*; accepted: a finite number >= 0"),
-            (math.nan, "is -?nan; accepted: a finite number >= 0"),
-        ],
-        "momentum": [
-            (math.inf, "is inf; accepted: a finite number"),
-            (None, "is None and num_batches_tracked is None; accepted: one of the two", {"num_batches_tracked": None}),
-        ],
-        "num_batches_tracked": [
-            (torch.tensor([0, 0]), r"has shape \(2,\); accepted: \(\), a number"),
-            (torch.tensor(0.0), "has dtype float32; accepted: int64"),
+        "dy2": [
+            (ones(2, 3, 4, 2), r"has shape \(2, 3, 4, 2\); accepted: .*, the shape of x, or that of its 2x2 means"),
+            (ones(2, 3, 1, 2), r"has shape \(2, 3, 1, 2\); accepted: .*, the shape of x, or that of its 2x2 means"),
+            (ones(2, 3, 2, 2, dtype=HALF), "has dtype float16; accepted: float32"),
         ],
         "mask": [(torch.zeros(12, 2, dtype=torch.uint8), r"has shape \(12, 2\); accepted: \(12,\), a bit for each")],
         "count": [(ones(2, dtype=DOUBLE), r"has shape \(2,\); accepted: \(\), a number")],
     }
-    if op in ("bn_relu", "bn_add_relu", "bn_relu_forward", "bn_add_relu_forward"):
+    for prefix in ("", "residual_"):
+        batches = f"{prefix}num_batches_tracked"
+        bad[f"{prefix}eps"] = [
+            (-1.0, "is -1.*; accepted: a finite number >= 0"),
+            (math.nan, "is -?nan; accepted: a finite number >= 0"),
+        ]
+        bad[f"{prefix}momentum"] = [
+            (math.inf, "is inf; accepted: a finite number"),
+            (None, f"is None and {batches} is None; accepted: one of the two", {batches: None}),
+        ]
+        bad[batches] = [
+            (torch.tensor([0, 0]), r"has shape \(2,\); accepted: \(\), a number"),
+            (torch.tensor(0.0), "has dtype float32; accepted: int64"),
+        ]
+    if op in ("bn_relu", "bn_add_relu", "bn_relu_forward", "bn_add_relu_forward", "bn_add_bn_relu_forward"):
         one = r"has shape \(1, 3.*: Expected more than 1 value per channel for batch statistics; accepted: two or more"
         bad["x"] += [(ones(*shape), one, {"residual": ones(*shape)}) for shape in ((1, 3), (1, 3, 1, 1))]
-        for name in ("running_mean", "running_var"):
+        for name in ("running_mean", "running_var", "residual_running_mean", "residual_running_var"):
             bad[name] = [*channels, (None, "is None and the other is not; accepted: both, or neither")]
     if op in ("bn_relu_backward", "bn_relu_backward_apply"):
         bad["need_dresidual"] = [(True, "is true and mask is None; accepted: the mask that", {"mask": None})]
@@ -117,7 +126,8 @@ def bad_public_bn_relu() -> Table:
 
 def good_avgpool_conv1x1() -> dict[str, Any]:
     given = {"x": ones(2, 3, 6, 6), "weight": ones(4, 3, 1, 1), "bias": ones(4), "dy": ones(2, 4, 3, 3)}
-    return {**given, "stride": 2, "ceil_mode": False, "need_dx": True, "need_dweight": True, "need_dbias": True}
+    flags = dict.fromkeys(("need_dx", "need_dweight", "need_dbias", "pooled_dx"), True)
+    return {**given, "stride": 2, "ceil_mode": False, **flags}
 
 
 def bad_avgpool_conv1x1(op: str) -> Table:

@@ -1,4 +1,5 @@
-// The table between the ops of bn_relu.cpp (checks, allocation, plan) and their kernels (one set per ISA).
+// The table between the ops of bn_relu.cpp and bn_add_bn_relu.cpp (checks, allocation, plan) and their kernels (one set
+// per ISA).
 #pragma once
 
 #include <stdint.h>
@@ -6,6 +7,13 @@
 #include "cpu/isa.h"
 
 namespace fasttricks::cpu {
+
+// A second gradient of y: of the shape of x or, pooled, of the 2x2 means of its height x width pixels. Null: none.
+struct BnSecondGradient {
+  const void* data;
+  bool pooled;
+  int64_t height, width, pooled_height, pooled_width;
+};
 
 // One call. Tensors of x's shape are dense in one layout; their elements have x's dtype, those per channel the
 // accumulation type (float, double for double). Null: absent.
@@ -16,6 +24,8 @@ struct BnArguments {
   bool training;
   const void *x, *residual, *dy;
   void *y, *dx, *dresidual;
+  BnSecondGradient second;
+  void* dz;                // written by a reduction if there is a second gradient, then read instead of dy; may be dx
   const uint8_t* mask_in;  // one bit per element, in memory order
   int64_t mask_bytes;
   uint8_t* mask_out;  // zeroed beforehand
@@ -24,6 +34,7 @@ struct BnArguments {
   double count;                        // values per channel that dweight and dbias are sums over
   void* prepared;                      // NHWC: five values per channel, from prepare
   bool vanish;                         // NHWC: what prepare returned
+  BnArguments* of_residual;            // bn_add_bn_relu: the BatchNorm of the residual, whose x is `residual`
 };
 
 enum BnPass { kBnStatistics = 1, kBnApply = 2, kBnReduce = 4, kBnBackward = 8 };
@@ -34,10 +45,11 @@ struct BnOfType {
   // NHWC: computes `prepared` for the passes below; true if x need not be read (all weights are zero and all statistics
   // finite).
   bool (*prepare)(const BnArguments&, bool backward);
-  // NHWC: rows [begin, end). The reductions return partial sums per channel, in double, which the caller merges.
+  // NHWC: rows [begin, end). The reductions return partial sums per channel, in double, which the caller merges; sums:
+  // arrays of dz, of dz * (x - mean) and, with a BatchNorm of the residual, of dz * (residual - mean).
   void (*row_statistics)(const BnArguments&, int64_t begin, int64_t end, double* mean, double* m2);
   void (*row_apply)(const BnArguments&, int64_t begin, int64_t end);
-  void (*row_reduce)(const BnArguments&, int64_t begin, int64_t end, double* sum_dz, double* sum_dz_d);
+  void (*row_reduce)(const BnArguments&, int64_t begin, int64_t end, double* sums);
   void (*row_backward)(const BnArguments&, int64_t begin, int64_t end);
 };
 

@@ -1,4 +1,5 @@
-// Lane shuffles beyond those of Vec: sums of neighbours, duplicated lanes, transposes of N x N tiles.
+// Runs of vectors, and lane shuffles beyond those of Vec: sums of neighbours, duplicated lanes, transposes of N x N
+// tiles.
 // Like vec.h, included by csrc/cpu/isa/*.cpp only and compiled once per ISA.
 #pragma once
 
@@ -18,6 +19,15 @@ FT_INLINE void store_n(Vec<A> v, T* p, int64_t n) {
   else
     v.store(p, int(n));
 }
+
+// Calls f(i, n) for [0, size) in steps of n = N, and once for the rest.
+template <class V, class F>
+FT_INLINE void each(int64_t size, F f) {
+  int64_t i = 0;
+  for (; i + V::N <= size; i += V::N) f(i, V::N);
+  if (i < size) f(i, int(size - i));
+}
+#define FT_LAMBDA __attribute__((always_inline))
 
 #if defined(FT_ISA_AVX512)
 

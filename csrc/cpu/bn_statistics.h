@@ -1,0 +1,113 @@
+// Mean and variance of the values of a channel. Like vec.h, included by csrc/cpu/isa/*.cpp only and compiled once per
+// ISA.
+#pragma once
+
+#include "cpu/bn_relu.h"
+#include "cpu/shuffle.h"
+#include "cpu/vec.h"
+#include "math/welford.h"
+
+namespace fasttricks::cpu::FT_ISA {
+
+// Values summed in the accumulation type before they are added to a double: a part of the first-level cache.
+constexpr int64_t kChunk = 4096;
+// NHWC: values of a block of rows, so that its second pass finds it in the second-level cache.
+constexpr int64_t kRowBlock = 32768;
+
+FT_INLINE int64_t rows_together(int64_t channels) {
+  const int64_t rows = kRowBlock / channels;
+  return rows < 4 ? 4 : rows > 512 ? 512 : rows;
+}
+
+template <class T>
+struct BnStatistics {
+  using A = acc_t<T>;
+  using V = Vec<A>;
+
+  // Four vectors of sums, kept over the rows of a part: reducing the lanes costs more than a short row.
+  struct Lanes {
+    V s0, s1, s2, s3;
+    Lanes() : s0(A(0)), s1(A(0)), s2(A(0)), s3(A(0)) {}
+    A total() const { return sum((s0 + s1) + (s2 + s3)); }
+  };
+
+  static FT_INLINE void slab_sum(const T* p, int64_t n, Lanes& t) {
+    V s0 = t.s0, s1 = t.s1, s2 = t.s2, s3 = t.s3;
+    int64_t i = 0;
+    for (; i + 4 * V::N <= n; i += 4 * V::N) {
+      s0 = s0 + V::load(p + i), s1 = s1 + V::load(p + i + V::N);
+      s2 = s2 + V::load(p + i + 2 * V::N), s3 = s3 + V::load(p + i + 3 * V::N);
+    }
+    each<V>(n - i, [&](int64_t j, int m) FT_LAMBDA { s0 = s0 + load_n<A>(p + i + j, m); });
+    t.s0 = s0, t.s1 = s1, t.s2 = s2, t.s3 = s3;
+  }
+
+  static FT_INLINE void slab_m2(const T* p, int64_t n, V m, Lanes& t) {
+    V s0 = t.s0, s1 = t.s1, s2 = t.s2, s3 = t.s3;
+    int64_t i = 0;
+    for (; i + 4 * V::N <= n; i += 4 * V::N) {
+      const V d0 = V::load(p + i) - m, d1 = V::load(p + i + V::N) - m;
+      const V d2 = V::load(p + i + 2 * V::N) - m, d3 = V::load(p + i + 3 * V::N) - m;
+      s0 = V::fma(d0, d0, s0), s1 = V::fma(d1, d1, s1), s2 = V::fma(d2, d2, s2), s3 = V::fma(d3, d3, s3);
+    }
+    each<V>(n - i, [&](int64_t j, int k) FT_LAMBDA {
+      const V d = (load_n<A>(p + i + j, k) - m).keep((uint32_t(1) << k) - 1u);
+      s0 = V::fma(d, d, s0);
+    });
+    t.s0 = s0, t.s1 = s1, t.s2 = s2, t.s3 = s3;
+  }
+
+  // NCHW: of one channel.
+  static void of_channel(const BnArguments& a, int64_t c) {
+    const T* x = static_cast<const T*>(a.x) + c * a.inner;
+    const int64_t stride = a.channels * a.inner;
+    const int64_t piece = a.inner < kChunk ? a.inner : kChunk, together = kChunk / piece;
+    Moments<double> all{0, 0, 0};
+    for (int64_t r0 = 0; r0 < a.rows; r0 += together) {
+      const int64_t r1 = r0 + together < a.rows ? r0 + together : a.rows;
+      for (int64_t i = 0; i < a.inner; i += piece) {
+        const int64_t n = i + piece < a.inner ? piece : a.inner - i;
+        Lanes total, square;
+        for (int64_t r = r0; r < r1; ++r) slab_sum(x + r * stride + i, n, total);
+        const double values = double((r1 - r0) * n), mean = double(total.total()) / values;
+        for (int64_t r = r0; r < r1; ++r) slab_m2(x + r * stride + i, n, V(A(mean)), square);
+        all = merge(all, {values, mean, double(square.total())});
+      }
+    }
+    static_cast<A*>(a.mean)[c] = A(all.mean);
+    static_cast<A*>(a.var)[c] = A(all.m2 / all.count);
+  }
+
+  // NHWC: mean and M2 of every channel over rows [begin, end).
+  static void of_rows(const BnArguments& a, int64_t begin, int64_t end, double* mean, double* m2) {
+    const int64_t C = a.channels, step = rows_together(C);
+    A* block = new A[size_t(3 * C)];
+    A *total = block, *centre = block + C, *square = block + 2 * C;
+    double count = 0;
+    for (int64_t c = 0; c < C; ++c) mean[c] = m2[c] = 0;
+    for (int64_t r0 = begin; r0 < end; r0 += step) {
+      const int64_t r1 = r0 + step < end ? r0 + step : end;
+      const double n = double(r1 - r0);
+      for (int64_t c = 0; c < C; ++c) total[c] = square[c] = A(0);
+      for (int64_t r = r0; r < r1; ++r) {
+        const T* x = static_cast<const T*>(a.x) + r * C;
+        each<V>(C, [&](int64_t c, int k)
+                       FT_LAMBDA { store_n(load_n<A>(total + c, k) + load_n<A>(x + c, k), total + c, k); });
+      }
+      for (int64_t c = 0; c < C; ++c) centre[c] = A(double(total[c]) / n);
+      for (int64_t r = r0; r < r1; ++r) {
+        const T* x = static_cast<const T*>(a.x) + r * C;
+        each<V>(C, [&](int64_t c, int k) FT_LAMBDA {
+          const V d = load_n<A>(x + c, k) - load_n<A>(centre + c, k);
+          store_n(V::fma(d, d, load_n<A>(square + c, k)), square + c, k);
+        });
+      }
+      const MergeFactors<double> factors = merge_factors(count, n);
+      for (int64_t c = 0; c < C; ++c) merge_into(mean[c], m2[c], double(total[c]) / n, double(square[c]), factors);
+      count = factors.count;
+    }
+    delete[] block;
+  }
+};
+
+}  // namespace fasttricks::cpu::FT_ISA
