@@ -88,6 +88,42 @@ def bn_add_relu_apply() -> list[tuple]:
     ]
 
 
+def both_batchnorms(a: torch.Tensor, grad: bool) -> tuple:
+    """x and residual, then the four parameters of their BatchNorms."""
+    return (a, torch.randn_like(a).requires_grad_(grad), *(channel(a.shape[1], grad) for _ in range(4)))
+
+
+def bn_add_bn_relu_forward() -> list[tuple]:
+    plain = [(*both_batchnorms(a, True), 1e-5, 1e-3) for a in activations(True)]
+    given = (x(2, 3, 5, 4, grad=True), x(2, 3, 5, 4), channel(grad=True), None, None, channel(grad=True), 1e-5, 1e-3)
+    no_statistics = (None, None, None, 0.1)
+    moving = [
+        (*given, *(r + no_statistics[len(r) :]), *other) for r, other in zip(running(), running()[::-1], strict=True)
+    ]
+    return plain + moving
+
+
+def bn_add_bn_relu_apply() -> list[tuple]:
+    return [
+        (*both_batchnorms(a, True), *(channel(a.shape[1]) for _ in range(4)), 1e-5, 1e-3) for a in activations(True)
+    ]
+
+
+def bn_add_bn_relu_backward() -> list[tuple]:
+    made = []
+    for a in activations():
+        dy, _, mask, *_ = with_mask(a)
+        given = (dy, a, torch.randn_like(a), mask, *(channel(a.shape[1]) for _ in range(6)), 1e-5, 1e-3)
+        made += [(*given, training, second) for training in (True, False) for second in (None, *seconds(a))]
+    return made
+
+
+def seconds(a: torch.Tensor) -> list[torch.Tensor]:
+    """Second gradients of y: of its shape, and of its 2x2 means, the last of which is cut off at an odd edge."""
+    n, c, h, w = a.shape
+    return [torch.randn_like(a), torch.randn(n, c, (h + 1) // 2, (w + 1) // 2)]
+
+
 def backward_arguments(a: torch.Tensor) -> tuple:
     c = a.shape[1]
     return (torch.randn_like(a), a, None, channel(c), channel(c), channel(c), channel(c), 1e-5)
@@ -101,7 +137,11 @@ def with_mask(a: torch.Tensor) -> tuple:
 
 def bn_relu_backward() -> list[tuple]:
     plain = [(*backward_arguments(a), training, False) for a in activations() for training in (True, False)]
-    return plain + [(*with_mask(a), True, need) for a in activations() for need in (True, False)]
+    masked = [(*with_mask(a), True, need) for a in activations() for need in (True, False)]
+    added = [
+        (*with_mask(a), training, True, dy2) for a in activations() for training in (True, False) for dy2 in seconds(a)
+    ]
+    return plain + masked + added
 
 
 def bn_relu_backward_reduce() -> list[tuple]:
@@ -131,7 +171,8 @@ def avgpool_conv1x1_backward() -> list[tuple]:
     made = []
     for a, weight, _, stride, ceil_mode in avgpool_conv1x1_forward():
         dy = torch.randn_like(OPS.avgpool_conv1x1_forward(a, weight, None, stride, ceil_mode))
-        made.append((dy, a.detach(), weight.detach(), stride, ceil_mode, True, True, ceil_mode))
+        given = (dy, a.detach(), weight.detach(), stride, ceil_mode, True, True, ceil_mode)
+        made += [given, (*given, True)]
     return made
 
 
@@ -140,6 +181,9 @@ SAMPLES: dict[str, Callable[[], list[tuple]]] = {
     "bn_add_relu_forward": bn_add_relu_forward,
     "bn_relu_apply": bn_relu_apply,
     "bn_add_relu_apply": bn_add_relu_apply,
+    "bn_add_bn_relu_forward": bn_add_bn_relu_forward,
+    "bn_add_bn_relu_apply": bn_add_bn_relu_apply,
+    "bn_add_bn_relu_backward": bn_add_bn_relu_backward,
     "bn_stats": lambda: [(a,) for a in activations()],
     "bn_relu_backward": bn_relu_backward,
     "bn_relu_backward_reduce": bn_relu_backward_reduce,
