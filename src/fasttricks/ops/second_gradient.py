@@ -17,6 +17,7 @@ import weakref
 from typing import Any
 
 import torch
+from torch.autograd.function import BackwardCFunction
 
 _receivers: set[type] = set()  # the classes of nodes that take a second gradient
 _AccumulateGrad = torch._C._functions.AccumulateGrad
@@ -48,6 +49,8 @@ def prepare(ctx: Any, y: torch.Tensor) -> None:
 
 def receiver(ctx: Any, argument: int) -> Any:
     """In backward: the node that made the argument of this number, if it takes a gradient now; else None."""
+    if not isinstance(ctx, BackwardCFunction):  # compiled autograd's stand-in: its graph has this edge already
+        return None
     edges = ctx.next_functions
     node, output = edges[argument]
     if type(node) not in _receivers or output != 0 or node.observed:
@@ -66,7 +69,7 @@ def _accumulates(leaf: Any) -> bool:
     """Whether this leaf's gradient is accumulated: `torch.autograd.grad`, which may ask for that of y, does not."""
     try:
         return _executes(leaf)
-    except RuntimeError:  # autograd.grad was called for this leaf; or compiled autograd runs
+    except RuntimeError:  # autograd.grad was called for this leaf
         return False
 
 
