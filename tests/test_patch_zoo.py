@@ -162,6 +162,23 @@ def test_every_model_trains_as_it_did(name: str, full_edge: int) -> None:
     check(make, *smallest_batch(model, full_edge))
 
 
+@pytest.mark.parametrize(("name", "edge"), edges().items())
+def test_every_model_is_exported_as_it_was(name: str, edge: int) -> None:
+    """torch.export, from which torch.onnx.export(dynamo=True) starts, records the operations of the unfused model."""
+    model = on_meta(lambda: build(name, 5, fused=False)).eval()
+    if not fasttricks.fusions(fasttricks.fuse(model)).fused:
+        pytest.skip("no pairs")
+    images = torch.empty(2, 3, edge, edge, device="meta")
+    with fasttricks.unfused(model):
+        try:
+            plain = torch.export.export(model, (images,))
+        except Exception as error:
+            pytest.skip(f"torch.export refuses the unfused model: {type(error).__name__}")
+    fused = torch.export.export(model, (images,))
+    assert fused.graph_module.code == plain.graph_module.code
+    assert fused.graph_signature == plain.graph_signature
+
+
 def check(make: Callable[[], nn.Module], batch: int, edge: int) -> None:
     """In float64 and float32, and after copies: the fused model and the other one give the same."""
     batches = batches_of(Case(make, edge, batch), 3)
