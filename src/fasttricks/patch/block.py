@@ -19,6 +19,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from ..nn import run
 from ..recomputation import recompute
 from . import match
+from .rewrite import modules_of, rewrite
 from .trace import CONTAINER, DEFAULT, TENSOR, Kinds, Signature, Untraceable, kind_of, original_class, trace
 
 Allowed = Callable[[str, nn.Module, str], bool]
@@ -61,7 +62,7 @@ def plan(block: nn.Module, allowed: Allowed, min_elements: int = 0) -> Plan:
             result.left.update(found.left)
             if found.pairs:
                 _add(result, found.pairs, inlined, training)
-                match.rewrite(graph, found.pairs, min_elements)
+                rewrite(graph, found.pairs, min_elements)
                 for given in _same_graph(kinds, asked):
                     result.graphs[given, training] = graph
     if errors and not result.graphs:
@@ -74,7 +75,7 @@ def plan(block: nn.Module, allowed: Allowed, min_elements: int = 0) -> Plan:
 def _add(result: Plan, pairs: list[match.Pair], inlined: set[str], training: bool) -> None:
     result.pairs.update({pair.name: pair.kind for pair in pairs})
     result.inlined |= inlined
-    for name, role in match.modules_of(pairs):
+    for name, role in modules_of(pairs):
         result.watched.setdefault((name, role), set()).add(training)
 
 
