@@ -38,18 +38,17 @@ def step(module: Callable[..., torch.Tensor], inputs: list[torch.Tensor], dy: to
     torch.autograd.grad(y, inputs, dy)
 
 
-def measure(benchmark, c: int, size: int, layout: str, add: bool) -> None:
+def compare(
+    benchmark, ours: nn.Module, peers: dict[str, nn.Module], inputs: int, c: int, size: int, layout: str, tensors: int
+) -> dict[str, float]:
+    """How many times as long each peer takes; tensors: how many activations the formula of bytes moves."""
     torch.set_num_threads(THREADS)
-    torch._dynamo.reset()
-    shape = (BATCH, c, size, size)
 
     def dense() -> torch.Tensor:
-        return torch.randn(shape).contiguous(memory_format=LAYOUTS[layout])
+        return torch.randn(BATCH, c, size, size).contiguous(memory_format=LAYOUTS[layout])
 
-    inputs = [dense().requires_grad_() for _ in range(1 + add)]
+    inputs = [dense().requires_grad_() for _ in range(inputs)]
     dy = dense()
-    ours = BatchNormAddReLU2d(c) if add else BatchNormReLU2d(c)
-    peers = {"eager": Eager(c), "compiled": torch.compile(Eager(c))}
     for module in (ours, *peers.values()):
         step(module, inputs, dy)
     times: dict[str, list[float]] = {name: [] for name in peers}
@@ -65,15 +64,25 @@ def measure(benchmark, c: int, size: int, layout: str, add: bool) -> None:
 
     benchmark.pedantic(step, setup=peers_round, rounds=ROUNDS, iterations=1)
     best = min(benchmark.stats.stats.data)
-    case = f"{c}x{size}x{size} {layout}"
-    speed = (10 if add else 8) * dy.numel() * dy.element_size() / best / 1e9
-    text = f"\n{case}{' + residual' if add else ''}: {best * 1e3:.2f} ms ({speed:.1f} GB/s of the formula's bytes)"
-    for name, seen in times.items():
-        ratio = min(seen) / best
-        ratios[f"{name}, add" if add else name][case] = ratio
+    speed = tensors * dy.numel() * dy.element_size() / best / 1e9
+    text = (
+        f"\n{len(inputs)} x {c}x{size}x{size} {layout}: {best * 1e3:.2f} ms ({speed:.1f} GB/s of the formula's bytes)"
+    )
+    found = {name: min(seen) / best for name, seen in times.items()}
+    for name, ratio in found.items():
         benchmark.extra_info[name] = ratio
-        text += f", {name} {min(seen) * 1e3:.2f} ms: {ratio:.2f}x"
+        text += f", {name} {min(times[name]) * 1e3:.2f} ms: {ratio:.2f}x"
     print(text)
+    return found
+
+
+def measure(benchmark, c: int, size: int, layout: str, add: bool) -> None:
+    torch._dynamo.reset()
+    ours = BatchNormAddReLU2d(c) if add else BatchNormReLU2d(c)
+    peers = {"eager": Eager(c), "compiled": torch.compile(Eager(c))}
+    found = compare(benchmark, ours, peers, 1 + add, c, size, layout, 10 if add else 8)
+    for name, ratio in found.items():
+        ratios[f"{name}, add" if add else name][f"{c}x{size}x{size} {layout}"] = ratio
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

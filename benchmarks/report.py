@@ -161,10 +161,12 @@ def speed_table() -> str:
 
 
 def case_table() -> str:
-    """Time and speedups for every case of bn_relu, bn_add_relu and avgpool_conv1x1."""
+    """Time and speedups for every case of the BatchNorm ops and avgpool_conv1x1."""
     rows = []
     for name, figures in load("cpu.json")["cases"].items():
-        match = re.fullmatch(r"bench_\w+\.py::test_(bn_relu|bn_add_relu|forward_backward)\[(.+)-(NCHW|NHWC)\]", name)
+        match = re.fullmatch(
+            r"bench_\w+\.py::test_(bn_relu|bn_add_relu|bn_add_bn_relu|forward_backward)\[(.+)-(NCHW|NHWC)\]", name
+        )
         if match is None:
             continue
         op = "avgpool_conv1x1" if match[1] == "forward_backward" else match[1]
@@ -300,15 +302,23 @@ def draw_speed(figure: Any) -> None:
 
 def draw_cases(figure: Any) -> None:
     """A panel per op with a pair of bars per case: milliseconds of fasttricks and of eager torch."""
-    groups: dict[str, list[tuple[str, float, float]]] = {"bn_relu": [], "bn_add_relu": [], "avgpool_conv1x1": []}
+    groups: dict[str, list[tuple[str, float, float]]] = {
+        "bn_relu": [],
+        "bn_add_relu": [],
+        "bn_add_bn_relu": [],
+        "avgpool_conv1x1": [],
+    }
     for name, figures in load("cpu.json")["cases"].items():
-        match = re.fullmatch(r"bench_\w+\.py::test_(bn_relu|bn_add_relu|forward_backward)\[(.+)-(NCHW|NHWC)\]", name)
+        match = re.fullmatch(
+            r"bench_\w+\.py::test_(bn_relu|bn_add_relu|bn_add_bn_relu|forward_backward)\[(.+)-(NCHW|NHWC)\]", name
+        )
         if match:
             op = "avgpool_conv1x1" if match[1] == "forward_backward" else match[1]
             *channels, size = match[2].split("-")
             ratio = figures.get("eager", figures.get("ratio"))
             label = f"{'→'.join(channels)}, {size}x{size}, {match[3]}"
             groups[op].append((label, figures["best_ms"], figures["best_ms"] * ratio))
+    groups = {op: rows for op, rows in groups.items() if rows}
     heights = [len(rows) for rows in groups.values()]
     figure.set_size_inches(9, 2 + 0.3 * sum(heights))
     panels = figure.subplots(len(groups), height_ratios=heights)
