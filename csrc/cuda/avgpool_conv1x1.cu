@@ -64,10 +64,12 @@ std::tuple<Tensor, Tensor, Tensor> avgpool_conv1x1_backward(Tensor dy, Tensor x,
                                                             bool ceil_mode, bool need_dx, bool need_dweight,
                                                             bool need_dbias, bool pooled_dx) {
   const char* op = "avgpool_conv1x1_backward";
-  FT_CHECK(op, !pooled_dx, "pooled_dx is true");
   const AvgPoolConv1x1Sizes s = avgpool_conv1x1_sizes(op, x, weight, stride, ceil_mode);
   check_avgpool_conv1x1_dy(op, dy, x, s);
-  Tensor dx = need_dx ? avgpool_conv1x1_empty(x, {s.n, s.c, s.h, s.w}, s.nhwc) : torch::stable::new_empty(x, {0});
+  // without the pool it is the gradient of a convolution
+  const AvgPoolConv1x1Sizes dx_sizes = pooled_dx ? s.without_pool() : s;
+  Tensor dx =
+      need_dx ? avgpool_conv1x1_empty(x, {s.n, s.c, dx_sizes.h, dx_sizes.w}, s.nhwc) : torch::stable::new_empty(x, {0});
   // dweight has the strides of weight, so that neither autograd nor DistributedDataParallel copies it
   Tensor dweight = need_dweight ? torch::stable::empty_like(weight) : torch::stable::new_empty(weight, {0});
   Tensor dbias = torch::stable::new_empty(weight, {need_dbias ? s.o : 0});
@@ -86,9 +88,9 @@ std::tuple<Tensor, Tensor, Tensor> avgpool_conv1x1_backward(Tensor dy, Tensor x,
     const auto dy_at = [&](int64_t n) { return static_cast<const T*>(dy.const_data_ptr()) + n * s.o * s.ho * s.wo; };
     const auto pixels_of = [&](int64_t n) { return n * s.c * s.h * s.w; };
     if (need_dx)
-      for_images(op, s, [&](int64_t n, const AvgPoolShape& shape) {
+      for_images(op, dx_sizes, [&](int64_t n, const AvgPoolShape& shape) {
         avgpool_input_run<T>(dy_at(n), static_cast<const T*>(weight.const_data_ptr()), shape, s.nhwc, on.device,
-                             static_cast<T*>(dx.mutable_data_ptr()) + pixels_of(n), on.stream);
+                             static_cast<T*>(dx.mutable_data_ptr()) + n * s.c * dx_sizes.h * dx_sizes.w, on.stream);
       });
     if (need_dweight) {
       const auto plan_of = [&](const AvgPoolShape& shape) {

@@ -7,6 +7,7 @@
 
 #include "bn_relu_plan.h"
 #include "bn_relu_tile.cuh"
+#include "bn_second_gradient.cuh"
 #include "math/bn.h"
 
 namespace fasttricks::cuda {
@@ -41,15 +42,20 @@ __global__ void __launch_bounds__(kBnThreads)
   if (c < s.channels) finalize_moments(partial, s, t, c, lane, mean, var);
 }
 
+// dz of a row: dy where the forward's output passes.
+template <typename T>
+FT_DEVICE void keep_passing(unsigned bits, T (&g)[kBnColumns]) {
+#pragma unroll
+  for (int j = 0; j < kBnColumns; ++j) g[j] = bits >> j & 1 ? g[j] : T(0);
+}
+
 // partial = (sum dz, sum dz * (x - mean)) of the block's elements of each channel; dz = dy where the forward's output
-// passes.
-template <typename T, bool kVector, bool kResidual>
-__global__ void __launch_bounds__(kBnThreads, kBnBlocksOf<T, kVector, kResidual ? 3 : 2>)
-    bn_backward_reduce(const T* __restrict__ dy, const T* __restrict__ x, const uint8_t* __restrict__ mask,
-                       BnParams<acc_t<T>> p, BnShape s, BnTiling t, acc_t<T>* __restrict__ partial) {
+// passes. join(tile, e, row of dy, bits) may change a row before its mask is applied, or use it.
+template <typename T, bool kVector, bool kResidual, typename Join>
+FT_DEVICE void reduce_gradients(const T* __restrict__ dy, const T* __restrict__ x, const uint8_t* __restrict__ mask,
+                                const BnParams<acc_t<T>>& p, const BnShape& s, const BnTiling& t,
+                                acc_t<T>* __restrict__ partial, acc_t<T>* first, acc_t<T>* second, Join join) {
   using A = acc_t<T>;
-  FT_SHARED(A, first, kBnThreads * kBnColumns);
-  FT_SHARED(A, second, kBnThreads * kBnColumns);
 #pragma unroll 1
   for (BnTile tile(s, t); tile.more(); tile.next()) {
     A mean[kBnColumns], scale[kBnColumns], bias[kBnColumns];
@@ -69,6 +75,7 @@ __global__ void __launch_bounds__(kBnThreads, kBnBlocksOf<T, kVector, kResidual 
 #pragma unroll
       for (int u = 0; u < kRows; ++u) {
         if constexpr (!kResidual) bits[u] = passing<T>(v[u], mean, scale, bias);
+        join(tile, at + u * tile.step(), g[u], bits[u]);
 #pragma unroll
         for (int j = 0; j < kBnColumns; ++j) {
           const A dz = bits[u] >> j & 1 ? A(g[u][j]) : A(0);
@@ -78,6 +85,53 @@ __global__ void __launch_bounds__(kBnThreads, kBnBlocksOf<T, kVector, kResidual 
       }
     });
     tile.again().store_sums(sum_dz, sum_dz_x, first, second, partial);
+  }
+}
+
+template <typename T, bool kVector, bool kResidual>
+__global__ void __launch_bounds__(kBnThreads, kBnBlocksOf<T, kVector, kResidual ? 3 : 2>)
+    bn_backward_reduce(const T* __restrict__ dy, const T* __restrict__ x, const uint8_t* __restrict__ mask,
+                       BnParams<acc_t<T>> p, BnShape s, BnTiling t, acc_t<T>* __restrict__ partial) {
+  FT_SHARED(acc_t<T>, first, kBnThreads * kBnColumns);
+  FT_SHARED(acc_t<T>, second, kBnThreads * kBnColumns);
+  reduce_gradients<T, kVector, kResidual>(dy, x, mask, p, s, t, partial, first, second,
+                                          [](const BnTile&, int64_t, T(&)[kBnColumns], unsigned) {});
+}
+
+// bn_backward_reduce of bn_add_relu with two gradients of y; dz, of their sum, is also written.
+template <typename T, bool kVector>
+__global__ void __launch_bounds__(kBnThreads, kBnBlocksOf<T, kVector, 2>)
+    bn_backward_reduce_two(const T* __restrict__ dy, FT_PARAMETER(BnSecondGradient<T>) other, const T* __restrict__ x,
+                           const uint8_t* __restrict__ mask, BnParams<acc_t<T>> p, BnShape s, BnTiling t,
+                           acc_t<T>* __restrict__ partial, T* __restrict__ dz) {
+  FT_SHARED(acc_t<T>, first, kBnThreads * kBnColumns);
+  FT_SHARED(acc_t<T>, second, kBnThreads * kBnColumns);
+  reduce_gradients<T, kVector, true>(dy, x, mask, p, s, t, partial, first, second,
+                                     [&](const BnTile& tile, int64_t e, T(&g)[kBnColumns], unsigned bits) {
+                                       other.template add_to<kVector>(tile, e, g);
+                                       keep_passing(bits, g);
+                                       tile.template store<kVector>(dz, e, g);
+                                     });
+}
+
+// sum = dy + a second gradient, where the mask is that of x and the sum has to exist before it.
+template <typename T, bool kVector>
+__global__ void __launch_bounds__(kBnThreads, kBnBlocksOf<T, kVector, 4>)
+    bn_sum_gradients(const T* __restrict__ dy, FT_PARAMETER(BnSecondGradient<T>) other, BnShape s, BnTiling t,
+                     T* __restrict__ sum) {
+#pragma unroll 1
+  for (BnTile tile(s, t); tile.more(); tile.next()) {
+    tile.for_rows<kBnChunkOf<T> / 2>([&](int64_t at, auto rows) {
+      constexpr int kRows = decltype(rows)::value;
+      T g[kRows][kBnColumns];
+#pragma unroll
+      for (int u = 0; u < kRows; ++u) tile.template load<kVector>(dy, at + u * tile.step(), g[u]);
+#pragma unroll
+      for (int u = 0; u < kRows; ++u) {
+        other.template add_to<kVector>(tile, at + u * tile.step(), g[u]);
+        tile.template store<kVector>(sum, at + u * tile.step(), g[u]);
+      }
+    });
   }
 }
 
@@ -140,12 +194,6 @@ __global__ void __launch_bounds__(kBnThreads, kBnBlocksOf<T, kVector, 3>)
   }
 }
 
-// dz of a row: dy where the forward's output passes.
-template <typename T>
-FT_DEVICE void keep_passing(unsigned bits, T (&g)[kBnColumns]) {
-#pragma unroll
-  for (int j = 0; j < kBnColumns; ++j) g[j] = bits >> j & 1 ? g[j] : T(0);
-}
 // dx of a row over its x in v.
 template <typename T, typename A>
 FT_DEVICE void gradient_row(const T (&dz)[kBnColumns], const A (&mean)[kBnColumns], const A (&scale)[kBnColumns],
@@ -161,7 +209,7 @@ FT_DEVICE void gradient_row(const T (&dz)[kBnColumns], const A (&mean)[kBnColumn
 
 // dx = scale * (dz - dbias/M - (x - mean) * rstd * dweight/M); dresidual = dz. inv_count = 1/M; 0 where the statistics
 // are constants (eval): then dx = scale * dz, and only the mask needs x. A tile whose scales are all zero and whose
-// sums are finite writes dx = 0 without reading x.
+// sums are finite writes dx = 0 without reading x. kResidual without a mask: dy is dz already.
 template <typename T, bool kVector, bool kResidual>
 __global__ void __launch_bounds__(kBnThreads, kBnBlocksOf<T, kVector, kResidual ? 3 : 2>)
     bn_backward_apply(const T* __restrict__ dy, const T* __restrict__ x, const uint8_t* __restrict__ mask,
@@ -184,7 +232,7 @@ __global__ void __launch_bounds__(kBnThreads, kBnBlocksOf<T, kVector, kResidual 
         const int64_t e = at + u * tile.step();
         tile.template load<kVector>(dy, e, g[u], read_dy);
         tile.template load<kVector>(x, e, v[u], read_x);
-        if constexpr (kResidual) bits[u] = read_dy ? tile.template load_bits<kVector>(mask, e) : 0;
+        if constexpr (kResidual) bits[u] = !mask ? 0xff : read_dy ? tile.template load_bits<kVector>(mask, e) : 0;
       }
 #pragma unroll
       for (int u = 0; u < kRows; ++u) {
@@ -390,14 +438,15 @@ FT_DEVICE void update_running(const BnRunning& r, int c, double factor, double m
 // Updates the running statistics and the number of batches; one block, so that every thread reads that number before it
 // changes.
 inline constexpr int kBnUpdateThreads = 512;
-__global__ void __launch_bounds__(kBnUpdateThreads) bn_update_stats(FT_PARAMETER(BnUpdate) u, int channels) {
+template <int kThreads>
+__global__ void __launch_bounds__(kThreads) bn_update_stats(FT_PARAMETER(BnUpdate) u, int channels) {
   const int64_t batches = u.batches ? load(u.batches) + 1 : 1;
   const double momentum = bn_momentum(u.cumulative, u.momentum, batches);
   const double count = u.count ? load(u.count) : double(u.values);
   __syncthreads();
   if (u.batches && threadIdx.x == 0) store(u.batches, batches);
   if (count == 0) return;
-  for (int c = int(threadIdx.x); c < channels; c += kBnUpdateThreads) {
+  for (int c = int(threadIdx.x); c < channels; c += kThreads) {
     update_running(u.mean, c, 1.0, momentum);
     update_running(u.var, c, bn_unbiased_factor(count), momentum);
   }

@@ -42,6 +42,13 @@ void bn_apply_run(const T* x, const T* residual, const BnParams<acc_t<T>>& p, bo
   launch(kernel, dim3(unsigned(t.blocks)), kBnThreads, 0, stream, x, residual, p, from_x, shape, t, y, mask);
 }
 
+template <typename A>
+void bn_finalize_backward_run(const A* partial, const BnShape& s, const BnTiling& t, const BnParams<A>& p, A* dweight,
+                              A* dbias, cudaStream_t stream) {
+  launch(&bn_finalize_backward<A>, dim3(unsigned(ceil_div(s.channels, kBnThreads / 32))), kBnThreads, 0, stream,
+         partial, s, t, p.var, p.eps, dweight, dbias);
+}
+
 // mask given: bn_add_relu; `partial` as in bn_stats_run.
 template <typename T>
 void bn_backward_reduce_run(const T* dy, const T* x, const uint8_t* mask, const BnParams<acc_t<T>>& p, const BnShape& s,
@@ -53,22 +60,22 @@ void bn_backward_reduce_run(const T* dy, const T* x, const uint8_t* mask, const 
                                : &bn_backward_reduce<T, false, false>;
   const BnTiling t = bn_wave(kernel, s, d);
   launch(kernel, dim3(unsigned(t.blocks)), kBnThreads, 0, stream, dy, x, mask, p, s, t, partial);
-  launch(&bn_finalize_backward<acc_t<T>>, dim3(unsigned(ceil_div(s.channels, kBnThreads / 32))), kBnThreads, 0, stream,
-         static_cast<const acc_t<T>*>(partial), s, t, p.var, p.eps, dweight, dbias);
+  bn_finalize_backward_run(static_cast<const acc_t<T>*>(partial), s, t, p, dweight, dbias, stream);
 }
 
 // count: values of a channel over all replicas; 0 where the statistics are constants. dresidual may be null.
+// masked: dy is dz already, and mask is null.
 template <typename T>
 void bn_backward_apply_run(const T* dy, const T* x, const uint8_t* mask, const BnParams<acc_t<T>>& p,
                            const acc_t<T>* dweight, const acc_t<T>* dbias, int64_t count, const BnShape& s,
-                           const Device& d, T* dx, T* dresidual, cudaStream_t stream) {
+                           const Device& d, T* dx, T* dresidual, cudaStream_t stream, bool masked = false) {
   using A = acc_t<T>;
   const bool vector = bn_vectors_fit(s) && aligned16({dy, x, dx, dresidual});
   const BnShape shape = vector ? s : bn_flat(s);
   const A inv_count = count ? A(1) / A(count) : A(0);
-  const auto kernel = mask     ? vector ? &bn_backward_apply<T, true, true> : &bn_backward_apply<T, false, true>
-                      : vector ? &bn_backward_apply<T, true, false>
-                               : &bn_backward_apply<T, false, false>;
+  const auto kernel = mask || masked ? vector ? &bn_backward_apply<T, true, true> : &bn_backward_apply<T, false, true>
+                      : vector       ? &bn_backward_apply<T, true, false>
+                                     : &bn_backward_apply<T, false, false>;
   const BnTiling t = bn_wave(kernel, shape, d);
   launch(kernel, dim3(unsigned(t.blocks)), kBnThreads, 0, stream, dy, x, mask, p, dweight, dbias, inv_count, shape, t,
          dx, dresidual);
@@ -124,8 +131,34 @@ void bn_backward_run(const T* dy, const T* x, const uint8_t* mask, const BnParam
                         count, s, d, dx, dresidual, stream);
 }
 
+// As bn_backward_run, with two gradients of y. dz has the shape of x: with a mask it is dresidual, else workspace.
+template <typename T>
+void bn_backward_two_run(const T* dy, const BnSecondGradient<T>& other, const T* x, const uint8_t* mask,
+                         const BnParams<acc_t<T>>& p, const BnShape& s, const Device& d, acc_t<T>* partial,
+                         acc_t<T>* dweight, acc_t<T>* dbias, int64_t count, T* dx, T* dz, cudaStream_t stream) {
+  const bool fits = bn_vectors_fit(s) && other.vectors_fit();
+  if (!mask) {
+    const auto kernel = fits && aligned16({dy, dz}) ? &bn_sum_gradients<T, true> : &bn_sum_gradients<T, false>;
+    const BnTiling t = bn_wave(kernel, s, d);
+    launch(kernel, dim3(unsigned(t.blocks)), kBnThreads, 0, stream, dy, other, s, t, dz);
+    T* const no_residual = nullptr;
+    return bn_backward_run(static_cast<const T*>(dz), x, mask, p, s, d, partial, dweight, dbias, count, dx, no_residual,
+                           stream);
+  }
+  const auto kernel =
+      fits && aligned16({dy, x, dz}) ? &bn_backward_reduce_two<T, true> : &bn_backward_reduce_two<T, false>;
+  const BnTiling t = bn_wave(kernel, s, d);
+  launch(kernel, dim3(unsigned(t.blocks)), kBnThreads, 0, stream, dy, other, x, mask, p, s, t, partial, dz);
+  bn_finalize_backward_run(static_cast<const acc_t<T>*>(partial), s, t, p, dweight, dbias, stream);
+  const acc_t<T>* const sums[] = {dweight, dbias};
+  const uint8_t* const no_mask = nullptr;
+  T* const no_residual = nullptr;
+  bn_backward_apply_run(static_cast<const T*>(dz), x, no_mask, p, sums[0], sums[1], count, s, d, dx, no_residual,
+                        stream, true);
+}
+
 inline void bn_update_stats_run(const BnUpdate& update, int channels, cudaStream_t stream) {
-  launch(&bn_update_stats, dim3(1), kBnUpdateThreads, 0, stream, update, channels);
+  launch(&bn_update_stats<kBnUpdateThreads>, dim3(1), kBnUpdateThreads, 0, stream, update, channels);
 }
 
 }  // namespace fasttricks::cuda

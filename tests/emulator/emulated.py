@@ -36,7 +36,7 @@ from fasttricks import backends
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-OPS = ("bn_relu", "sgd", "avgpool_conv1x1")
+OPS = ("bn_relu", "bn_add_bn_relu", "sgd", "avgpool_conv1x1")
 
 # under the sanitizers avgpool_conv1x1 takes several launches above 1400 pixels, which leaves the forward product of the
 # larger case enough tiles for blocks that go through several; elsewhere only above 2^31

@@ -1,0 +1,114 @@
+// bn_add_bn_relu on CUDA tensors: statistics of both, then apply; backward one reduction for all sums, then dx and
+// dresidual by the kernel of bn_relu.
+#include "bn_add_bn_relu.cuh"
+#include "bn_add_bn_relu_call.h"
+#include "bn_call.cuh"
+
+namespace fasttricks::cuda::ops {
+namespace {
+
+using PairCall = BnAddBnCall<Call>;
+
+std::tuple<Tensor, Tensor> apply(const PairCall& call, bool from_x) {
+  const Call &main = call.main, &other = call.residual;
+  Tensor y = main.new_like_x(), mask = torch::stable::new_empty(main.x, {main.mask_bytes()}, ScalarType::Byte);
+  if (main.empty()) return {y, mask};
+  with_type(main.x.scalar_type(), [&](auto of) {
+    using T = decltype(of);
+    T* const to = static_cast<T*>(y.mutable_data_ptr());
+    const bool vector = bn_vectors_fit(main.shape) && aligned16({main.data<T>(), other.data<T>(), to});
+    const BnShape shape = vector ? main.shape : bn_flat(main.shape);
+    const auto kernel = vector ? &bn_add_bn_apply<T, true> : &bn_add_bn_apply<T, false>;
+    const BnTiling t = bn_wave(kernel, shape, main.on.device);
+    launch(kernel, dim3(unsigned(t.blocks)), kBnThreads, 0, main.on.stream, main.data<T>(), other.data<T>(),
+           main.params<acc_t<T>>(), other.params<acc_t<T>>(), from_x, shape, t, to,
+           static_cast<uint8_t*>(mask.mutable_data_ptr()));
+  });
+  return {y, mask};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_add_bn_relu_forward(
+    Tensor x, Tensor residual, MaybeTensor weight, MaybeTensor bias, MaybeTensor residual_weight,
+    MaybeTensor residual_bias, double eps, double residual_eps, MaybeTensor running_mean, MaybeTensor running_var,
+    MaybeTensor num_batches_tracked, std::optional<double> momentum, MaybeTensor residual_running_mean,
+    MaybeTensor residual_running_var, MaybeTensor residual_num_batches_tracked,
+    std::optional<double> residual_momentum) {
+  PairCall call("bn_add_bn_relu_forward", x, residual, eps, residual_eps);
+  BnRunningStatistics running{running_mean, running_var, num_batches_tracked, momentum};
+  BnRunningStatistics residual_running{residual_running_mean, residual_running_var, residual_num_batches_tracked,
+                                       residual_momentum};
+  call.affine(weight, bias, residual_weight, residual_bias);
+  call.check_training(running, residual_running);
+  auto [mean, var] = call.main.launch_stats();
+  auto [residual_mean, residual_var] = call.residual.launch_stats();
+  auto [y, mask] = apply(call, true);
+  const int64_t values = call.main.empty() ? 0 : call.main.values;
+  move_statistics(running, mean, var, nullptr, values, call.main.on.stream);
+  move_statistics(residual_running, residual_mean, residual_var, nullptr, values, call.main.on.stream);
+  return {y, mean, var, residual_mean, residual_var, mask};
+}
+
+std::tuple<Tensor, Tensor> bn_add_bn_relu_apply(Tensor x, Tensor residual, MaybeTensor weight, MaybeTensor bias,
+                                                MaybeTensor residual_weight, MaybeTensor residual_bias, Tensor mean,
+                                                Tensor var, Tensor residual_mean, Tensor residual_var, double eps,
+                                                double residual_eps) {
+  PairCall call("bn_add_bn_relu_apply", x, residual, eps, residual_eps);
+  call.affine(weight, bias, residual_weight, residual_bias);
+  call.statistics(mean, var, residual_mean, residual_var);
+  return apply(call, false);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bn_add_bn_relu_backward(
+    Tensor dy, Tensor x, Tensor residual, Tensor mask, MaybeTensor weight, MaybeTensor residual_weight, Tensor mean,
+    Tensor var, Tensor residual_mean, Tensor residual_var, double eps, double residual_eps, bool training,
+    MaybeTensor dy2) {
+  PairCall call("bn_add_bn_relu_backward", x, residual, eps, residual_eps);
+  Call &main = call.main, &other = call.residual;
+  const void* const given = main.like_x("dy", dy);
+  const uint8_t* bits = main.mask(mask);
+  call.affine(weight, std::nullopt, residual_weight, std::nullopt);
+  call.statistics(mean, var, residual_mean, residual_var);
+  const BnCall::SecondGradient second = main.second_gradient(dy2);
+  Tensor dweight = main.new_per_channel(), dresidual_weight = main.new_per_channel(), dbias = main.new_per_channel();
+  Tensor dx = main.new_like_x(), dresidual = main.new_like_x();
+  if (main.empty()) return {dx, dresidual, dweight, dresidual_weight, dbias};
+  Tensor partial = main.new_partial(), other_partial = main.new_partial(), zeros = main.new_per_channel();
+  with_type(main.x.scalar_type(), [&](auto of) {
+    using T = decltype(of);
+    using A = acc_t<T>;
+    const BnSecondGradient<T> extra = main.on_device<T>(second);
+    const auto at = [](Tensor& made) { return static_cast<A*>(made.mutable_data_ptr()); };
+    // dz may be where dresidual will be: every element is read before its gradient is written
+    T* const dz = extra.data ? static_cast<T*>(dresidual.mutable_data_ptr()) : nullptr;
+    const T* g = static_cast<const T*>(given);
+    const bool vector =
+        bn_vectors_fit(main.shape) && extra.vectors_fit() && aligned16({g, main.data<T>(), other.data<T>(), dz});
+    const auto kernel = vector ? &bn_add_bn_reduce<T, true> : &bn_add_bn_reduce<T, false>;
+    const BnTiling t = bn_wave(kernel, main.shape, main.on.device);
+    launch(kernel, dim3(unsigned(t.blocks)), kBnThreads, 0, main.on.stream, g, extra, main.data<T>(), other.data<T>(),
+           bits, main.params<A>(), other.params<A>(), main.shape, t, at(partial), at(other_partial), dz);
+    bn_finalize_backward_run<A>(at(other_partial), main.shape, t, other.params<A>(), at(dresidual_weight), at(zeros),
+                                main.on.stream);
+    bn_finalize_backward_run<A>(at(partial), main.shape, t, main.params<A>(), at(dweight), at(dbias), main.on.stream);
+    if (dz) g = dz, bits = nullptr;
+    const int64_t count = training ? main.values : 0;
+    const auto gradient = [&](Call& of_call, Tensor& sums, Tensor& made) {
+      bn_backward_apply_run<T>(g, of_call.data<T>(), bits, of_call.params<A>(), at(sums), at(dbias), count, main.shape,
+                               main.on.device, static_cast<T*>(made.mutable_data_ptr()), nullptr, main.on.stream,
+                               dz != nullptr);
+    };
+    gradient(main, dweight, dx);
+    gradient(other, dresidual_weight, dresidual);
+  });
+  return {dx, dresidual, dweight, dresidual_weight, dbias};
+}
+
+}  // namespace
+}  // namespace fasttricks::cuda::ops
+
+FT_CUDA_LIBRARY(m) {
+  using namespace fasttricks::cuda::ops;
+  m.impl("bn_add_bn_relu_forward", TORCH_BOX(&bn_add_bn_relu_forward));
+  m.impl("bn_add_bn_relu_apply", TORCH_BOX(&bn_add_bn_relu_apply));
+  m.impl("bn_add_bn_relu_backward", TORCH_BOX(&bn_add_bn_relu_backward));
+}

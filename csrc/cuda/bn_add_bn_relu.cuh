@@ -1,0 +1,91 @@
+// Kernels of bn_add_bn_relu: apply, and the reduction of the backward pass. Statistics and the gradients of x and of
+// the residual are those of bn_relu.cuh. csrc/math/bn.h has the formulas; p is the BatchNorm of x, q that of the
+// residual.
+#pragma once
+
+#include "bn_relu.cuh"
+
+namespace fasttricks::cuda {
+
+// y = relu((x - mean) * weight * rstd + bias + the same of the residual), and the mask's bits. from_x: as in bn_apply.
+template <typename T, bool kVector>
+__global__ void __launch_bounds__(kBnThreads, kBnBlocksOf<T, kVector, 2>)
+    bn_add_bn_apply(const T* __restrict__ x, const T* __restrict__ residual, BnParams<acc_t<T>> p, BnParams<acc_t<T>> q,
+                    bool from_x, BnShape s, BnTiling t, T* __restrict__ y, uint8_t* __restrict__ mask) {
+  using A = acc_t<T>;
+  FT_SHARED(A, staged, 3 * kBnStaged);
+#pragma unroll 1
+  for (BnTile tile(s, t); tile.more(); tile.next()) {
+    A mean[kBnColumns], scale[kBnColumns], bias[kBnColumns];
+    A other_mean[kBnColumns], other_scale[kBnColumns], other_bias[kBnColumns];
+    const bool skip_x = tile.channel_params(p, staged, mean, scale, bias) && from_x;
+    __syncthreads();
+    tile.channel_params(q, staged, other_mean, other_scale, other_bias);
+#pragma unroll
+    for (int j = 0; j < kBnColumns; ++j) bias[j] += other_bias[j];
+    tile.for_rows<kBnChunkOf<T> / 2>([&](int64_t at, auto rows) {
+      constexpr int kRows = decltype(rows)::value;
+      T v[kRows][kBnColumns], z[kRows][kBnColumns];
+#pragma unroll
+      for (int u = 0; u < kRows; ++u) {
+        tile.template load<kVector>(x, at + u * tile.step(), v[u], !skip_x);
+        tile.template load<kVector>(residual, at + u * tile.step(), z[u]);
+      }
+#pragma unroll
+      for (int u = 0; u < kRows; ++u) {
+        unsigned bits = 0;
+#pragma unroll
+        for (int j = 0; j < kBnColumns; ++j) {
+          const A main = skip_x ? bias[j] : normalized(A(v[u][j]), mean[j], scale[j], bias[j]);
+          const T out = relu(T(normalized(A(z[u][j]), other_mean[j], other_scale[j], main)));
+          bits |= unsigned(passes(out)) << j;
+          z[u][j] = out;
+        }
+        tile.template store<kVector>(y, at + u * tile.step(), z[u]);
+        tile.store_bits(mask, at + u * tile.step(), bits);
+      }
+    });
+  }
+}
+
+// partial = (sum dz, sum dz * (x - mean)) of the block's elements of each channel, other_partial = (0, sum dz *
+// (residual - its mean)). dz: of dy, or of its sum with a second gradient of y; then dz is also written.
+template <typename T, bool kVector>
+__global__ void __launch_bounds__(kBnThreads, kBnBlocksOf<T, kVector, 2>)
+    bn_add_bn_reduce(const T* __restrict__ dy, FT_PARAMETER(BnSecondGradient<T>) other, const T* __restrict__ x,
+                     const T* __restrict__ residual, const uint8_t* __restrict__ mask, BnParams<acc_t<T>> p,
+                     BnParams<acc_t<T>> q, BnShape s, BnTiling t, acc_t<T>* __restrict__ partial,
+                     acc_t<T>* __restrict__ other_partial, T* __restrict__ dz) {
+  using A = acc_t<T>;
+  FT_SHARED(A, first, kBnThreads * kBnColumns);
+  FT_SHARED(A, second, kBnThreads * kBnColumns);
+#pragma unroll 1
+  for (BnTile tile(s, t); tile.more(); tile.next()) {
+    A mean[kBnColumns], other_mean[kBnColumns], scale[kBnColumns], bias[kBnColumns];
+    tile.channel_params(p, first, mean, scale, bias);
+    __syncthreads();
+    tile.channel_params(q, first, other_mean, scale, bias);
+    A sum_dz[kBnColumns] = {}, sum_dz_x[kBnColumns] = {}, sum_dz_z[kBnColumns] = {};
+    tile.for_rows<1>([&](int64_t e, auto) {
+      T g[kBnColumns], v[kBnColumns], z[kBnColumns];
+      tile.template load<kVector>(dy, e, g);
+      tile.template load<kVector>(x, e, v);
+      tile.template load<kVector>(residual, e, z);
+      const unsigned bits = tile.template load_bits<kVector>(mask, e);
+      if (other.data) other.template add_to<kVector>(tile, e, g);
+      keep_passing(bits, g);
+      if (dz) tile.template store<kVector>(dz, e, g);
+#pragma unroll
+      for (int j = 0; j < kBnColumns; ++j) {
+        sum_dz[j] += A(g[j]);
+        sum_dz_x[j] += A(g[j]) * (A(v[j]) - mean[j]);
+        sum_dz_z[j] += A(g[j]) * (A(z[j]) - other_mean[j]);
+      }
+    });
+    A none[kBnColumns] = {};
+    tile.again().store_sums(sum_dz, sum_dz_x, first, second, partial);
+    tile.again().store_sums(none, sum_dz_z, first, second, other_partial);
+  }
+}
+
+}  // namespace fasttricks::cuda
