@@ -1,14 +1,15 @@
 """Bytes, launches and saved bytes of one training step of ResNet-50-D: the last part of make bench-traffic.
 
 Everything that is no convolution, at batch 256 and 224 pixels, NHWC, float16, on an H100: of eager torch, by its
-kernels' formulas (resnet50d.py); of today's ops; and of ops that follow the residual from block to block.
+kernels' formulas (resnet50d.py); of our ops, each by itself; and of these ops as they are, which hand gradients along
+the residual from block to block.
 
-Bytes are those of DRAM: what a launch stores, and the first load of each 32 bytes. Today's ops run in the emulator on
+Bytes are those of DRAM: what a launch stores, and the first load of each 32 bytes. The ops run in the emulator on
 a few images of every layer's shape and on twice as many, and bytes are linear in the batch. Which of them stay on the
 chip, and the number of launches, is what their host code plans for the card (predict.py). Where no op of ours runs,
 torch's formula is taken. The operands of avgpool_conv1x1's products belong to a convolution and are subtracted.
 
-Ops that are not there yet have formulas, in ALONG_THE_RESIDUAL and `partly_on_chip`; whoever builds one meters it here.
+What is not there yet has formulas, in `partly_on_chip`; whoever builds it meters it here.
 
 Saved bytes: the tensors that nodes of the autograd graph save which are no convolutions, parameters left out.
 """
@@ -38,7 +39,7 @@ Passes = tuple[Cost, Cost]  # forward and backward
 
 
 class Metered:
-    """Today's ops in the emulator, scaled to BATCH images on a card."""
+    """The ops in the emulator, scaled to BATCH images on a card."""
 
     def __init__(self, card: str = "h100") -> None:
         self.machine = predict.Machine(predict.limits_of(card), nhwc=True)
@@ -85,6 +86,33 @@ class Metered:
         return Cost(forward, len(planned[0])), Cost(backward, len(planned[1]))
 
     @functools.cache  # noqa: B019
+    def bn_with_second_gradient(self, shape: tuple[int, ...], pooled: bool) -> Cost:
+        """The backward pass of bn_add_relu."""
+
+        def bytes_of(batch: int) -> list[int]:
+            x, z, dy, second = inputs(batch, shape, pooled)
+            (_, mean, var, mask), _ = self.dram(lambda: self.ops.bn_add_relu_forward(x, z, None, None, EPS))
+            given = (None, None, mean, var, EPS, True, True)
+            return [self.dram(lambda: self.ops.bn_relu_backward(dy, x, mask, *given, second))[1]]
+
+        return Cost(self.of_batch(shape, bytes_of)[0], 3)
+
+    @functools.cache  # noqa: B019
+    def bn_add_bn(self, shape: tuple[int, ...], second: bool, pooled: bool) -> Passes:
+        def bytes_of(batch: int) -> list[int]:
+            x, z, dy, other = inputs(batch, shape, pooled)
+            affine = [torch.rand(shape[1]) for _ in range(4)]
+            (_, *statistics, mask), forward = self.dram(
+                lambda: self.ops.bn_add_bn_relu_forward(x, z, *affine, EPS, EPS)
+            )
+            given = (affine[0], affine[2], *statistics, EPS, EPS, True, other if second else None)
+            _, backward = self.dram(lambda: self.ops.bn_add_bn_relu_backward(dy, x, z, mask, *given))
+            return [forward, backward]
+
+        forward, backward = self.of_batch(shape, bytes_of)
+        return Cost(forward, 7), Cost(backward, 5)
+
+    @functools.cache  # noqa: B019
     def avgpool_conv1x1(self, shape: tuple[int, ...]) -> Passes:
         """Without the operands of the three products, of which each has two and a result."""
         c, h, w = shape[1:]
@@ -120,7 +148,7 @@ class Metered:
 
 
 def metered(layer: Layer, ops: Metered) -> Passes:
-    """What today's ops move."""
+    """What each op moves by itself."""
     if layer.kind in ("bn_relu", "bn_add_relu"):
         return ops.bn(layer.shape, layer.kind == "bn_add_relu")
     if layer.kind == "pool" and not ops.machine.left_to_torch(layer):
@@ -131,15 +159,20 @@ def metered(layer: Layer, ops: Metered) -> Passes:
 # ---- ops along the residual ----
 
 
+def inputs(batch: int, shape: tuple[int, ...], pooled: bool) -> tuple[torch.Tensor, ...]:
+    """x, residual, dy and a second gradient of y."""
+    _, c, h, w = shape
+    sizes = [(h, w)] * 3 + [((h + 1) // 2, (w + 1) // 2) if pooled else (h, w)]
+    x, z, dy, second = (torch.randn(batch, c, *size).half().contiguous(memory_format=NHWC) for size in sizes)
+    return x, z, dy, second
+
+
 def adding(layer: Layer, ops: Metered) -> Passes:
-    """bn_add_relu with a second gradient, dy2: dy, dy2, x, mask -> dz and dz, x -> dx; dy2 has N/4 bytes if a shortcut
-    pools y. Two BatchNorms in one: x, r and x, r -> y; dy, x, r, mask and dy, x, r -> dx, dr, with dz as above."""
-    n, mask = layer.bytes, layer.elements / 8
-    second = n / 4 if layer.pooled else n
+    """bn_add_relu with a second gradient, and two BatchNorms in one op."""
     if layer.projection:
-        return Cost(5 * n + mask, 7), Cost(8 * n + mask + (second + n if layer.forked else 0), 3)
+        return ops.bn_add_bn(layer.shape, layer.forked, layer.pooled)
     forward, backward = metered(layer, ops)
-    return forward, Cost(6 * n + second + mask, 3) if layer.forked else backward
+    return forward, ops.bn_with_second_gradient(layer.shape, layer.pooled) if layer.forked else backward
 
 
 def nothing(layer: Layer, ops: Metered) -> Passes:
@@ -228,8 +261,8 @@ def saved_bytes(fused: bool, batch: int = BATCH) -> int:
 # by side, what a layer moves; and whether no card or emulator has run it
 SIDES: dict[str, tuple[Callable[[Layer, Metered], Passes], bool]] = {
     "eager": (lambda layer, ops: eager(layer), False),
-    "today's ops": (metered, False),
-    "along the residual": (along_the_residual, True),
+    "each op by itself": (metered, False),
+    "along the residual": (along_the_residual, False),
     "and partly on the chip": (partly_on_chip, True),
 }
 

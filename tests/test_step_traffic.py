@@ -24,7 +24,7 @@ def made(ops: Metered) -> dict[str, Step]:
     return {step.side: step for step in steps()}
 
 
-def test_today_s_ops_move_what_their_formulas_say(ops: Metered) -> None:
+def test_ops_move_what_their_formulas_say(ops: Metered) -> None:
     checked = set()
     for layer in layers(BATCH):
         if layer.kind not in ("bn_relu", "bn_add_relu"):
@@ -42,8 +42,8 @@ def test_today_s_ops_move_what_their_formulas_say(ops: Metered) -> None:
 def test_bytes_of_a_step(made: dict[str, Step]) -> None:
     """The goal of ops along the residual is 55% of eager's bytes."""
     share = {side: step.bytes / made["eager"].bytes for side, step in made.items()}
-    assert share["today's ops"] <= 0.69
-    assert share["along the residual"] <= 0.58
+    assert share["each op by itself"] <= 0.69
+    assert share["along the residual"] <= 0.60
     assert share["and partly on the chip"] <= 0.55
     normalised = sum(layer.bytes for layer in layers(BATCH) if layer.kind.startswith("bn"))
     assert 13 * normalised < made["eager"].bytes < 16 * normalised + 3e9
@@ -56,7 +56,7 @@ def test_saved_bytes_are_those_of_inputs_outputs_and_masks(made: dict[str, Step]
     outputs = sum(layer.bytes for layer in found if layer.kind != "bn")
     masks = sum(layer.elements / 8 for layer in found if layer.kind == "bn_add_relu")
     assert made["eager"].saved == pytest.approx(inputs + outputs, rel=1e-3)
-    assert made["today's ops"].saved == pytest.approx(inputs + masks, rel=1e-3)
+    assert made["each op by itself"].saved == pytest.approx(inputs + masks, rel=1e-3)
 
 
 def test_saved_bytes_grow_with_the_batch() -> None:
@@ -73,12 +73,12 @@ def test_every_layer_moves_less_along_the_residual(ops: Metered) -> None:
             moved = sum(cost.bytes for cost in passes(layer, ops))
             of_kind[layer.kind] = of_kind.get(layer.kind, 0.0) + moved
         shares.append(of_kind)
-    today, along, on_chip = shares
-    assert along["bn_relu"] == today["bn_relu"] > on_chip["bn_relu"]
+    alone, along, on_chip = shares
+    assert along["bn_relu"] == alone["bn_relu"] > on_chip["bn_relu"]
     for kind in ("bn", "fork", "pool"):
-        assert on_chip[kind] <= along[kind] < today[kind]
+        assert on_chip[kind] <= along[kind] < alone[kind]
     joined = ("bn_add_relu", "bn", "fork")
-    assert sum(along[kind] for kind in joined) < 0.8 * sum(today[kind] for kind in joined)
+    assert sum(along[kind] for kind in joined) < 0.8 * sum(alone[kind] for kind in joined)
 
 
 def test_lines(made: dict[str, Step], capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,4 +86,4 @@ def test_lines(made: dict[str, Step], capsys: pytest.CaptureFixture[str]) -> Non
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 5
     assert "batch 256" in said[0]
-    assert ["predicted" in line for line in said[1:]] == [False, False, True, True]
+    assert ["predicted" in line for line in said[1:]] == [False, False, False, True]
