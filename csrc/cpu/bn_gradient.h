@@ -38,9 +38,19 @@ class GradientOfY {
   }
 
   // NCHW: values [i, i + n) of a plane, counted over rows and channels.
-  const T* piece(int64_t plane, int64_t i, int64_t n) {
+  FT_INLINE const T* piece(int64_t plane, int64_t i, int64_t n) {
     const T* dy = dy_ + plane * inner_ + i;
-    if (!dy2_) return dy;
+    return dy2_ ? summed_piece(dy, plane, i, n) : dy;
+  }
+
+  // NHWC: all channels of row r.
+  FT_INLINE const T* row(int64_t r) {
+    const T* dy = dy_ + r * channels_;
+    return dy2_ ? summed_row(dy, r) : dy;
+  }
+
+ private:
+  const T* summed_piece(const T* dy, int64_t plane, int64_t i, int64_t n) {
     if (!second_.pooled) {
       add(dy, dy2_ + plane * inner_ + i, A(1), n, sum_);
       return sum_;
@@ -55,10 +65,7 @@ class GradientOfY {
     return sum_;
   }
 
-  // NHWC: all channels of row r.
-  const T* row(int64_t r) {
-    const T* dy = dy_ + r * channels_;
-    if (!dy2_) return dy;
+  const T* summed_row(const T* dy, int64_t r) {
     const T* dy2 = dy2_ + r * channels_;
     A share(1);
     if (second_.pooled) {
@@ -72,7 +79,6 @@ class GradientOfY {
     return sum_;
   }
 
- private:
   // to = a + b * share
   template <class B>
   static FT_INLINE void add(const T* a, const B* b, A share, int64_t size, T* to) {

@@ -105,14 +105,13 @@ struct Bn {
     return BitReader(a.mask_in, G == Gate::kMask ? at : 0, a.mask_in + a.mask_bytes);
   }
 
-  // Two: the residual has a BatchNorm of its own.
-  template <Gate G, bool Two>
-  static void reduce(const BnArguments& a, int64_t c, const Channel& k) {
+  // Two: the residual has a BatchNorm of its own. Keep: dz is kept.
+  template <Gate G, bool Two, bool Keep>
+  static void reduce(const BnArguments& a, int64_t c, const Channel& k, GradientOfY<T>& gradients) {
     const V mean(k.mean), scale(k.scale), bias(k.bias), mean_r(Two ? channel(*a.of_residual, c).mean : A(0));
     double total = 0, total_d = 0, total_r = 0;
     V s(A(0)), s_d(A(0)), s_r(A(0));
     int64_t held = 0;
-    GradientOfY<T> gradients(a, a.inner < kChunk ? a.inner : kChunk);
     for (int64_t r = 0; r < a.rows; ++r)
       for (int64_t i0 = 0; i0 < a.inner; i0 += kChunk) {
         const int64_t plane = r * a.channels + c, at = plane * a.inner + i0;
@@ -120,12 +119,12 @@ struct Bn {
         const T* x = static_cast<const T*>(a.x) + at;
         const T* residual = static_cast<const T*>(a.residual) + at;
         const T* dy = gradients.piece(plane, i0, count);
-        T* kept = a.dz ? static_cast<T*>(a.dz) + at : nullptr;
+        T* kept = static_cast<T*>(a.dz) + at;
         BitReader bits = mask_bits<G>(a, at);
         each<V>(count, [&](int64_t i, int n) FT_LAMBDA {
           const V v = load_n<A>(x + i, n);
           const V dz = gradient<G>(load_n<A>(dy + i, n), v, mean, scale, bias, bits, n);
-          if (kept) store_n(dz, kept + i, n);
+          if constexpr (Keep) store_n(dz, kept + i, n);
           const uint32_t lanes = (uint32_t(1) << n) - 1u;
           s = s + dz;
           s_d = V::fma(dz, (v - mean).keep(lanes), s_d);
@@ -139,6 +138,11 @@ struct Bn {
     static_cast<A*>(a.dbias)[c] = A(total + sum(s));
     store_dweight(a, c, total_d + sum(s_d));
     if constexpr (Two) store_dweight(*a.of_residual, c, total_r + sum(s_r));
+  }
+
+  template <Gate G, bool Two>
+  static void reduce(const BnArguments& a, int64_t c, const Channel& k, GradientOfY<T>& gradients) {
+    a.dz ? reduce<G, Two, true>(a, c, k, gradients) : reduce<G, Two, false>(a, c, k, gradients);
   }
 
   static void store_dweight(const BnArguments& a, int64_t c, double sum_dz_d) {
@@ -210,6 +214,7 @@ struct Bn {
   }
 
   static void channels(const BnArguments& a, int passes, int64_t begin, int64_t end) {
+    GradientOfY<T> gradients(a, a.inner < kChunk ? a.inner : kChunk);
     for (int64_t c = begin; c < end; ++c) {
       if (passes & kBnStatistics) {
         BnStatistics<T>::of_channel(a, c);
@@ -225,9 +230,9 @@ struct Bn {
                       : apply<Shortcut::kNone>(a, c, k, first, last);
       }
       if (passes & kBnReduce)
-        a.of_residual ? reduce<Gate::kMask, true>(a, c, k)
-        : a.mask_in   ? reduce<Gate::kMask, false>(a, c, k)
-                      : reduce<Gate::kOutput, false>(a, c, k);
+        a.of_residual ? reduce<Gate::kMask, true>(a, c, k, gradients)
+        : a.mask_in   ? reduce<Gate::kMask, false>(a, c, k, gradients)
+                      : reduce<Gate::kOutput, false>(a, c, k, gradients);
       if (passes & kBnBackward) {
         if (a.of_residual)
           a.dz ? backward<Gate::kOpen, true>(a, c, k) : backward<Gate::kMask, true>(a, c, k);
@@ -300,7 +305,7 @@ struct Bn {
                   : apply_rows<Shortcut::kNone>(a, begin, end);
   }
 
-  template <Gate G, bool Two>
+  template <Gate G, bool Two, bool Keep>
   static void reduce_rows(const BnArguments& a, int64_t begin, int64_t end, double* sums) {
     constexpr int kSums = Two ? 3 : 2;
     const int64_t C = a.channels, step = rows_together(C);
@@ -317,12 +322,12 @@ struct Bn {
         const T* x = static_cast<const T*>(a.x) + r * C;
         const T* residual = static_cast<const T*>(a.residual) + r * C;
         const T* dy = gradients.row(r);
-        T* kept = a.dz ? static_cast<T*>(a.dz) + r * C : nullptr;
+        T* kept = static_cast<T*>(a.dz) + r * C;
         each<V>(C, [&](int64_t c, int n) FT_LAMBDA {
           const V v = load_n<A>(x + c, n), mean = load_n<A>(k.mean + c, n);
           const V dz =
               gradient<G>(load_n<A>(dy + c, n), v, mean, load_n<A>(k.scale + c, n), load_n<A>(k.bias + c, n), bits, n);
-          if (kept) store_n(dz, kept + c, n);
+          if constexpr (Keep) store_n(dz, kept + c, n);
           store_n(load_n<A>(total + c, n) + dz, total + c, n);
           store_n(V::fma(dz, v - mean, load_n<A>(total_d + c, n)), total_d + c, n);
           if constexpr (Two) {
@@ -334,6 +339,11 @@ struct Bn {
       for (int64_t i = 0; i < kSums * C; ++i) sums[i] += double(block[i]);
     }
     delete[] block;
+  }
+
+  template <Gate G, bool Two>
+  static void reduce_rows(const BnArguments& a, int64_t begin, int64_t end, double* sums) {
+    a.dz ? reduce_rows<G, Two, true>(a, begin, end, sums) : reduce_rows<G, Two, false>(a, begin, end, sums);
   }
 
   static void row_reduce(const BnArguments& a, int64_t begin, int64_t end, double* sums) {
