@@ -1,4 +1,7 @@
-"""bn_relu and bn_add_relu in Triton: launch plans and registration. bn_relu_kernels.py has the formulas."""
+"""bn_relu and bn_add_relu in Triton: launch plans and registration. bn_relu_kernels.py has the formulas.
+
+Names without an underscore are for bn_add_bn_relu.py, too.
+"""
 
 from __future__ import annotations
 
@@ -102,36 +105,45 @@ class Shape:
         return (blocks, splits), arguments, constants
 
 
-def _channels(t: Tensor | None) -> Tensor | None:
+def dense(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 
-def _like_x(t: Tensor, layout: torch.memory_format) -> Tensor:
+def in_sums_dtype(t: Tensor, x: Tensor) -> Tensor:
+    """Numbers per channel of x, in the dtype of its sums."""
+    return t.to(accumulate_dtype(x.dtype)).contiguous()
+
+
+def like_x(t: Tensor, layout: torch.memory_format) -> Tensor:
     return t.contiguous(memory_format=layout)
 
 
-def _per_channel(x: Tensor) -> Tensor:
+def empty_like_x(x: Tensor, layout: torch.memory_format) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout)
+
+
+def per_channel(x: Tensor) -> Tensor:
     return torch.empty(x.shape[1], dtype=accumulate_dtype(x.dtype), device=x.device)
 
 
-def _blocks(channels: int) -> tuple[int]:
+def blocks_of(channels: int) -> tuple[int]:
     return (cdiv(channels, CHANNEL_BLOCK),)
 
 
-def _laid_out(x: Tensor) -> tuple[Tensor, torch.memory_format]:
+def laid_out(x: Tensor) -> tuple[Tensor, torch.memory_format]:
     """x, dense in the layout that its results have, and that layout."""
     layout = layout_of(x)
-    return _like_x(x, layout), layout
+    return like_x(x, layout), layout
 
 
 def bn_stats(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of every channel; zeros of an empty x."""
     check_x("bn_stats", x)
-    return _stats(*_laid_out(x))
+    return statistics(*laid_out(x))
 
 
-def _stats(x: Tensor, layout: torch.memory_format) -> tuple[Tensor, Tensor]:
-    mean, var = _per_channel(x), _per_channel(x)
+def statistics(x: Tensor, layout: torch.memory_format) -> tuple[Tensor, Tensor]:
+    mean, var = per_channel(x), per_channel(x)
     if x.numel() == 0:
         return mean.zero_(), var.zero_()
     shape = Shape.of(x, layout)
@@ -149,7 +161,7 @@ def _stats(x: Tensor, layout: torch.memory_format) -> tuple[Tensor, Tensor]:
     merged = {"means": partial[0], "m2s": partial[1], "counts": partial[2], "mean": mean, "var": var}
     sizes = {"channels": x.shape[1], "splits": partial.shape[1]}
     constants = {"BLOCK": CHANNEL_BLOCK}
-    launching.launch(kernels.bn_merge_kernel, _blocks(x.shape[1]), {**merged, **sizes}, constants, WARPS)
+    launching.launch(kernels.bn_merge_kernel, blocks_of(x.shape[1]), {**merged, **sizes}, constants, WARPS)
     return mean, var
 
 
@@ -157,18 +169,18 @@ def _apply(
     x: Tensor, layout: torch.memory_format, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
     mean: Tensor, var: Tensor, eps: float, skip: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout)
+    y = empty_like_x(x, layout)
     mask = None if residual is None else torch.empty(cdiv(x.numel(), 8), dtype=torch.uint8, device=x.device)
     if x.numel() == 0:
         return y, mask
     grid, arguments, constants = Shape.of(x, layout).elementwise(launching.programs(x.device))
     tensors = {
         "x": x,
-        "residual": None if residual is None else _like_x(residual, layout),
-        "weight": _channels(weight),
-        "bias": _channels(bias),
-        "mean": mean.to(accumulate_dtype(x.dtype)).contiguous(),
-        "var": var.to(accumulate_dtype(x.dtype)).contiguous(),
+        "residual": None if residual is None else like_x(residual, layout),
+        "weight": dense(weight),
+        "bias": dense(bias),
+        "mean": in_sums_dtype(mean, x),
+        "var": in_sums_dtype(var, x),
         "y": y,
         "mask": mask,
     }
@@ -184,10 +196,10 @@ def bn_relu_forward(
     """y and the batch statistics; updates the running statistics."""
     moved = running_mean, running_var, num_batches_tracked, momentum
     check_forward("bn_relu_forward", x, None, weight, bias, eps, *moved)
-    x, layout = _laid_out(x)
-    mean, var = _stats(x, layout)
+    x, layout = laid_out(x)
+    mean, var = statistics(x, layout)
     y, _ = _apply(x, layout, None, weight, bias, mean, var, eps, skip=True)
-    _update(running_mean, running_var, mean, var, values_per_channel(x), num_batches_tracked, momentum)
+    update_running(running_mean, running_var, mean, var, values_per_channel(x), num_batches_tracked, momentum)
     return y, mean, var
 
 
@@ -199,11 +211,11 @@ def bn_add_relu_forward(
     """y, the batch statistics and the bit mask of the ReLU; updates the running statistics."""
     moved = running_mean, running_var, num_batches_tracked, momentum
     check_forward("bn_add_relu_forward", x, residual, weight, bias, eps, *moved)
-    x, layout = _laid_out(x)
-    mean, var = _stats(x, layout)
+    x, layout = laid_out(x)
+    mean, var = statistics(x, layout)
     y, mask = _apply(x, layout, residual, weight, bias, mean, var, eps, skip=True)
     assert mask is not None
-    _update(running_mean, running_var, mean, var, values_per_channel(x), num_batches_tracked, momentum)
+    update_running(running_mean, running_var, mean, var, values_per_channel(x), num_batches_tracked, momentum)
     return y, mean, var, mask
 
 
@@ -212,7 +224,7 @@ def bn_relu_apply(
 ) -> Tensor:
     """y from given statistics; x is always read, since it may hold Inf or NaN that the statistics do not show."""
     check_apply("bn_relu_apply", x, None, weight, bias, mean, var, eps)
-    return _apply(*_laid_out(x), None, weight, bias, mean, var, eps, skip=False)[0]
+    return _apply(*laid_out(x), None, weight, bias, mean, var, eps, skip=False)[0]
 
 
 def bn_add_relu_apply(
@@ -220,7 +232,7 @@ def bn_add_relu_apply(
 ) -> tuple[Tensor, Tensor]:
     """y and the bit mask from given statistics."""
     check_apply("bn_add_relu_apply", x, residual, weight, bias, mean, var, eps)
-    y, mask = _apply(*_laid_out(x), residual, weight, bias, mean, var, eps, skip=False)
+    y, mask = _apply(*laid_out(x), residual, weight, bias, mean, var, eps, skip=False)
     assert mask is not None
     return y, mask
 
@@ -230,14 +242,30 @@ def _inputs(
 ) -> dict[str, Any]:
     layout = layout_of(x)
     return {
-        "dy": _like_x(dy, layout),
-        "x": _like_x(x, layout),
+        "dy": like_x(dy, layout),
+        "x": like_x(x, layout),
         "mask": None if mask is None else mask.contiguous(),
-        "weight": _channels(weight),
-        "bias": _channels(bias),
-        "mean": mean.to(accumulate_dtype(x.dtype)).contiguous(),
-        "var": var.to(accumulate_dtype(x.dtype)).contiguous(),
+        "weight": dense(weight),
+        "bias": dense(bias),
+        "mean": in_sums_dtype(mean, x),
+        "var": in_sums_dtype(var, x),
     }
+
+
+def second_gradient(
+    dy2: Tensor | None, x: Tensor, layout: torch.memory_format
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """Arguments and constants of a reduction that adds dy2 to dy, and then writes dz."""
+    sizes = dict.fromkeys(("height", "width_units", "pooled_height", "pooled_width"), 0)
+    if dy2 is None or dy2.numel() == 0:  # there may be no means of a single row or column
+        return {"dy2": None, "dz": None, **sizes}, {"SPREAD": 0}
+    spread = 0
+    if dy2.shape != x.shape:
+        height, width = x.shape[2:]
+        spread = launching.multiple_of(width) if layout == torch.contiguous_format else 1
+        sizes = {"height": height, "width_units": width // spread}
+        sizes |= {"pooled_height": dy2.shape[2], "pooled_width": dy2.shape[3]}
+    return {"dy2": like_x(dy2, layout), "dz": empty_like_x(x, layout), **sizes}, {"SPREAD": spread}
 
 
 def bn_relu_backward_reduce(
@@ -246,53 +274,67 @@ def bn_relu_backward_reduce(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dweight and dbias, in the type of the statistics."""
     check_backward("bn_relu_backward_reduce", dy, x, mask, weight, bias, mean, var, eps)
-    dweight, dbias = _per_channel(x), _per_channel(x)
-    if x.numel() == 0:
-        return dweight.zero_(), dbias.zero_()
-    return _reduce(_inputs(dy, x, mask, weight, bias, mean, var), layout_of(x), eps, dweight, dbias)
+    dweight, dbias, _ = _reduce(_inputs(dy, x, mask, weight, bias, mean, var), None, layout_of(x), eps)
+    return dweight, dbias
 
 
 def _reduce(
-    inputs: dict[str, Any], layout: torch.memory_format, eps: float, dweight: Tensor, dbias: Tensor
-) -> tuple[Tensor, Tensor]:
+    inputs: dict[str, Any], dy2: Tensor | None, layout: torch.memory_format, eps: float
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """dweight and dbias; dz, if there is a second gradient."""
     x = inputs["x"]
+    second, constants = second_gradient(dy2, x, layout)
+    sums = {"dweight": per_channel(x), "dbias": per_channel(x)}
+    reduce_backward(kernels.bn_backward_reduce_kernel, {**inputs, **second}, {**constants, "EPS": eps}, layout, sums)
+    return sums["dweight"], sums["dbias"], second["dz"]
+
+
+def reduce_backward(
+    kernel: Any, inputs: dict[str, Any], constants: dict[str, Any], layout: torch.memory_format,
+    sums: dict[str, Tensor],
+) -> None:  # fmt: skip
+    """Runs a reduction of the backward pass over x; sums: its results per channel, in the order of bn_sum_kernel."""
+    x = inputs["x"]
+    if x.numel() == 0:
+        for result in sums.values():
+            result.zero_()
+        return
     shape = Shape.of(x, layout)
 
     def run(choice: Reduction) -> Tensor:
-        grid, arguments, constants = shape.reduction(launching.programs(x.device), choice.tile)
-        partial = torch.empty(2, grid[1], x.shape[1], dtype=dweight.dtype, device=x.device)
-        arguments = {**inputs, "dweight": partial[0], "dbias": partial[1], **arguments}
-        kernel = kernels.bn_backward_reduce_kernel
-        launching.launch(kernel, grid, arguments, {**constants, "EPS": eps}, choice.warps)
-        return partial
+        grid, arguments, tiles = shape.reduction(launching.programs(x.device), choice.tile)
+        parts = torch.empty(len(sums), grid[1], x.shape[1], dtype=inputs["mean"].dtype, device=x.device)
+        arguments = {**inputs, **dict(zip(sums, parts, strict=True)), **arguments}
+        launching.launch(kernel, grid, arguments, {**tiles, **constants}, choice.warps)
+        return parts
 
     choices = [Reduction(BACKWARD_TILE, 2 * WARPS)]
     if shape.vec > 1:  # else every value needs an address in registers
         choices.append(Reduction(BACKWARD_TILE // 2, WARPS))
-    partial = run(tune.fastest("bn_backward_reduce", shape.family, x.device, choices, run))
-    sums = {"dweights": partial[0], "dbiases": partial[1], "dweight": dweight, "dbias": dbias}
-    sizes = {"channels": x.shape[1], "splits": partial.shape[1]}
-    constants = {"BLOCK": CHANNEL_BLOCK}
-    launching.launch(kernels.bn_sum_kernel, _blocks(x.shape[1]), {**sums, **sizes}, constants, WARPS)
-    return dweight, dbias
+    parts = run(tune.fastest(kernel.__name__, shape.family, x.device, choices, run))
+    arguments = {"parts": parts, **dict.fromkeys(("dweight", "dbias", "dresidual_weight")), **sums}
+    arguments |= {"channels": x.shape[1], "splits": parts.shape[1]}
+    launching.launch(kernels.bn_sum_kernel, blocks_of(x.shape[1]), arguments, {"BLOCK": CHANNEL_BLOCK}, WARPS)
 
 
 def _backward_apply(
     inputs: dict[str, Any], layout: torch.memory_format, eps: float, dweight: Tensor, dbias: Tensor, count: int,
-    batch: bool, need_dresidual: bool,
+    batch: bool, need_dresidual: bool, dz: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dx and dresidual; dz: what a reduction wrote, which is dresidual."""
     x = inputs["x"]
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout)
-    dresidual = torch.empty_like(dx) if need_dresidual else x.new_empty(0)
+    dx = empty_like_x(x, layout)
+    dresidual = x.new_empty(0)
+    if need_dresidual:
+        dresidual = empty_like_x(x, layout) if dz is None else dz
     if x.numel() == 0:
         return dx, dresidual
     grid, arguments, constants = Shape.of(x, layout).elementwise(launching.programs(x.device))
-    sums = {
-        "dweight": dweight.to(inputs["mean"].dtype).contiguous(),
-        "dbias": dbias.to(inputs["mean"].dtype).contiguous(),
-    }
-    outputs = {"dx": dx, "dresidual": dresidual if need_dresidual else None}
-    constants = {**constants, "EPS": eps, "BATCH": batch}
+    sums = {"dweight": in_sums_dtype(dweight, x), "dbias": in_sums_dtype(dbias, x)}
+    outputs = {"dx": dx, "dresidual": dresidual if need_dresidual and dz is None else None}
+    if dz is not None:
+        inputs = {**inputs, "dy": dz, "mask": None}
+    constants = {**constants, "EPS": eps, "BATCH": batch, "DZ": dz is not None}
     arguments["count"] = count
     launching.launch(
         kernels.bn_backward_apply_kernel, grid, {**inputs, **sums, **outputs, **arguments}, constants, WARPS
@@ -304,17 +346,13 @@ def bn_relu_backward(
     dy: Tensor, x: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None, mean: Tensor,
     var: Tensor, eps: float, training: bool, need_dresidual: bool, dy2: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dx, dresidual (empty unless asked for), dweight and dbias; dy2: a second gradient of y."""
+    """dx, dresidual (empty unless asked for), dweight and dbias; dy2: a second gradient of y, or of its 2x2 means."""
     check_backward("bn_relu_backward", dy, x, mask, weight, bias, mean, var, eps, need_dresidual, dy2)
     layout = layout_of(x)
     inputs = _inputs(dy, x, mask, weight, bias, mean, var)
-    dweight, dbias = _per_channel(x), _per_channel(x)
-    if x.numel() == 0:
-        dweight.zero_(), dbias.zero_()
-    else:
-        _reduce(inputs, layout, eps, dweight, dbias)
+    dweight, dbias, dz = _reduce(inputs, dy2, layout, eps)
     count = x.numel() // max(x.shape[1], 1)
-    dx, dresidual = _backward_apply(inputs, layout, eps, dweight, dbias, count, training, need_dresidual)
+    dx, dresidual = _backward_apply(inputs, layout, eps, dweight, dbias, count, training, need_dresidual, dz)
     return dx, dresidual, dweight, dbias
 
 
@@ -336,10 +374,10 @@ def bn_update_stats_(
     """Updates the running statistics by those of `count` values per channel; count is a number on the device."""
     check_update(running_mean, running_var, mean, var, count, num_batches_tracked, momentum)
     mean, var = (t.to(accumulate_dtype(t.dtype)).contiguous() for t in (mean, var))
-    _update(running_mean, running_var, mean, var, count, num_batches_tracked, momentum)
+    update_running(running_mean, running_var, mean, var, count, num_batches_tracked, momentum)
 
 
-def _update(
+def update_running(
     running_mean: Tensor | None, running_var: Tensor | None, mean: Tensor, var: Tensor, count: int | Tensor,
     batches: Tensor | None, momentum: float | None,
 ) -> None:  # fmt: skip

@@ -5,6 +5,9 @@
     dbias = sum dz,  dweight = sum dz * xhat,  dresidual = dz
     dx = weight * rstd * (dz - dbias / M - xhat * dweight / M)           M = values per channel
 
+A second gradient dy2 of y is added to dy by the pass that sums, which then writes dz for the pass that makes dx. It has
+the shape of x, or that of the 2x2 means of y, whose gradient each pixel of a window gets an equal part of.
+
 Memory is (rows, channels, pixels) for NCHW and (rows, channels) for NHWC, where rows are samples and pixels. `inner` is
 the length that is contiguous in one channel's (NCHW) or one pixel's (NHWC) run; it arrives divided by VEC, so that the
 compiler knows its divisibility and emits 128-bit accesses without specialising on the shape.
@@ -16,11 +19,12 @@ import triton
 import triton.language as tl
 
 # sizes say nothing about alignment (VEC does), so that no shape compiles a kernel again
-_SIZES = ["rows", "units", "channels", "tiles", "per_split", "numel", "period", "splits", "count"]
+SIZES = ["rows", "units", "channels", "tiles", "per_split", "numel", "period", "splits", "count"]
+SIZES += ["height", "width_units", "pooled_height", "pooled_width"]
 
 
 @triton.jit
-def _total(values, NHWC: tl.constexpr):
+def channel_total(values, NHWC: tl.constexpr):
     """Sum over a tile, per channel: a vector for NHWC, one number for NCHW."""
     if NHWC:
         return tl.sum(values, axis=0)
@@ -29,7 +33,17 @@ def _total(values, NHWC: tl.constexpr):
 
 
 @triton.jit
-def _place(
+def _corner(tile, block, inner, NHWC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """The first row and the first column of a tile."""
+    if NHWC:
+        return tile * ROWS, block * COLS
+    else:
+        blocks = (inner + COLS - 1) // COLS
+        return (tile // blocks) * ROWS, (tile % blocks) * COLS
+
+
+@triton.jit
+def place(
     tile, block, rows, units, channels,
     NHWC: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -39,27 +53,83 @@ def _place(
         tile = tl.cast(tile, tl.int64)
         inner = tl.cast(units, tl.int64) * VEC
         block = block.to(tl.int64)
-    r = tl.arange(0, ROWS)[:, None]
-    c = tl.arange(0, COLS)[None, :]
+    first_row, first_col = _corner(tile, block, inner, NHWC, ROWS, COLS)
+    row = first_row + tl.arange(0, ROWS)[:, None]
+    col = first_col + tl.arange(0, COLS)[None, :]
+    inside = tl.minimum(rows - first_row, ROWS)
     if NHWC:
-        first = tile * ROWS
-        row = first + r
-        col = block * COLS + c
         start = row * inner
-        inside = tl.minimum(rows - first, ROWS)
     else:
-        blocks = (inner + COLS - 1) // COLS
-        first = (tile // blocks) * ROWS
-        row = first + r
-        first_col = (tile % blocks) * COLS
-        col = first_col + c
         start = row * (inner * channels) + block * inner
-        inside = tl.minimum(rows - first, ROWS) * tl.minimum(inner - first_col, COLS)
+        inside *= tl.minimum(inner - first_col, COLS)
     return start + col, (row < rows) & (col < inner), inside
 
 
 @triton.jit
-def _mask_bits(
+def gradient_of_y(
+    dy, dy2, offset, valid, tile, block, rows, units, channels, height, width_units, pooled_height, pooled_width,
+    NHWC: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, WIDE: tl.constexpr,
+    SPREAD: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """A tile of dy [+ dy2, the sum rounded to the type of dy].
+
+    SPREAD: 0 if dy2 has the shape of x. Else it has that of the 2x2 means, and SPREAD divides the width of x.
+    """
+    g = tl.load(dy + offset, mask=valid, other=0.0).to(ACC)
+    if dy2 is not None:
+        if SPREAD == 0:
+            second = tl.load(dy2 + offset, mask=valid, other=0.0).to(ACC)
+        else:
+            second = _spread(
+                dy2, valid, tile, block, rows, units, channels, height, width_units, pooled_height, pooled_width,
+                NHWC, VEC, ROWS, COLS, WIDE, SPREAD, ACC,
+            )  # fmt: skip
+        g = (g + second).to(dy.dtype.element_ty).to(ACC)
+    return g
+
+
+@triton.jit
+def _spread(
+    dy2, valid, tile, block, rows, units, channels, height, width_units, pooled_height, pooled_width,
+    NHWC: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, WIDE: tl.constexpr,
+    SPREAD: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """For each pixel of a tile, its window's value divided by the window's pixels inside the image; 0 if it has none.
+
+    NCHW: if the width is even, pixels are read as pairs, whose windows are neighbours in memory.
+    """
+    width = width_units * SPREAD
+    if WIDE:
+        tile, units, block = tl.cast(tile, tl.int64), tl.cast(units, tl.int64), block.to(tl.int64)
+    PAIRS: tl.constexpr = not NHWC and SPREAD > 1
+    WIDTH: tl.constexpr = COLS // 2 if PAIRS else COLS
+    inner = units * (VEC // 2 if PAIRS else VEC)
+    first_row, first_col = _corner(tile, block, inner, NHWC, ROWS, WIDTH)
+    row = first_row + tl.arange(0, ROWS)[:, None]
+    col = first_col + tl.arange(0, WIDTH)[None, :]
+    if NHWC:
+        plane, i, j = row // (height * width), row // width % height // 2, row % width // 2
+        valid &= j < pooled_width
+    elif PAIRS:
+        pooled_width = width_units * (SPREAD // 2)
+        plane, i, j = row * channels + block, col // pooled_width // 2, col % pooled_width
+        valid = (row < rows) & (col < inner)
+    else:
+        plane, i, j = row * channels + block, col // width // 2, col % width // 2
+        valid &= j < pooled_width
+    at = (plane * pooled_height + i) * pooled_width + j
+    if NHWC:
+        at = at * inner + col
+    # 1 / the pixels of the window
+    share = tl.where(2 * i + 1 < height, 0.5, 1.0) * tl.where(2 * j + 1 < width, 0.5, 1.0)
+    values = tl.load(dy2 + at, mask=valid & (i < pooled_height), other=0.0).to(ACC) * share
+    if PAIRS:
+        values = tl.reshape(tl.join(values, values), (ROWS, COLS))
+    return values
+
+
+@triton.jit
+def mask_bits(
     mask, offset, valid, VEC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
 ):  # fmt: skip
     """The saved ReLU mask at `offset`: bit i of byte j is element 8j + i; one byte serves 8 aligned columns."""
@@ -74,10 +144,15 @@ def _mask_bits(
 
 
 @triton.jit
-def _parameters(weight, bias, mean, var, channel, valid, EPS: tl.constexpr):
-    """mean, rstd, weight and bias of the channels, in the type of the statistics."""
+def mean_and_rstd(mean, var, channel, valid, EPS: tl.constexpr):
     m = tl.load(mean + channel, mask=valid, other=0.0)
-    rstd = tl.rsqrt(tl.load(var + channel, mask=valid, other=1.0) + EPS)
+    return m, tl.rsqrt(tl.load(var + channel, mask=valid, other=1.0) + EPS)
+
+
+@triton.jit
+def parameters(weight, bias, mean, var, channel, valid, EPS: tl.constexpr):
+    """mean, rstd, weight and bias of the channels, in the type of the statistics."""
+    m, rstd = mean_and_rstd(mean, var, channel, valid, EPS)
     w = tl.full(m.shape, 1.0, m.dtype)
     b = tl.full(m.shape, 0.0, m.dtype)
     if weight is not None:
@@ -88,7 +163,7 @@ def _parameters(weight, bias, mean, var, channel, valid, EPS: tl.constexpr):
 
 
 @triton.jit
-def _affine(v, m, scale, b):
+def affine(v, m, scale, b):
     """(v - m) * scale + b with one rounding of product and sum: forward and backward must round identically."""
     d = v - m
     d, scale = tl.broadcast(d, scale)
@@ -97,11 +172,11 @@ def _affine(v, m, scale, b):
 
 
 @triton.jit
-def _passes(z):
+def passes(z):
     return (z > 0) | (z != z)
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=SIZES)
 def bn_stats_kernel(
     x, mean, m2, counts, rows, units, channels, tiles, per_split,
     NHWC: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, WIDE: tl.constexpr,
@@ -114,15 +189,15 @@ def bn_stats_kernel(
     squares = tl.zeros((width,), mean.dtype.element_ty)
     n = tl.zeros((width,), mean.dtype.element_ty)
     for tile in range(split * per_split, tl.minimum(tiles, (split + 1) * per_split)):
-        offset, valid, inside = _place(tile, block, rows, units, channels, NHWC, VEC, ROWS, COLS, WIDE)
+        offset, valid, inside = place(tile, block, rows, units, channels, NHWC, VEC, ROWS, COLS, WIDE)
         v = tl.load(x + offset, mask=valid, other=0.0).to(mean.dtype.element_ty)
         k = inside.to(mean.dtype.element_ty)
-        here = _total(v, NHWC) / k
+        here = channel_total(v, NHWC) / k
         away = tl.where(valid, v - here, 0.0)
         # the sum of large values rounds; that of their distances gives what it lost
-        correction = _total(away, NHWC) / k
+        correction = channel_total(away, NHWC) / k
         here += correction
-        m2_here = tl.maximum(_total(away * away, NHWC) - correction * correction * k, 0.0, tl.PropagateNan.ALL)
+        m2_here = tl.maximum(channel_total(away * away, NHWC) - correction * correction * k, 0.0, tl.PropagateNan.ALL)
         total = n + k
         delta = here - average
         squares += m2_here + delta * delta * (n * k / total)
@@ -135,7 +210,7 @@ def bn_stats_kernel(
     tl.store(counts + at, n, mask=inside_c)
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=SIZES)
 def bn_merge_kernel(means, m2s, counts, mean, var, channels, splits, BLOCK: tl.constexpr):
     """mean and biased var from the splits, merged in order by Chan's formula."""
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -155,7 +230,7 @@ def bn_merge_kernel(means, m2s, counts, mean, var, channels, splits, BLOCK: tl.c
     tl.store(var + channel, squares / n, mask=valid)
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=SIZES)
 def bn_apply_kernel(
     x, residual, weight, bias, mean, var, y, mask, numel, units, channels, period,
     EPS: tl.constexpr, NHWC: tl.constexpr, VEC: tl.constexpr, FULL: tl.constexpr, SKIP: tl.constexpr,
@@ -165,37 +240,43 @@ def bn_apply_kernel(
 
     SKIP: if weight is 0 and the statistics (and so all x) are finite, x is not read: its term is exactly 0.
     """
-    first = _first_tile(period, LOOPS)
-    group, index, valid = _tile(first, numel, FULL, WIDE, GROUPS)
-    m, rstd, w, b = _parameters(
-        weight, bias, mean, var, _channel(group, index, units, channels, NHWC, VEC), valid, EPS
+    first = first_tile(period, LOOPS)
+    group, index, valid = groups_of(first, numel, FULL, WIDE, GROUPS)
+    m, rstd, w, b = parameters(
+        weight, bias, mean, var, channel_of(group, index, units, channels, NHWC, VEC), valid, EPS
     )  # fmt: skip
     if SKIP:
-        live = _any_of_group((w != 0) | (m * 0 != 0) | (rstd * 0 != 0))
+        live = any_of_group((w != 0) | (m * 0 != 0) | (rstd * 0 != 0))
     scale = w * rstd
     for loop in range(0, LOOPS):
-        group, index, valid = _tile(first + loop * period, numel, FULL, WIDE, GROUPS)
+        group, index, valid = groups_of(first + loop * period, numel, FULL, WIDE, GROUPS)
         read = (valid & live) if SKIP else valid
         v = tl.load(x + index, mask=read, other=0.0).to(m.dtype)
-        z = _affine(v, m, scale, b)
+        z = affine(v, m, scale, b)
         if residual is not None:
             z += tl.load(residual + index, mask=valid, other=0.0).to(m.dtype)
-        z = z.to(y.dtype.element_ty)
-        through = _passes(z.to(m.dtype))
-        tl.store(y + index, tl.where(through, z, 0.0), mask=valid)
-        if mask is not None:
-            bits = tl.sum((through & valid).to(tl.int32) << tl.arange(0, 8)[None, :], axis=1)
-            tl.store(mask + group, bits[:, None].to(tl.uint8), mask=group * 8 < numel)
+        store_relu(z, y, mask, group, index, valid, numel)
 
 
 @triton.jit
-def _any_of_group(flags):
+def store_relu(z, y, mask, group, index, valid, numel):
+    """Writes y, z rounded to the type of y where that passes the ReLU, and the bits of the mask if there is one."""
+    rounded = z.to(y.dtype.element_ty)
+    through = passes(rounded.to(z.dtype))
+    tl.store(y + index, tl.where(through, rounded, 0.0), mask=valid)
+    if mask is not None:
+        bits = tl.sum((through & valid).to(tl.int32) << tl.arange(0, 8)[None, :], axis=1)
+        tl.store(mask + group, bits[:, None].to(tl.uint8), mask=group * 8 < numel)
+
+
+@triton.jit
+def any_of_group(flags):
     """Whether any of a group's 8 flags is set, for all 8: one mask per group keeps its load 16 bytes wide."""
     return tl.max(flags.to(tl.int32), axis=1)[:, None] != 0
 
 
 @triton.jit
-def _tile(tile, numel, FULL: tl.constexpr, WIDE: tl.constexpr, GROUPS: tl.constexpr):
+def groups_of(tile, numel, FULL: tl.constexpr, WIDE: tl.constexpr, GROUPS: tl.constexpr):
     """Group, element index and validity of a tile's elements, 8 in a group."""
     if WIDE:
         tile = tile.to(tl.int64)
@@ -205,7 +286,7 @@ def _tile(tile, numel, FULL: tl.constexpr, WIDE: tl.constexpr, GROUPS: tl.conste
 
 
 @triton.jit
-def _channel(group, index, units, channels, NHWC: tl.constexpr, VEC: tl.constexpr):
+def channel_of(group, index, units, channels, NHWC: tl.constexpr, VEC: tl.constexpr):
     if VEC == 8:
         if NHWC:
             return (group % units) * 8 + tl.arange(0, 8)[None, :]
@@ -219,97 +300,136 @@ def _channel(group, index, units, channels, NHWC: tl.constexpr, VEC: tl.constexp
 
 
 @triton.jit
-def _first_tile(period, LOOPS: tl.constexpr):
+def first_tile(period, LOOPS: tl.constexpr):
     """The tiles of a program: LOOPS of them, `period` tiles apart so that they have the same channels."""
     return tl.program_id(0) // period * (period * LOOPS) + tl.program_id(0) % period
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=SIZES)
 def bn_backward_reduce_kernel(
-    dy, x, mask, weight, bias, mean, var, dweight, dbias, rows, units, channels, tiles, per_split,
+    dy, dy2, x, mask, weight, bias, mean, var, dz, dweight, dbias, rows, units, channels, tiles, per_split,
+    height, width_units, pooled_height, pooled_width,
     EPS: tl.constexpr, NHWC: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-    WIDE: tl.constexpr,
+    WIDE: tl.constexpr, SPREAD: tl.constexpr,
 ):  # fmt: skip
-    """One split's sum dz and sum dz * xhat."""
+    """One split's sum dz and sum dz * xhat; and dz, if there is a dy2."""
     block, split = tl.program_id(0), tl.program_id(1)
     width: tl.constexpr = COLS if NHWC else 1
     channel = block * width + tl.arange(0, width)
-    m, rstd, w, b = _parameters(weight, bias, mean, var, channel, channel < channels, EPS)
+    m, rstd, w, b = parameters(weight, bias, mean, var, channel, channel < channels, EPS)
     # one sum per element of the tile: threads synchronise once, after the last tile
     sum_dz = tl.zeros((ROWS, COLS), m.dtype)
     sum_dz_xhat = tl.zeros((ROWS, COLS), m.dtype)
     for tile in range(split * per_split, tl.minimum(tiles, (split + 1) * per_split)):
-        offset, valid, _ = _place(tile, block, rows, units, channels, NHWC, VEC, ROWS, COLS, WIDE)
+        offset, valid, _ = place(tile, block, rows, units, channels, NHWC, VEC, ROWS, COLS, WIDE)
         v = tl.load(x + offset, mask=valid, other=0.0).to(m.dtype)
-        g = tl.load(dy + offset, mask=valid, other=0.0).to(m.dtype)
+        g = gradient_of_y(
+            dy, dy2, offset, valid, tile, block, rows, units, channels, height, width_units, pooled_height,
+            pooled_width, NHWC, VEC, ROWS, COLS, WIDE, SPREAD, m.dtype,
+        )  # fmt: skip
         if mask is not None:
-            through = _mask_bits(mask, offset, valid, VEC, ROWS, COLS)
+            through = mask_bits(mask, offset, valid, VEC, ROWS, COLS)
         else:
-            z = _affine(v, m[None, :], (w * rstd)[None, :], b[None, :])
-            through = _passes(z.to(x.dtype.element_ty).to(m.dtype))
-        dz = tl.where(through & valid, g, 0.0)
-        sum_dz += dz
+            z = affine(v, m[None, :], (w * rstd)[None, :], b[None, :])
+            through = passes(z.to(x.dtype.element_ty).to(m.dtype))
+        g = tl.where(through & valid, g, 0.0)
+        if dz is not None:
+            tl.store(dz + offset, g.to(dz.dtype.element_ty), mask=valid)
+        sum_dz += g
         # the distance is masked too: 0 * (NaN or Inf of a padded element) must not enter
-        sum_dz_xhat += dz * tl.where(valid, v - m[None, :], 0.0)
+        sum_dz_xhat += g * tl.where(valid, v - m[None, :], 0.0)
     at = split * channels + channel
-    tl.store(dbias + at, _total(sum_dz, NHWC), mask=channel < channels)
-    tl.store(dweight + at, _total(sum_dz_xhat, NHWC) * rstd, mask=channel < channels)
+    tl.store(dbias + at, channel_total(sum_dz, NHWC), mask=channel < channels)
+    tl.store(dweight + at, channel_total(sum_dz_xhat, NHWC) * rstd, mask=channel < channels)
 
 
-@triton.jit(do_not_specialize=_SIZES)
-def bn_sum_kernel(dweights, dbiases, dweight, dbias, channels, splits, BLOCK: tl.constexpr):
-    """The splits' sums, added in order."""
+@triton.jit(do_not_specialize=SIZES)
+def bn_sum_kernel(parts, dweight, dbias, dresidual_weight, channels, splits, BLOCK: tl.constexpr):
+    """The splits' sums, added in order: those of dweight, then of dbias, then of dresidual_weight, if there is one."""
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = channel < channels
-    first = tl.zeros((BLOCK,), dweight.dtype.element_ty)
-    second = tl.zeros((BLOCK,), dweight.dtype.element_ty)
+    second, third = splits * channels, 2 * splits * channels
+    of_weight = tl.zeros((BLOCK,), dweight.dtype.element_ty)
+    of_bias = tl.zeros((BLOCK,), dweight.dtype.element_ty)
+    of_residual = tl.zeros((BLOCK,), dweight.dtype.element_ty)
     for split in range(0, splits):
         at = split * channels + channel
-        first += tl.load(dweights + at, mask=valid, other=0.0)
-        second += tl.load(dbiases + at, mask=valid, other=0.0)
-    tl.store(dweight + channel, first, mask=valid)
-    tl.store(dbias + channel, second, mask=valid)
+        of_weight += tl.load(parts + at, mask=valid, other=0.0)
+        of_bias += tl.load(parts + second + at, mask=valid, other=0.0)
+        if dresidual_weight is not None:
+            of_residual += tl.load(parts + third + at, mask=valid, other=0.0)
+    tl.store(dweight + channel, of_weight, mask=valid)
+    tl.store(dbias + channel, of_bias, mask=valid)
+    if dresidual_weight is not None:
+        tl.store(dresidual_weight + channel, of_residual, mask=valid)
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=SIZES)
 def bn_backward_apply_kernel(
     dy, x, mask, weight, bias, mean, var, dweight, dbias, dx, dresidual, numel, units, channels, period, count,
     EPS: tl.constexpr, NHWC: tl.constexpr, VEC: tl.constexpr, FULL: tl.constexpr, BATCH: tl.constexpr,
-    WIDE: tl.constexpr, GROUPS: tl.constexpr, LOOPS: tl.constexpr,
+    DZ: tl.constexpr, WIDE: tl.constexpr, GROUPS: tl.constexpr, LOOPS: tl.constexpr,
 ):  # fmt: skip
-    """dx and, if requested, dresidual. BATCH: the statistics depend on x.
+    """dx and, if requested, dresidual. BATCH: the statistics depend on x. DZ: what is given as dy is dz.
 
     If weight is 0 and the sums and statistics are finite, dx is exactly 0 and neither x nor (for dx) dy is read.
     """
-    first = _first_tile(period, LOOPS)
-    group, index, valid = _tile(first, numel, FULL, WIDE, GROUPS)
-    channel = _channel(group, index, units, channels, NHWC, VEC)
-    m, rstd, w, b = _parameters(weight, bias, mean, var, channel, valid, EPS)
+    first = first_tile(period, LOOPS)
+    group, index, valid = groups_of(first, numel, FULL, WIDE, GROUPS)
+    channel = channel_of(group, index, units, channels, NHWC, VEC)
+    m, rstd, w, b = parameters(weight, bias, mean, var, channel, valid, EPS)
     dw = tl.load(dweight + channel, mask=valid, other=0.0)
     db = tl.load(dbias + channel, mask=valid, other=0.0)
-    live = _any_of_group((w != 0) | (dw * 0 != 0) | (db * 0 != 0) | (m * 0 != 0) | (rstd * 0 != 0))
-    if BATCH:
-        k = count.to(m.dtype)
-        db /= k
-        dw = rstd * (dw / k)
+    live = is_live(w, m, rstd, dw, db)
     scale = w * rstd
+    slope, shift = slope_and_shift(rstd, dw, db, count, BATCH)
     for loop in range(0, LOOPS):
-        group, index, valid = _tile(first + loop * period, numel, FULL, WIDE, GROUPS)
+        group, index, valid = groups_of(first + loop * period, numel, FULL, WIDE, GROUPS)
         read = valid & live
         v = tl.load(x + index, mask=read, other=0.0).to(m.dtype)
         g = tl.load(dy + index, mask=read if dresidual is None else valid, other=0.0).to(m.dtype)
-        if mask is not None:
-            byte = tl.load(mask + group, mask=group * 8 < numel, other=0).to(tl.int32)
-            through = ((byte >> tl.arange(0, 8)[None, :]) & 1) != 0
-        else:
-            through = _passes(_affine(v, m, scale, b).to(x.dtype.element_ty).to(m.dtype))
-        dz = tl.where(through, g, 0.0)
+        if not DZ:
+            if mask is not None:
+                through = bits_of_group(mask, group, numel)
+            else:
+                through = passes(affine(v, m, scale, b).to(x.dtype.element_ty).to(m.dtype))
+            g = tl.where(through, g, 0.0)
         if dresidual is not None:
-            tl.store(dresidual + index, dz.to(dresidual.dtype.element_ty), mask=valid)
-        d = dz
-        if BATCH:
-            d = dz - db - (v - m) * dw
-        tl.store(dx + index, (scale * d).to(dx.dtype.element_ty), mask=valid)
+            tl.store(dresidual + index, g.to(dresidual.dtype.element_ty), mask=valid)
+        d = gradient_of_input(g, v, m, scale, slope, shift, BATCH)
+        tl.store(dx + index, d.to(dx.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def bits_of_group(mask, group, numel):
+    """The saved ReLU mask of a flat pass: one byte for the 8 elements of a group."""
+    byte = tl.load(mask + group, mask=group * 8 < numel, other=0).to(tl.int32)
+    return ((byte >> tl.arange(0, 8)[None, :]) & 1) != 0
+
+
+@triton.jit
+def is_live(w, m, rstd, dweight, dbias):
+    """Whether dx may differ from 0: weight does, or a sum or statistic is not finite."""
+    return any_of_group((w != 0) | (dweight * 0 != 0) | (dbias * 0 != 0) | (m * 0 != 0) | (rstd * 0 != 0))
+
+
+@triton.jit
+def slope_and_shift(rstd, dweight, dbias, count, BATCH: tl.constexpr):
+    """Factors of gradient_of_input; without BATCH they are not used."""
+    if BATCH:
+        k = count.to(rstd.dtype)
+        return rstd * (dweight / k), dbias / k
+    else:
+        return dweight, dbias
+
+
+@triton.jit
+def gradient_of_input(dz, v, m, scale, slope, shift, BATCH: tl.constexpr):
+    """dx. scale: weight * rstd; BATCH: the statistics depend on x."""
+    if BATCH:
+        return scale * (dz - shift - (v - m) * slope)
+    else:
+        return scale * dz
 
 
 @triton.jit(do_not_specialize=["channels", "move", "move_rest", "bessel", "bessel_rest"])

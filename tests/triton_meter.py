@@ -27,6 +27,10 @@ class Meter:
     def accessed(self, addresses: np.ndarray, valid: np.ndarray, itemsize: int) -> None:
         self._accesses.append((np.unique(addresses[np.broadcast_to(valid, addresses.shape)]), itemsize))
 
+    def arguments(self) -> list[torch.Tensor]:
+        """The tensors that launches had since the last take()."""
+        return [t for launched in self._alive for t in launched.values() if isinstance(t, torch.Tensor)]
+
     def take(self, *tensors: torch.Tensor) -> tuple[int, int, int]:
         """Returns (bytes of these tensors, bytes of all others, launches), and resets the counts."""
         of_these = total = 0
