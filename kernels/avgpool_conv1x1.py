@@ -7,7 +7,7 @@ in shared memory cannot be an operand. The weight could be one, but it stays in 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -56,9 +56,14 @@ class Shape:
         n, c, h, w = x.shape
         ho, wo = output_size(x, stride, ceil_mode)
         nhwc = layout_of(x) == torch.channels_last
-        if stride == 1:  # no windows: all pixels of an image are one row
-            h, w, ho, wo = 1, h * w, 1, h * w
-        return Shape(n, c, h, w, weight.shape[0], ho, wo, stride, nhwc, x.dtype)
+        shape = Shape(n, c, h, w, weight.shape[0], ho, wo, stride, nhwc, x.dtype)
+        return shape.after_pool if stride == 1 else shape  # no windows: all pixels of an image are one row
+
+    @property
+    def after_pool(self) -> Shape:
+        """The same convolution, of the pooled tensor."""
+        pixels = self.ho * self.wo
+        return replace(self, h=1, w=pixels, ho=1, wo=pixels, stride=1)
 
     @property
     def pixels(self) -> int:
@@ -166,26 +171,30 @@ def _pixels_by_channels(
 
 def avgpool_conv1x1_backward(
     dy: Tensor, x: Tensor, weight: Tensor, stride: int, ceil_mode: bool, need_dx: bool, need_dweight: bool,
-    need_dbias: bool,
-    pooled_dx: bool = False,
+    need_dbias: bool, pooled_dx: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dx, dweight, dbias), empty where not needed; dweight has the strides of weight."""
+    """(dx, dweight, dbias), empty where not needed; dweight has the strides of weight.
+
+    pooled_dx: dx is the gradient of the pooled tensor.
+    """
     op = f"{launching.NAMESPACE}::avgpool_conv1x1_backward"
     check_backward(op, dy, x, weight, stride, ceil_mode)
     shape = Shape.of(x, weight, stride, ceil_mode)
     dx = x.new_empty(0)
     if need_dx:
-        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=shape.layout)
+        size = (*x.shape[:2], *dy.shape[2:]) if pooled_dx else x.shape
+        dx = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=shape.layout)
     dweight = torch.empty_like(weight) if need_dweight else weight.new_empty(0)
     dbias = weight.new_empty(shape.o if need_dbias else 0)
     if shape.n == 0:
         return dx, dweight.zero_(), dbias.zero_()
     dy = dy.contiguous(memory_format=shape.layout)
     if need_dx:
-        if not shape.covered:
+        to = shape.after_pool if pooled_dx else shape
+        if not to.covered:
             dx.zero_()
         tensors = {"dy": dy, "weight": weight.contiguous(), "dx": dx}
-        _pixels_by_channels(kernels.avgpool_conv1x1_input_kernel, shape, tensors, shape.c, spread=True)
+        _pixels_by_channels(kernels.avgpool_conv1x1_input_kernel, to, tensors, shape.c, spread=to.stride > 1)
     if need_dweight:
         _dweight(dy, x.contiguous(memory_format=shape.layout), shape, dweight)
     if need_dbias:

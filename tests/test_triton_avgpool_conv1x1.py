@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import LAYOUTS, relative_error, triton_device
+from cases import LAYOUTS, poisoned_memory, relative_error, triton_device
 from triton_meter import metered
 
 DEVICE = triton_device()
@@ -74,6 +74,34 @@ def test_only_what_is_needed_is_launched(monkeypatch: pytest.MonkeyPatch) -> Non
         assert names == want + ["avgpool_conv1x1_bias_kernel", "avgpool_conv1x1_sum_kernel"] * need[2]
 
 
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("ceil_mode", [False, True], ids=["floor", "ceil"])
+def test_gradient_of_the_pooled_tensor(layout: torch.memory_format, ceil_mode: bool) -> None:
+    """It is not spread; of stride 1 it is dx."""
+    for dtype, limit in ((torch.float64, 1e-15), (torch.float16, 1e-3)):
+        for n, c, h, w, o in ((2, 17, 7, 9, 33), (3, 8, 1, 5, 16), (2, 24, 4, 6, 40), (0, 3, 4, 4, 5)):
+            if h == 1 and not ceil_mode:
+                continue
+            x = torch.randn(n, c, h, w, dtype=dtype, device=DEVICE).contiguous(memory_format=layout)
+            weight = torch.randn(o, c, 1, 1, dtype=dtype, device=DEVICE)
+            dy = torch.randn_like(ops.avgpool_conv1x1_forward(x, weight, None, 2, ceil_mode))
+            with poisoned_memory():
+                dx, dweight, dbias = ops.avgpool_conv1x1_backward(dy, x, weight, 2, ceil_mode, True, True, False, True)
+            exact = torch.einsum("nohw,oc->nchw", dy.double(), weight[:, :, 0, 0].double())
+            assert dx.shape == exact.shape
+            assert n == 0 or dx.is_contiguous(memory_format=layout)
+            assert relative_error(dx.cpu(), exact.cpu()) <= limit
+            whole = ops.avgpool_conv1x1_backward(dy, x, weight, 2, ceil_mode, False, True, False)
+            assert torch.equal(dweight, whole[1])
+            assert dbias.numel() == 0
+            dy = torch.randn(n, o, h, w, dtype=dtype, device=DEVICE)
+            plain, pooled = (
+                ops.avgpool_conv1x1_backward(dy, x, weight, 1, ceil_mode, True, False, False, pooled_dx)[0]
+                for pooled_dx in (False, True)
+            )
+            assert torch.equal(plain, pooled)
+
+
 @pytest.mark.skipif(not launching.INTERPRETED, reason="only the interpreter counts bytes")
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
 def test_bytes_equal_the_formula(layout: torch.memory_format) -> None:
@@ -97,6 +125,10 @@ def test_bytes_equal_the_formula(layout: torch.memory_format) -> None:
         tile = implementation.output_tiles(shape, c, spread=True)[0]
         want = tiles(c, tile.n) * size(dy) + tiles(shape.pixels, tile.m) * size(weight) + size(dx)
         assert meter.take(dy, weight, dx) == (want, 0, 1)
+        dpooled, *_ = ops.avgpool_conv1x1_backward(dy, x, weight, 2, False, True, False, False, True)
+        tile = implementation.output_tiles(shape.after_pool, c, spread=False)[0]
+        want = tiles(c, tile.n) * size(dy) + tiles(shape.pixels, tile.m) * size(weight) + size(dpooled)
+        assert meter.take(dy, weight, dpooled) == (want, 0, 1)
         _, dweight, _ = ops.avgpool_conv1x1_backward(dy, x, weight, 2, False, False, True, False)
         tile = implementation.weight_tiles(shape)[0]
         want = tiles(c, tile.n) * size(dy) + tiles(o, tile.m) * size(x) + size(dweight)
