@@ -23,7 +23,15 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from fasttricks.kernels import avgpool_conv1x1, bn_relu, launch, sgd, tune, version  # noqa: E402
+from fasttricks.kernels import (  # noqa: E402
+    avgpool_conv1x1,
+    bn_add_bn_relu,
+    bn_relu,
+    launch,
+    sgd,
+    tune,
+    version,
+)
 
 TARGETS = (pytest.param(80, marks=pytest.mark.long), 90, pytest.param(100, marks=pytest.mark.long))
 TYPES = {
@@ -36,7 +44,8 @@ TYPES = {
 }
 EPS = 1e-5
 # registers per thread at most, by kernel: at 64 a multiprocessor holds 1024 threads, half its capacity; at 96 a third.
-# As Triton 3.8 allocates them, at most 4 bytes per value; older ones take up to a quarter more, float64 up to twice.
+# As Triton 3.8 allocates them, at most 4 bytes per value; older ones and 64-bit offsets take up to a quarter more,
+# float64 up to twice.
 REGISTERS = {
     "bn_stats_kernel": 96,
     "bn_merge_kernel": 40,
@@ -45,6 +54,9 @@ REGISTERS = {
     "bn_sum_kernel": 40,
     "bn_backward_apply_kernel": 80,
     "bn_update_stats_kernel": 40,
+    "bn_add_bn_apply_kernel": 96,
+    "bn_add_bn_backward_reduce_kernel": 128,
+    "bn_add_bn_backward_apply_kernel": 112,
     "sgd_table_kernel": 40,
     "sgd_check_kernel": 64,
     "sgd_norms_kernel": 40,
@@ -58,13 +70,15 @@ REGISTERS = {
 }
 # activations and parameters are read, or written, 128 bits at a time in these
 WIDE_LOADS = (
-    "bn_stats_kernel", "bn_apply_kernel", "bn_backward_reduce_kernel", "bn_backward_apply_kernel", "sgd_check_kernel",
-    "sgd_step_kernel", "avgpool_conv1x1_forward_kernel", "avgpool_conv1x1_input_kernel",
+    "bn_stats_kernel", "bn_apply_kernel", "bn_backward_reduce_kernel", "bn_backward_apply_kernel",
+    "bn_add_bn_apply_kernel", "bn_add_bn_backward_reduce_kernel", "bn_add_bn_backward_apply_kernel",
+    "sgd_check_kernel", "sgd_step_kernel", "avgpool_conv1x1_forward_kernel", "avgpool_conv1x1_input_kernel",
     "avgpool_conv1x1_weight_kernel", "avgpool_conv1x1_bias_kernel",
 )  # fmt: skip
 WIDE_STORES = (
-    "bn_apply_kernel", "bn_backward_apply_kernel", "sgd_step_kernel", "avgpool_conv1x1_forward_kernel",
-    "avgpool_conv1x1_input_kernel", "avgpool_conv1x1_weight_kernel",
+    "bn_apply_kernel", "bn_backward_apply_kernel", "bn_add_bn_apply_kernel", "bn_add_bn_backward_apply_kernel",
+    "sgd_step_kernel", "avgpool_conv1x1_forward_kernel", "avgpool_conv1x1_input_kernel",
+    "avgpool_conv1x1_weight_kernel",
 )  # fmt: skip
 
 WIDE = re.compile(r"(ld|st)\.global\S*\.(v4\.b32|v2\.b64|v8\.b32|v4\.b64)|cp\.async\.cg\S*")
@@ -88,6 +102,14 @@ def bn_launches(dtype: torch.dtype, layout: torch.memory_format, shape: tuple[in
     bn_relu.bn_relu_apply(x, w, b, mean, var, EPS)
     bn_relu.bn_relu_backward(x, x, None, w, b, mean, var, EPS, True, False)
     bn_relu.bn_relu_backward(x, x, mask, w, b, mean, var, EPS, True, True)
+    bn_add_bn_relu.bn_add_bn_relu_forward(x, x, w, b, w, b, EPS, EPS)
+    bn_add_bn_relu.bn_add_bn_relu_apply(x, x, w, b, w, b, mean, var, mean, var, EPS, EPS)
+    bn_add_bn_relu.bn_add_bn_relu_backward(x, x, x, mask, w, w, mean, var, mean, var, EPS, EPS, True)
+    pooled = meta((*shape[:2], shape[2] // 2, shape[3] // 2), dtype, layout)
+    for dy2 in (x, pooled):
+        bn_relu.bn_relu_backward(x, x, mask, w, b, mean, var, EPS, True, True, dy2)
+        bn_relu.bn_relu_backward(x, x, None, w, b, mean, var, EPS, True, False, dy2)
+        bn_add_bn_relu.bn_add_bn_relu_backward(x, x, x, mask, w, w, mean, var, mean, var, EPS, EPS, True, dy2)
     batches = torch.empty((), dtype=torch.int64, device="meta")
     bn_relu.bn_relu_forward(x, w, b, EPS, mean, var, batches)
     bn_relu.bn_update_stats_(mean, var, mean, var, batches.double(), batches, None)
@@ -231,7 +253,8 @@ def test_avgpool_conv1x1(
         weight = torch.empty(2 * shape[1], shape[1], 1, 1, dtype=dtype, device="meta")
         for stride in (1, 2):
             y = avgpool_conv1x1.avgpool_conv1x1_forward(x, weight, weight[:, 0, 0, 0].contiguous(), stride, True)
-            avgpool_conv1x1.avgpool_conv1x1_backward(y, x, weight, stride, True, True, True, True)
+            for pooled_dx in (False, True):
+                avgpool_conv1x1.avgpool_conv1x1_backward(y, x, weight, stride, True, True, True, True, pooled_dx)
 
     check(run, "avgpool_conv1x1_", target, tmp_path, monkeypatch)
 
@@ -247,6 +270,7 @@ def check(run: Callable[[], None], prefix: str, target: int, tmp_path: Path, mon
         registers, spilled = resources(binary.asm["cubin"], tmp_path)
         assert spilled == 0, f"{name} uses {spilled} bytes of local memory"
         most = REGISTERS[name] if version() >= (3, 8) else REGISTERS[name] * 5 // 4
+        most = most * 5 // 4 if constants.get("WIDE") else most
         if any(isinstance(v, torch.Tensor) and v.dtype == torch.float64 and v.dim() == 4 for v in arguments.values()):
             most *= 2
         assert registers <= most, f"{name} has {registers} registers"
@@ -255,6 +279,8 @@ def check(run: Callable[[], None], prefix: str, target: int, tmp_path: Path, mon
             assert any(WIDE.fullmatch(access) for access in re.findall(r"ld\.global\S*|cp\.async\S*", ptx)), name
         if name in WIDE_STORES and not narrow(arguments, constants):  # the bit mask of the ReLU is one byte per thread
             assert {a for a in re.findall(r"st\.global\S*", ptx) if not WIDE.fullmatch(a)} <= {"st.global.b8"}, name
+        if arguments.get("dz") is not None and not narrow(arguments, constants):  # besides the sums of each split
+            assert any(WIDE.fullmatch(access) for access in re.findall(r"st\.global\S*", ptx)), name
         if name in TENSOR_CORES and arguments["dy" if "dy" in arguments else "x"].dtype.itemsize == 2:
             # tiles of few channels are too small for the instructions of whole groups of warps
             few = min(constants[size] for size in "QMN" if size in constants) < 64
