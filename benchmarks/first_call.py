@@ -21,7 +21,7 @@ import test_triton_aot as aot
 import torch
 import triton
 
-from fasttricks.kernels import avgpool_conv1x1, bn_relu
+from fasttricks.kernels import avgpool_conv1x1, bn_add_bn_relu, bn_relu
 
 LAYOUTS = {"NHWC": torch.channels_last, "NCHW": torch.contiguous_format}
 # (channels, height = width) of the BatchNorms, and of the shortcuts with a pool, which double the channels
@@ -42,7 +42,11 @@ def step(layout: torch.memory_format) -> None:
         y, mean, var = bn_relu.bn_relu_forward(x, w, b, 1e-5, *running)
         bn_relu.bn_relu_backward(y, x, None, w, b, mean, var, 1e-5, True, False)
         y, mean, var, mask = bn_relu.bn_add_relu_forward(x, x, w, b, 1e-5, *running)
-        bn_relu.bn_relu_backward(y, x, mask, w, b, mean, var, 1e-5, True, True)
+        pooled = aot.meta((BATCH, channels, size // 2, size // 2), torch.float16, layout)
+        for dy2 in (x, pooled):  # an identity shortcut's, a projection's
+            bn_relu.bn_relu_backward(y, x, mask, w, b, mean, var, 1e-5, True, True, dy2)
+        y, *four, mask = bn_add_bn_relu.bn_add_bn_relu_forward(x, x, w, b, w, b, 1e-5, 1e-5, *running)
+        bn_add_bn_relu.bn_add_bn_relu_backward(y, x, x, mask, w, w, *four, 1e-5, 1e-5, True, x)
     for channels, size in AVGPOOL_CONV1X1_SHAPES:
         x = aot.meta((BATCH, channels, size, size), torch.float16, layout)
         weight = torch.empty(2 * channels, channels, 1, 1, dtype=torch.float16, device="meta")

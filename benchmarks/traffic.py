@@ -7,6 +7,10 @@ CUDA only), else 2:
 
     bn_relu      forward (reads + 1) N,  backward (2 reads + 1) N;  evaluation 2 N
     bn_add_relu  forward (reads + 2) N + E/8,  backward (2 reads + 2) N + reads E/8;  all gammas zero: forward 3 N + E/8
+                 backward with a second gradient (2 reads + 3) N + E/8; if that is of 2x2 means, at least 3/4 N less:
+                 both rows of pixels of a window read it
+    bn_add_bn_relu  forward (2 reads + 1) N + E/8,  backward (3 reads + 2) N + reads E/8, with a second gradient
+                 (3 reads + 4) N + E/8;  all gammas of x zero: forward 4 N + E/8
     sgd          step 22 per value (gradient 2, fp16 parameter 2 + 2, master 4 + 4, momentum 4 + 4), check 2; fp32: 20
     avgpool      each tensor once, a lower bound for any kernel. Tiles are read again, mostly from the L2 cache: see
                  tests/test_cuda_avgpool_conv1x1.py and test_triton_avgpool_conv1x1.py for formulas with tiles
@@ -31,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 EPS = 1e-5
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
@@ -109,14 +114,19 @@ class Triton:
         self.ops = torch.ops.fasttricks_triton
 
     def measured(self, run: Callable[[], Any], *tensors: torch.Tensor) -> tuple[Any, Moved]:
-        """The result of `run`, and the bytes moved of `tensors` and of results with >= numel/8 of the first one."""
+        """The result of `run`, and the bytes that it moved.
+
+        Those of `tensors`, of results with >= numel/8 of the first one, and of temporaries that have its shape.
+        """
         from triton_meter import metered
 
         with metered() as meter:
             result = run()
             made = [t for t in (result if isinstance(result, tuple) else (result,)) if isinstance(t, torch.Tensor)]
             large = [t for t in made if t.numel() * 8 >= tensors[0].numel()]
-            moved, rest, launches = meter.take(*tensors, *large)
+            like_first = [t for t in meter.arguments() if t.shape == tensors[0].shape]
+            counted = {t.data_ptr(): t for t in (*like_first, *large, *tensors)}
+            moved, rest, launches = meter.take(*counted.values())
         return result, Moved(moved, rest, launches, False)
 
 
@@ -150,11 +160,49 @@ def bn_case(machine: Cuda | Triton, shape: tuple[int, ...], layout: str, dtype: 
     yield row("bn_add_relu gamma 0", moved, lambda reads: 3 * unit + bits)
 
 
+def dataflow_case(machine: Triton, shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> Iterator[Row]:
+    """What a residual block's end runs: backward with two gradients of y, and two BatchNorms."""
+    ops = machine.ops
+    x, z, dy, dy2 = (torch.randn(shape).to(dtype).contiguous(memory_format=LAYOUTS[layout]) for _ in range(4))
+    pooled = F.avg_pool2d(dy2, 2)
+    weight, bias, zero = torch.rand(shape[1]) + 0.5, torch.rand(shape[1]), torch.zeros(shape[1])
+    unit, bits = x.numel() * x.element_size(), x.numel() // 8
+    case = f"{'x'.join(map(str, shape))} {layout} {dtype_name(dtype)}"
+
+    def row(op: str, moved: Moved, formula: Callable[[int], float], bounded: bool = True) -> Row:
+        of_formula = int(formula(1 if moved.cooperative else 2))
+        return Row(
+            machine.name, op, case, moved.bytes, of_formula, moved.rest, moved.launches, moved.dram, bounded=bounded
+        )
+
+    mean, var, *_, mask = ops.bn_add_relu_forward(x, z, weight, bias, EPS)[1:]
+    given = (mask, weight, bias, mean, var, EPS, True, True)
+    _, moved = machine.measured(lambda: ops.bn_relu_backward(dy, x, *given, dy2), x, dy, dy2, mask)
+    yield row("bn_add_relu backward, dy2", moved, lambda reads: (2 * reads + 3) * unit + bits)
+    _, moved = machine.measured(lambda: ops.bn_relu_backward(dy, x, *given, pooled), x, dy, pooled, mask)
+    least = unit - pooled.numel() * pooled.element_size()
+    yield row("bn_add_relu backward, pooled dy2", moved, lambda reads: (2 * reads + 3) * unit + bits - least, False)
+
+    affine = weight, bias, weight, bias, EPS, EPS
+    (_, *four, mask), moved = machine.measured(lambda: ops.bn_add_bn_relu_forward(x, z, *affine), x, z)
+    yield row("bn_add_bn_relu forward", moved, lambda reads: (2 * reads + 1) * unit + bits)
+    given = (mask, weight, weight, *four, EPS, EPS, True)
+    _, moved = machine.measured(lambda: ops.bn_add_bn_relu_backward(dy, x, z, *given), x, z, dy, mask)
+    yield row("bn_add_bn_relu backward", moved, lambda reads: (3 * reads + 2) * unit + reads * bits)
+    _, moved = machine.measured(lambda: ops.bn_add_bn_relu_backward(dy, x, z, *given, dy2), x, z, dy, dy2, mask)
+    yield row("bn_add_bn_relu backward, dy2", moved, lambda reads: (3 * reads + 4) * unit + bits)
+    affine = zero, bias, weight, bias, EPS, EPS
+    _, moved = machine.measured(lambda: ops.bn_add_bn_relu_forward(x, z, *affine), x, z)
+    yield row("bn_add_bn_relu gamma 0", moved, lambda reads: 4 * unit + bits)
+
+
 def bn_rows(machine: Cuda | Triton) -> Iterator[Row]:
     shapes = BN_SHAPES[machine.name]
     for layout in LAYOUTS:
         for shape in shapes:
             yield from bn_case(machine, shape, layout, torch.float16)
+            if isinstance(machine, Triton):
+                yield from dataflow_case(machine, shape, layout, torch.float16)
         yield from bn_case(machine, shapes[0], layout, torch.float32)
 
 
