@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import (
+    BN_BLOCK_DTYPES,
+    BN_BLOCK_SHAPES,
     BN_POOLED_SHAPES,
     BN_SECONDS,
-    BN_SHAPES,
-    DTYPES,
     LAYOUTS,
     assert_bn_close,
     bn_add_gradients,
@@ -28,7 +28,7 @@ from cases import (
 from fasttricks.ops.bn_outputs import unpack_mask
 
 EPS, RESIDUAL_EPS = 1e-5, 1e-2
-CASES = [(shape, layout) for shape in BN_SHAPES for layout in bn_layouts(shape)]
+CASES = [(shape, layout) for shape in BN_BLOCK_SHAPES for layout in bn_layouts(shape)]
 IDS = [f"{'x'.join(map(str, s))}-{'cl' if layout != torch.contiguous_format else 'nchw'}" for s, layout in CASES]
 layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
 GRADIENTS = ("dx", "dresidual", "dweight", "dresidual_weight", "dbias")
@@ -135,7 +135,7 @@ def constant_statistics(channels: int, dtype: torch.dtype) -> Statistics:
     return mean[0].to(wide), var[0].to(wide), mean[1].to(wide), var[1].to(wide)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", BN_BLOCK_DTYPES, ids=str)
 @pytest.mark.parametrize(("shape", "layout"), CASES, ids=IDS)
 def test_values_and_gradients(
     raw_ops: Any, shape: tuple[int, ...], layout: torch.memory_format, dtype: torch.dtype
@@ -148,7 +148,7 @@ def test_values_and_gradients(
         assert relative_error(var, t.double().var(dims, correction=0)) < (1e-12 if dtype == torch.float64 else 1e-5)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", BN_BLOCK_DTYPES, ids=str)
 @layouts
 def test_evaluation_uses_constant_statistics(raw_ops: Any, layout: torch.memory_format, dtype: torch.dtype) -> None:
     statistics = constant_statistics(7, dtype)
@@ -206,8 +206,8 @@ def test_zero_gamma_of_the_residual_is_exact(raw_ops: Any, layout: torch.memory_
     assert (result.gradients[3] != 0).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [*BN_SHAPES, *BN_POOLED_SHAPES], ids=str)
+@pytest.mark.parametrize("dtype", BN_BLOCK_DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [*BN_BLOCK_SHAPES, *BN_POOLED_SHAPES], ids=str)
 def test_a_second_gradient_gives_the_bits_of_adding_first(
     raw_ops: Any, shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:

@@ -9,11 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import (
+    BN_BLOCK_DTYPES,
+    BN_BLOCK_SHAPES,
     BN_POOLED_SHAPES,
     BN_SECONDS,
-    BN_SHAPES,
-    DTYPES,
     HALF,
+    INTERPRETED,
     LAYOUTS,
     assert_bn_close,
     bn_add_gradients,
@@ -25,7 +26,7 @@ from cases import (
     poisoned_memory,
 )
 
-CASES = [(shape, layout) for shape in (*BN_SHAPES, *BN_POOLED_SHAPES) for layout in bn_layouts(shape)]
+CASES = [(shape, layout) for shape in (*BN_BLOCK_SHAPES, *BN_POOLED_SHAPES) for layout in bn_layouts(shape)]
 IDS = [f"{'x'.join(map(str, s))}-{'cl' if layout != torch.contiguous_format else 'nchw'}" for s, layout in CASES]
 residuals = pytest.mark.parametrize("residual", [False, True], ids=["relu", "add_relu"])
 layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
@@ -87,7 +88,7 @@ def assert_same(got: tuple[torch.Tensor, ...], want: tuple[torch.Tensor, ...]) -
 
 
 @residuals
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", BN_BLOCK_DTYPES, ids=str)
 @pytest.mark.parametrize(("shape", "layout"), CASES, ids=IDS)
 def test_same_bits_as_adding_first(
     raw_ops: Any, shape: tuple[int, ...], layout: torch.memory_format, dtype: torch.dtype, residual: bool
@@ -106,7 +107,7 @@ def test_same_bits_as_adding_first(
 @residuals
 @layouts
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", BN_BLOCK_DTYPES, ids=str)
 @pytest.mark.parametrize("second", ["full", "floor", "ceil"])
 def test_gradients_equal_those_of_torch(
     raw_ops: Any, second: str, dtype: torch.dtype, training: bool, layout: torch.memory_format, residual: bool
@@ -239,7 +240,10 @@ def test_the_sum_is_rounded_once_and_may_overflow(raw_ops: Any, dtype: torch.dty
     call = forward(raw_ops, x, 100 + x.abs(), (None, None), training=False)
     tiny, large = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps, torch.finfo(dtype).max
     # (dy, dy2 of the means, dy + dy2 / 4 rounded)
-    for first, second, want in ((tiny, 2 * tiny, 2 * tiny), (large, large, float("inf")), (0.0, 4 * tiny, tiny)):
+    cases = [(tiny, 2 * tiny, 2 * tiny), (0.0, 4 * tiny, tiny), (large, large, float("inf"))]
+    if INTERPRETED and dtype == torch.bfloat16:
+        cases = cases[-1:]  # the interpreter flushes subnormal bfloat16 to zero
+    for first, second, want in cases:
         dy, dy2 = torch.full_like(x, first), torch.full((1, 2, 1, 1), second, dtype=dtype)
         assert (call.backward(raw_ops, dy, dy2)[1] == want).all(), (first, second)
 

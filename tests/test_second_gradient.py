@@ -269,7 +269,7 @@ def test_threads_over_one_graph() -> None:
         assert relative_error(w.grad, 2 * rounds * g) < 1e-12
 
 
-def test_second_derivatives(served: str) -> None:
+def test_second_derivatives() -> None:
     blocks = Blocks.random()
 
     def of(*weights: torch.Tensor) -> torch.Tensor:

@@ -11,8 +11,10 @@ def launches(row: Row) -> tuple[int, ...]:
     """How many launches a call may take."""
     if row.op.startswith("bn"):
         one_pass = row.backend == "cuda"  # if the tensor fits in shared memory
-        if row.op in ("bn_add_bn_relu forward", "bn_add_bn_relu gamma 0") and not one_pass:
-            return (5,)
+        if row.op.startswith("bn_add_bn_relu"):
+            return (5,) if one_pass or "backward" not in row.op else (3,)
+        if "dy2" in row.op:
+            return (3,)
         return (1,) if "evaluation" in row.op else (1, 3) if one_pass else (3,)
     if row.op == "sgd_step":
         return (1,) if row.backend == "cuda" else (2,)
