@@ -43,7 +43,7 @@ def step(layout: torch.memory_format) -> None:
         bn_relu.bn_relu_backward(y, x, None, w, b, mean, var, 1e-5, True, False)
         y, mean, var, mask = bn_relu.bn_add_relu_forward(x, x, w, b, 1e-5, *running)
         pooled = aot.meta((BATCH, channels, size // 2, size // 2), torch.float16, layout)
-        for dy2 in (x, pooled):  # an identity shortcut's, a projection's
+        for dy2 in (None, x, pooled):  # of no shortcut, an identity, a projection
             bn_relu.bn_relu_backward(y, x, mask, w, b, mean, var, 1e-5, True, True, dy2)
         y, *four, mask = bn_add_bn_relu.bn_add_bn_relu_forward(x, x, w, b, w, b, 1e-5, 1e-5, *running)
         bn_add_bn_relu.bn_add_bn_relu_backward(y, x, x, mask, w, w, *four, 1e-5, 1e-5, True, x)
