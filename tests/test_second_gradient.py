@@ -464,3 +464,26 @@ def test_frozen_parameters(frozen: str) -> None:
 
     for got, want in zip(grads(True), grads(False), strict=True):
         assert relative_error(got, want) < 1e-10
+
+
+@pytest.mark.parametrize("ceil_mode", [False, True])
+def test_a_pool_left_to_torch(ceil_mode: bool, handed: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where torch's pool and convolution are faster: no pooled tensor is saved, and the gradient is handed over."""
+    from fasttricks.ops import avgpool_conv1x1 as op
+
+    monkeypatch.setattr(op, "_chosen", lambda x: op.BY_TORCH)
+    x, weight, main, shortcut = random(2, 4, 6, 4), random(4), random(5, 4, 2, 2), random(5, 4, 1, 1)
+
+    def block(ops: Any) -> torch.Tensor:
+        y = ops.bn_relu(x, weight)
+        return ops.bn_add_relu(F.conv2d(y, main, stride=2), ops.avgpool_conv1x1(y, shortcut, ceil_mode=ceil_mode))
+
+    compared(block, [x, weight, main, shortcut])
+    assert len(handed) == 1
+    saved: list[tuple[int, ...]] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
+        y = fasttricks.avgpool_conv1x1(x, shortcut, ceil_mode=ceil_mode)
+    assert saved == [tuple(x.shape), tuple(shortcut.shape)]
+    (twice,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    assert torch.autograd.gradcheck(lambda t: fasttricks.avgpool_conv1x1(t, shortcut, ceil_mode=ceil_mode), x)
+    assert twice.requires_grad
