@@ -1,5 +1,5 @@
 // bn_add_bn_relu on CUDA tensors: statistics of both, then apply; backward one reduction for all sums, then dx and
-// dresidual by the kernel of bn_relu.
+// dresidual in one pass.
 #include "bn_add_bn_relu.cuh"
 #include "bn_add_bn_relu_call.h"
 #include "bn_call.cuh"
@@ -91,14 +91,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bn_add_bn_relu_backward(
                                 main.on.stream);
     bn_finalize_backward_run<A>(at(partial), main.shape, t, main.params<A>(), at(dweight), at(dbias), main.on.stream);
     if (dz) g = dz, bits = nullptr;
-    const int64_t count = training ? main.values : 0;
-    const auto gradient = [&](Call& of_call, Tensor& sums, Tensor& made) {
-      bn_backward_apply_run<T>(g, of_call.data<T>(), bits, of_call.params<A>(), at(sums), at(dbias), count, main.shape,
-                               main.on.device, static_cast<T*>(made.mutable_data_ptr()), nullptr, main.on.stream,
-                               dz != nullptr);
-    };
-    gradient(main, dweight, dx);
-    gradient(other, dresidual_weight, dresidual);
+    const A inv_count = training ? A(1) / A(main.values) : A(0);
+    T *const to = static_cast<T*>(dx.mutable_data_ptr()), *const other_to =
+                                                              static_cast<T*>(dresidual.mutable_data_ptr());
+    const bool wide = bn_vectors_fit(main.shape) && aligned16({g, main.data<T>(), other.data<T>(), to, other_to});
+    const BnShape shape = wide ? main.shape : bn_flat(main.shape);
+    const auto gradients = wide ? &bn_add_bn_gradients<T, true> : &bn_add_bn_gradients<T, false>;
+    const BnTiling tiling = bn_wave(gradients, shape, main.on.device);
+    launch(gradients, dim3(unsigned(tiling.blocks)), kBnThreads, 0, main.on.stream, g, main.data<T>(), other.data<T>(),
+           bits, main.params<A>(), other.params<A>(), at(dweight), at(dresidual_weight), at(dbias), inv_count, shape,
+           tiling, to, other_to);
   });
   return {dx, dresidual, dweight, dresidual_weight, dbias};
 }

@@ -1,6 +1,5 @@
-// Kernels of bn_add_bn_relu: apply, and the reduction of the backward pass. Statistics and the gradients of x and of
-// the residual are those of bn_relu.cuh. csrc/math/bn.h has the formulas; p is the BatchNorm of x, q that of the
-// residual.
+// Kernels of bn_add_bn_relu: apply, backward reduction, backward apply. The statistics are those of bn_relu.cuh.
+// csrc/math/bn.h has the formulas; p is the BatchNorm of x, q that of the residual.
 #pragma once
 
 #include "bn_relu.cuh"
@@ -85,6 +84,52 @@ __global__ void __launch_bounds__(kBnThreads, kBnBlocksOf<T, kVector, 2>)
     A none[kBnColumns] = {};
     tile.again().store_sums(sum_dz, sum_dz_x, first, second, partial);
     tile.again().store_sums(none, sum_dz_z, first, second, other_partial);
+  }
+}
+
+// dx and dresidual, each as in bn_backward_apply: dz is read once for both. mask null: dy is dz already, and may lie
+// where dresidual goes: a thread writes what it alone has read.
+template <typename T, bool kVector>
+__global__ void __launch_bounds__(kBnThreads, kBnBlocksOf<T, kVector, 2>)
+    bn_add_bn_gradients(const T* dy, const T* __restrict__ x, const T* __restrict__ residual,
+                        const uint8_t* __restrict__ mask, BnParams<acc_t<T>> p, BnParams<acc_t<T>> q,
+                        const acc_t<T>* __restrict__ dweight, const acc_t<T>* __restrict__ dresidual_weight,
+                        const acc_t<T>* __restrict__ dbias, acc_t<T> inv_count, BnShape s, BnTiling t,
+                        T* __restrict__ dx, T* dresidual) {
+  using A = acc_t<T>;
+  FT_SHARED(A, staged, 5 * kBnStaged);
+  const bool batch_terms = inv_count != A(0);
+#pragma unroll 1
+  for (BnTile tile(s, t); tile.more(); tile.next()) {
+    A mean[kBnColumns], scale[kBnColumns], shift[kBnColumns], slope[kBnColumns], unused[kBnColumns];
+    A other_mean[kBnColumns], other_scale[kBnColumns], other_slope[kBnColumns];
+    const bool zero = tile.gradient_params(p, dweight, dbias, inv_count, staged, mean, scale, unused, shift, slope);
+    __syncthreads();
+    const bool other_zero = tile.gradient_params(q, dresidual_weight, dbias, inv_count, staged, other_mean, other_scale,
+                                                 unused, shift, other_slope);
+    const bool read_dy = !zero || !other_zero;
+    tile.for_rows<kBnChunkOf<T> / 2>([&](int64_t at, auto rows) {
+      constexpr int kRows = decltype(rows)::value;
+      T g[kRows][kBnColumns], v[kRows][kBnColumns], z[kRows][kBnColumns];
+      unsigned bits[kRows];
+#pragma unroll
+      for (int u = 0; u < kRows; ++u) {
+        const int64_t e = at + u * tile.step();
+        tile.template load<kVector>(dy, e, g[u], read_dy);
+        tile.template load<kVector>(x, e, v[u], !zero && batch_terms);
+        tile.template load<kVector>(residual, e, z[u], !other_zero && batch_terms);
+        bits[u] = !mask ? 0xff : read_dy ? tile.template load_bits<kVector>(mask, e) : 0;
+      }
+#pragma unroll
+      for (int u = 0; u < kRows; ++u) {
+        keep_passing(bits[u], g[u]);
+        gradient_row(g[u], mean, scale, shift, slope, batch_terms, zero, v[u]);
+        gradient_row(g[u], other_mean, other_scale, shift, other_slope, batch_terms, other_zero, z[u]);
+        const int64_t e = at + u * tile.step();
+        tile.template store<kVector>(dx, e, v[u]);
+        tile.template store<kVector>(dresidual, e, z[u]);
+      }
+    });
   }
 }
 

@@ -51,7 +51,7 @@ FT_DEVICE void keep_passing(unsigned bits, T (&g)[kBnColumns]) {
 
 // partial = (sum dz, sum dz * (x - mean)) of the block's elements of each channel; dz = dy where the forward's output
 // passes. join(tile, e, row of dy, bits) may change a row before its mask is applied, or use it.
-template <typename T, bool kVector, bool kResidual, typename Join>
+template <typename T, bool kVector, bool kResidual, int kChunk, typename Join>
 FT_DEVICE void reduce_gradients(const T* __restrict__ dy, const T* __restrict__ x, const uint8_t* __restrict__ mask,
                                 const BnParams<acc_t<T>>& p, const BnShape& s, const BnTiling& t,
                                 acc_t<T>* __restrict__ partial, acc_t<T>* first, acc_t<T>* second, Join join) {
@@ -61,7 +61,7 @@ FT_DEVICE void reduce_gradients(const T* __restrict__ dy, const T* __restrict__ 
     A mean[kBnColumns], scale[kBnColumns], bias[kBnColumns];
     tile.channel_params(p, first, mean, scale, bias);
     A sum_dz[kBnColumns] = {}, sum_dz_x[kBnColumns] = {};
-    tile.for_rows<kBnGradientChunk<T, kVector, kResidual>>([&](int64_t at, auto rows) {
+    tile.for_rows<kChunk>([&](int64_t at, auto rows) {
       constexpr int kRows = decltype(rows)::value;
       T g[kRows][kBnColumns], v[kRows][kBnColumns];
       unsigned bits[kRows];
@@ -94,45 +94,25 @@ __global__ void __launch_bounds__(kBnThreads, kBnBlocksOf<T, kVector, kResidual 
                        BnParams<acc_t<T>> p, BnShape s, BnTiling t, acc_t<T>* __restrict__ partial) {
   FT_SHARED(acc_t<T>, first, kBnThreads * kBnColumns);
   FT_SHARED(acc_t<T>, second, kBnThreads * kBnColumns);
-  reduce_gradients<T, kVector, kResidual>(dy, x, mask, p, s, t, partial, first, second,
-                                          [](const BnTile&, int64_t, T(&)[kBnColumns], unsigned) {});
+  reduce_gradients<T, kVector, kResidual, kBnGradientChunk<T, kVector, kResidual>>(
+      dy, x, mask, p, s, t, partial, first, second, [](const BnTile&, int64_t, T(&)[kBnColumns], unsigned) {});
 }
 
-// bn_backward_reduce of bn_add_relu with two gradients of y; dz, of their sum, is also written.
-template <typename T, bool kVector>
+// bn_backward_reduce with two gradients of y; dz, of their sum, is also written.
+template <typename T, bool kVector, bool kResidual>
 __global__ void __launch_bounds__(kBnThreads, kBnBlocksOf<T, kVector, 2>)
     bn_backward_reduce_two(const T* __restrict__ dy, FT_PARAMETER(BnSecondGradient<T>) other, const T* __restrict__ x,
                            const uint8_t* __restrict__ mask, BnParams<acc_t<T>> p, BnShape s, BnTiling t,
                            acc_t<T>* __restrict__ partial, T* __restrict__ dz) {
   FT_SHARED(acc_t<T>, first, kBnThreads * kBnColumns);
   FT_SHARED(acc_t<T>, second, kBnThreads * kBnColumns);
-  reduce_gradients<T, kVector, true>(dy, x, mask, p, s, t, partial, first, second,
-                                     [&](const BnTile& tile, int64_t e, T(&g)[kBnColumns], unsigned bits) {
-                                       other.template add_to<kVector>(tile, e, g);
-                                       keep_passing(bits, g);
-                                       tile.template store<kVector>(dz, e, g);
-                                     });
-}
-
-// sum = dy + a second gradient, where the mask is that of x and the sum has to exist before it.
-template <typename T, bool kVector>
-__global__ void __launch_bounds__(kBnThreads, kBnBlocksOf<T, kVector, 4>)
-    bn_sum_gradients(const T* __restrict__ dy, FT_PARAMETER(BnSecondGradient<T>) other, BnShape s, BnTiling t,
-                     T* __restrict__ sum) {
-#pragma unroll 1
-  for (BnTile tile(s, t); tile.more(); tile.next()) {
-    tile.for_rows<kBnChunkOf<T> / 2>([&](int64_t at, auto rows) {
-      constexpr int kRows = decltype(rows)::value;
-      T g[kRows][kBnColumns];
-#pragma unroll
-      for (int u = 0; u < kRows; ++u) tile.template load<kVector>(dy, at + u * tile.step(), g[u]);
-#pragma unroll
-      for (int u = 0; u < kRows; ++u) {
-        other.template add_to<kVector>(tile, at + u * tile.step(), g[u]);
-        tile.template store<kVector>(sum, at + u * tile.step(), g[u]);
-      }
-    });
-  }
+  reduce_gradients<T, kVector, kResidual, kBnChunkOf<T> / 2>(
+      dy, x, mask, p, s, t, partial, first, second,
+      [&](const BnTile& tile, int64_t e, T(&g)[kBnColumns], unsigned bits) {
+        other.template add_to<kVector>(tile, e, g);
+        keep_passing(bits, g);
+        tile.template store<kVector>(dz, e, g);
+      });
 }
 
 // dbias = sum dz, dweight = rstd * sum dz * (x - mean); one warp per channel.

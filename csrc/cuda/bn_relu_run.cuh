@@ -131,22 +131,15 @@ void bn_backward_run(const T* dy, const T* x, const uint8_t* mask, const BnParam
                         count, s, d, dx, dresidual, stream);
 }
 
-// As bn_backward_run, with two gradients of y. dz has the shape of x: with a mask it is dresidual, else workspace.
+// As bn_backward_run, with two gradients of y. dz has the shape of x: dresidual, or workspace.
 template <typename T>
 void bn_backward_two_run(const T* dy, const BnSecondGradient<T>& other, const T* x, const uint8_t* mask,
                          const BnParams<acc_t<T>>& p, const BnShape& s, const Device& d, acc_t<T>* partial,
                          acc_t<T>* dweight, acc_t<T>* dbias, int64_t count, T* dx, T* dz, cudaStream_t stream) {
-  const bool fits = bn_vectors_fit(s) && other.vectors_fit();
-  if (!mask) {
-    const auto kernel = fits && aligned16({dy, dz}) ? &bn_sum_gradients<T, true> : &bn_sum_gradients<T, false>;
-    const BnTiling t = bn_wave(kernel, s, d);
-    launch(kernel, dim3(unsigned(t.blocks)), kBnThreads, 0, stream, dy, other, s, t, dz);
-    T* const no_residual = nullptr;
-    return bn_backward_run(static_cast<const T*>(dz), x, mask, p, s, d, partial, dweight, dbias, count, dx, no_residual,
-                           stream);
-  }
-  const auto kernel =
-      fits && aligned16({dy, x, dz}) ? &bn_backward_reduce_two<T, true> : &bn_backward_reduce_two<T, false>;
+  const bool vector = bn_vectors_fit(s) && other.vectors_fit() && aligned16({dy, x, dz});
+  const auto kernel = mask ? vector ? &bn_backward_reduce_two<T, true, true> : &bn_backward_reduce_two<T, false, true>
+                      : vector ? &bn_backward_reduce_two<T, true, false>
+                               : &bn_backward_reduce_two<T, false, false>;
   const BnTiling t = bn_wave(kernel, s, d);
   launch(kernel, dim3(unsigned(t.blocks)), kBnThreads, 0, stream, dy, other, x, mask, p, s, t, partial, dz);
   bn_finalize_backward_run(static_cast<const acc_t<T>*>(partial), s, t, p, dweight, dbias, stream);

@@ -42,12 +42,17 @@ struct BnSecondGradient {
     int64_t plane = tile.s.by_inner.divide(e);
     const int64_t in_plane = e - plane * tile.s.inner, line = by_width.divide(in_plane);
     int row = int(line), column = int(in_plane - line * width);
+    A more = A(0);
+    bool inside = false;  // in a window
 #pragma unroll
     for (int j = 0; j < kBnColumns; ++j) {
-      if (j < tile.valid && row / 2 < pooled_height && column / 2 < pooled_width) {
-        const A more = A(load(data + (plane * pooled_height + row / 2) * pooled_width + column / 2));
-        g[j] = T(A(g[j]) + more * share(row / 2, column / 2));
+      if (j == 0 || column % 2 == 0) {  // the next pixel has the same mean
+        inside = j < tile.valid && row / 2 < pooled_height && column / 2 < pooled_width;
+        if (inside)
+          more = A(load(data + (plane * pooled_height + row / 2) * pooled_width + column / 2)) *
+                 share(row / 2, column / 2);
       }
+      if (inside && j < tile.valid) g[j] = T(A(g[j]) + more);
       if (++column < width) continue;
       column = 0;
       if (++row < height) continue;
