@@ -110,7 +110,7 @@ class Metered:
             return [forward, backward]
 
         forward, backward = self.of_batch(shape, bytes_of)
-        return Cost(forward, 7), Cost(backward, 5)
+        return Cost(forward, 7), Cost(backward, 4)
 
     @functools.cache  # noqa: B019
     def avgpool_conv1x1(self, shape: tuple[int, ...]) -> Passes:

@@ -5,13 +5,12 @@ every load and store (tests/emulator, tests/triton_meter.py). Writes results/tra
 bytes of an activation, E its elements, and reads is 1 if the plan keeps x in shared memory (one cooperative launch,
 CUDA only), else 2:
 
-    bn_relu      forward (reads + 1) N,  backward (2 reads + 1) N;  evaluation 2 N
+    bn_relu      forward (reads + 1) N,  backward (2 reads + 1) N, with a second gradient 7 N;  evaluation 2 N
     bn_add_relu  forward (reads + 2) N + E/8,  backward (2 reads + 2) N + reads E/8;  all gammas zero: forward 3 N + E/8
                  backward with a second gradient (2 reads + 3) N + E/8; if that is of 2x2 means, at least 3/4 N less:
                  both rows of pixels of a window read it
     bn_add_bn_relu  forward 5 N + E/8,  backward 8 N + E/4, with a second gradient 10 N + E/8;  all gammas of x zero:
-                 forward 4 N + E/8.  CUDA writes dx and dresidual in a pass each, which both read dy: backward
-                 N + E/8 more, with a second gradient N
+                 forward 4 N + E/8
     sgd          step 22 per value (gradient 2, fp16 parameter 2 + 2, master 4 + 4, momentum 4 + 4), check 2; fp32: 20
     avgpool      each tensor once, a lower bound for any kernel. Tiles are read again, mostly from the L2 cache: see
                  tests/test_cuda_avgpool_conv1x1.py and test_triton_avgpool_conv1x1.py for formulas with tiles
@@ -177,6 +176,9 @@ def block_case(machine: Cuda | Triton, shape: tuple[int, ...], layout: str, dtyp
         )
 
     mean, var, *_, mask = ops.bn_add_relu_forward(x, z, weight, bias, EPS)[1:]
+    given = (None, weight, bias, mean, var, EPS, True, False)
+    _, moved = machine.measured(lambda: ops.bn_relu_backward(dy, x, *given, dy2), x, dy, dy2)
+    yield row("bn_relu backward, dy2", moved, lambda reads: (2 * reads + 3) * unit)
     given = (mask, weight, bias, mean, var, EPS, True, True)
     _, moved = machine.measured(lambda: ops.bn_relu_backward(dy, x, *given, dy2), x, dy, dy2, mask)
     yield row("bn_add_relu backward, dy2", moved, lambda reads: (2 * reads + 3) * unit + bits)
@@ -188,11 +190,10 @@ def block_case(machine: Cuda | Triton, shape: tuple[int, ...], layout: str, dtyp
     (_, *four, mask), moved = machine.measured(lambda: ops.bn_add_bn_relu_forward(x, z, *affine), x, z)
     yield row("bn_add_bn_relu forward", moved, lambda reads: 5 * unit + bits)
     given = (mask, weight, weight, *four, EPS, EPS, True)
-    passes = 2 if machine.name == "cuda" else 1  # to write dx and dresidual
     _, moved = machine.measured(lambda: ops.bn_add_bn_relu_backward(dy, x, z, *given), x, z, dy, mask)
-    yield row("bn_add_bn_relu backward", moved, lambda reads: (7 + passes) * unit + (1 + passes) * bits)
+    yield row("bn_add_bn_relu backward", moved, lambda reads: 8 * unit + 2 * bits)
     _, moved = machine.measured(lambda: ops.bn_add_bn_relu_backward(dy, x, z, *given, dy2), x, z, dy, dy2, mask)
-    yield row("bn_add_bn_relu backward, dy2", moved, lambda reads: (9 + passes) * unit + bits)
+    yield row("bn_add_bn_relu backward, dy2", moved, lambda reads: 10 * unit + bits)
     affine = zero, bias, weight, bias, EPS, EPS
     _, moved = machine.measured(lambda: ops.bn_add_bn_relu_forward(x, z, *affine), x, z)
     yield row("bn_add_bn_relu gamma 0", moved, lambda reads: 4 * unit + bits)

@@ -43,7 +43,7 @@ def test_bytes_of_a_step(made: dict[str, Step]) -> None:
     """The goal of ops along the residual is 55% of eager's bytes."""
     share = {side: step.bytes / made["eager"].bytes for side, step in made.items()}
     assert share["each op by itself"] <= 0.69
-    assert share["along the residual"] <= 0.60
+    assert share["along the residual"] <= 0.58
     assert share["and partly on the chip"] <= 0.55
     normalised = sum(layer.bytes for layer in layers(BATCH) if layer.kind.startswith("bn"))
     assert 13 * normalised < made["eager"].bytes < 16 * normalised + 3e9

@@ -12,7 +12,7 @@ def launches(row: Row) -> tuple[int, ...]:
     if row.op.startswith("bn"):
         one_pass = row.backend == "cuda"  # if the tensor fits in shared memory
         if row.op.startswith("bn_add_bn_relu"):
-            return (5,) if one_pass or "backward" not in row.op else (3,)
+            return (5,) if "backward" not in row.op else (4,) if one_pass else (3,)
         if "dy2" in row.op:
             return (3,)
         return (1,) if "evaluation" in row.op else (1, 3) if one_pass else (3,)

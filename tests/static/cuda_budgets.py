@@ -78,15 +78,13 @@ BUDGETS: dict[str, Budget] = {
     ),
     r"bn_(backward_)?apply<double, false, (true|false)>": Budget(256, registers=168, blocks=1, shared=21_504),
     # with a second gradient, whose address is computed where it is one of 2x2 means
-    r"bn_backward_reduce_two<(Half|BFloat16|float), true>": Budget(
+    r"bn_backward_reduce_two<(Half|BFloat16|float), true, (true|false)>": Budget(
         256, registers=128, blocks=2, shared=16_384, wide=("LDG", "STG"), in_flight=4
     ),
-    r"bn_backward_reduce_two<(Half|BFloat16|float), false>": Budget(256, registers=128, blocks=2, shared=16_384),
-    r"bn_backward_reduce_two<double, (true|false)>": Budget(256, registers=255, blocks=1, shared=32_768),
-    r"bn_sum_gradients<(Half|BFloat16), true>": Budget(256, registers=64, blocks=4, wide=("LDG", "STG"), in_flight=2),
-    r"bn_sum_gradients<float, true>": Budget(256, registers=128, blocks=2, wide=("LDG", "STG"), in_flight=4),
-    r"bn_sum_gradients<(Half|BFloat16|float), false>": Budget(256, registers=128, blocks=2),
-    r"bn_sum_gradients<double, (true|false)>": Budget(256, registers=168, blocks=1),
+    r"bn_backward_reduce_two<(Half|BFloat16|float), false, (true|false)>": Budget(
+        256, registers=128, blocks=2, shared=16_384
+    ),
+    r"bn_backward_reduce_two<double, (true|false), (true|false)>": Budget(256, registers=255, blocks=1, shared=32_768),
     # two BatchNorms: twice the parameters, or three sums
     r"bn_add_bn_apply<(Half|BFloat16|float), true>": Budget(
         256, registers=128, blocks=2, shared=6_400, wide=("LDG", "STG"), in_flight=4
@@ -98,6 +96,11 @@ BUDGETS: dict[str, Budget] = {
     ),
     r"bn_add_bn_reduce<(Half|BFloat16|float), false>": Budget(256, registers=128, blocks=2, shared=16_384),
     r"bn_add_bn_reduce<double, (true|false)>": Budget(256, registers=255, blocks=1, shared=32_768),
+    r"bn_add_bn_gradients<(Half|BFloat16|float), true>": Budget(
+        256, registers=128, blocks=2, shared=10_752, wide=("LDG", "STG"), in_flight=4
+    ),
+    r"bn_add_bn_gradients<(Half|BFloat16|float), false>": Budget(256, registers=128, blocks=2, shared=10_752),
+    r"bn_add_bn_gradients<double, (true|false)>": Budget(256, registers=255, blocks=1, shared=21_504),
     # one launch: the dynamic part is what the planner finds free
     r"bn_(forward|backward)_slab<.*>": Budget(
         256, registers=128, blocks=2, shared=16_384, wide=("LDG", "STG", "LDS", "STS"), in_flight=4
