@@ -376,7 +376,7 @@ def test_the_gradient_of_a_pool(
     """A projection block of ResNet-D: its shortcut pools the output of the block before."""
     if min(size) == 1 and not ceil_mode:
         size = (2, 2)
-    x, weight, main, shortcut = random(2, 4, *size), random(4), random(5, 4, 2, 2), random(5, 4, 1, 1)
+    x, weight, main, shortcut = random(6, 4, *size), random(4), random(5, 4, 2, 2), random(5, 4, 1, 1)
 
     def block(ops: Any) -> torch.Tensor:
         y = ops.bn_relu(x.contiguous(memory_format=layout), weight)
