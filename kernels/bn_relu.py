@@ -309,7 +309,8 @@ def reduce_backward(
         return parts
 
     choices = [Reduction(BACKWARD_TILE, 2 * WARPS)]
-    if shape.vec > 1:  # else every value needs an address in registers
+    # every value needs an address in registers if planes rule out wide loads; with dy2 ptxas spills for sm_100
+    if shape.vec > 1 and inputs["dy2"] is None:
         choices.append(Reduction(BACKWARD_TILE // 2, WARPS))
     parts = run(tune.fastest(kernel.__name__, shape.family, x.device, choices, run))
     arguments = {"parts": parts, **dict.fromkeys(("dweight", "dbias", "dresidual_weight")), **sums}
