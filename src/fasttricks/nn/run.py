@@ -111,9 +111,9 @@ def is_plain_conv1x1(module: Any) -> bool:
 
 def _process_group(norm: nn.Module) -> distributed.ProcessGroup | None:
     """The process group over which a SyncBatchNorm computes its statistics now; None: this process alone."""
-    if not norm.training or not isinstance(norm, nn.SyncBatchNorm) or not distributed.is_available():
+    if type(norm) is nn.BatchNorm2d or not norm.training or not isinstance(norm, nn.SyncBatchNorm):
         return None
-    if not distributed.is_initialized():
+    if not distributed.is_available() or not distributed.is_initialized():
         return None
     group = norm.process_group or distributed.group.WORLD
     return group if distributed.get_world_size(group) > 1 else None
@@ -145,7 +145,7 @@ def _state(norm: Any) -> tuple[bool, Norm]:
 def _op(norm: Any, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
     """The fused op with the parameters, statistics and mode of norm."""
     training, (weight, bias, mean, var, momentum, eps, tracked) = _state(norm)
-    group = None if type(norm) is nn.BatchNorm2d else _process_group(norm)
+    group = _process_group(norm)
     op = "bn_relu" if residual is None else "bn_add_relu"
     return call(op, x, residual, weight, bias, mean, var, training, momentum, eps, group, tracked)
 
@@ -194,8 +194,8 @@ def norm_add_norm_relu(
         or residual.shape != x.shape
         or residual.dtype != x.dtype
         or (min_elements and is_small(x, min_elements))
-        or (type(norm) is not nn.BatchNorm2d and _process_group(norm) is not None)
-        or (type(other) is not nn.BatchNorm2d and _process_group(other) is not None)
+        or _process_group(norm) is not None
+        or _process_group(other) is not None
     ):
         return norm_add_relu(norm, x, other(residual), in_place, min_elements)
     training, state = _state(norm)

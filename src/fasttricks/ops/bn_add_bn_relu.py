@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.fx import Proxy
 
 from .. import transforms
@@ -19,7 +18,7 @@ from ..reference.bn_relu import spread
 from . import second_gradient
 from .bn_add_bn_relu_checks import check_apply, check_backward, check_forward, check_public
 from .bn_outputs import empty_like_x, mask_of, pack_mask, per_channel_of, unpack_mask
-from .bn_relu import bn_add_relu, differentiable_statistics
+from .bn_relu import bn_add_relu, differentiable_statistics, torch_batch_norm
 from .registration import differentiable, library_of, opaque
 
 
@@ -82,15 +81,14 @@ def bn_add_bn_relu(
         residual_num_batches_tracked,
     )
     if isinstance(x, Proxy):
-        names = ("running_mean", "running_var", "momentum", "eps", "num_batches_tracked")
-        options = dict(zip(("weight", "bias", *names), main, strict=True), training=training)
-        residual_names = [f"residual_{name}" for name in ("weight", "bias", *names)]
-        options |= dict(zip(residual_names, other, strict=True))
+        options = {"training": training, **dict(zip(_NORM, main, strict=True))}
+        options |= {f"residual_{name}": value for name, value in zip(_NORM, other, strict=True)}
         return transforms.recorded(bn_add_bn_relu, x, (x, residual), options)
     return call(x, residual, training, main, other)
 
 
-# of a BatchNorm: weight, bias, running_mean, running_var, momentum, eps, num_batches_tracked
+_NORM = ("weight", "bias", "running_mean", "running_var", "momentum", "eps", "num_batches_tracked")
+# their values
 Norm = tuple[Any, Any, Any, Any, float | None, float, Any]
 
 
@@ -137,10 +135,7 @@ def _one_after_the_other(
 ) -> torch.Tensor:
     """The shortcut's BatchNorm by torch, and `bn_add_relu`."""
     weight, bias, running_mean, running_var, momentum, eps, batches = other
-    if training and batches is not None:
-        batches.add_(1)
-        momentum = 1.0 / float(batches) if momentum is None else momentum
-    residual = F.batch_norm(residual, running_mean, running_var, weight, bias, training, momentum or 0.0, eps)
+    residual = torch_batch_norm(residual, weight, bias, running_mean, running_var, training, momentum, eps, batches)
     weight, bias, running_mean, running_var, momentum, eps, batches = main
     return bn_add_relu(
         x, residual, weight, bias, running_mean, running_var, training=training, momentum=momentum, eps=eps,
@@ -296,12 +291,8 @@ def register(namespace: str) -> None:
     ) -> tuple[tuple[Any, ...], _Constants]:  # fmt: skip
         tensors = (x, residual, weight, bias, residual_weight, residual_bias)
         main = (mean, var, momentum, eps, batches)
-        return tensors, (
-            ops,
-            True,
-            main,
-            (residual_mean, residual_var, residual_momentum, residual_eps, residual_batches),
-        )
+        other = (residual_mean, residual_var, residual_momentum, residual_eps, residual_batches)
+        return tensors, (ops, True, main, other)
 
     def ordered_apply(*given: Any) -> tuple[tuple[Any, ...], _Constants]:
         *tensors, mean, var, residual_mean, residual_var, eps, residual_eps = given

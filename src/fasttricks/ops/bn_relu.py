@@ -193,11 +193,19 @@ def _by_batch_norm(
     momentum: float | None, eps: float, batches: Any,
 ) -> torch.Tensor:  # fmt: skip
     """By torch.batch_norm, which alone may change statistics that are no arguments of a functionalized function."""
+    y = torch_batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps, batches)
+    return F.relu(y if residual is None else y + residual)
+
+
+def torch_batch_norm(
+    x: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any, training: bool, momentum: float | None,
+    eps: float, batches: Any,
+) -> torch.Tensor:  # fmt: skip
+    """torch.batch_norm, with the count of batches that nn.BatchNorm2d keeps."""
     if training and batches is not None:
         batches.add_(1)
         momentum = 1.0 / float(batches) if momentum is None else momentum
-    y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum or 0.0, eps)
-    return F.relu(y if residual is None else y + residual)
+    return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum or 0.0, eps)
 
 
 def _as_one(x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

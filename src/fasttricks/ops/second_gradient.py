@@ -25,7 +25,8 @@ _AccumulateGrad = torch._C._functions.AccumulateGrad
 
 def receives(function: type[torch.autograd.Function]) -> None:
     """Lets the nodes of an autograd.Function take a second gradient of their first output."""
-    node = function._backward_cls
+    node: Any = function._backward_cls
+    node.observed, node.seconds = False, None  # of a node that nobody has looked at or handed a gradient to
     for name in ("_register_hook_dict", "register_hook", "register_prehook"):
         setattr(node, name, _watched(getattr(node, name)))
     _receivers.add(node)
@@ -43,8 +44,6 @@ def _watched(register: Any) -> Any:
 def prepare(ctx: Any, y: torch.Tensor) -> None:
     """In forward, of a Function that receives: y is its first output."""
     ctx.output = weakref.ref(y)
-    ctx.observed = False
-    ctx.seconds = None
 
 
 def receiver(ctx: Any, argument: int) -> Any:
