@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import pytest
@@ -158,6 +158,13 @@ def bn_layouts(shape: tuple[int, ...]) -> tuple[torch.memory_format, ...]:
     return {4: LAYOUTS, 5: (torch.contiguous_format, torch.channels_last_3d)}.get(
         len(shape), (torch.contiguous_format,)
     )
+
+
+def bn_cases(shapes: Iterable[tuple[int, ...]]) -> pytest.MarkDecorator:
+    """Parametrizes `shape` and `layout`: every shape in its layouts."""
+    made = [(shape, layout) for shape in shapes for layout in bn_layouts(shape)]
+    ids = [f"{'x'.join(map(str, s))}-{'cl' if layout != torch.contiguous_format else 'nchw'}" for s, layout in made]
+    return pytest.mark.parametrize(("shape", "layout"), made, ids=ids)
 
 
 def bn_tensor(

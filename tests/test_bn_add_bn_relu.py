@@ -17,6 +17,7 @@ from cases import (
     assert_bn_close,
     bn_add_gradients,
     bn_affine,
+    bn_cases,
     bn_layouts,
     bn_second_shape,
     bn_tensor,
@@ -28,8 +29,6 @@ from cases import (
 from fasttricks.ops.bn_outputs import unpack_mask
 
 EPS, RESIDUAL_EPS = 1e-5, 1e-2
-CASES = [(shape, layout) for shape in BN_BLOCK_SHAPES for layout in bn_layouts(shape)]
-IDS = [f"{'x'.join(map(str, s))}-{'cl' if layout != torch.contiguous_format else 'nchw'}" for s, layout in CASES]
 layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
 GRADIENTS = ("dx", "dresidual", "dweight", "dresidual_weight", "dbias")
 
@@ -136,7 +135,7 @@ def constant_statistics(channels: int, dtype: torch.dtype) -> Statistics:
 
 
 @pytest.mark.parametrize("dtype", BN_BLOCK_DTYPES, ids=str)
-@pytest.mark.parametrize(("shape", "layout"), CASES, ids=IDS)
+@bn_cases(BN_BLOCK_SHAPES)
 def test_values_and_gradients(
     raw_ops: Any, shape: tuple[int, ...], layout: torch.memory_format, dtype: torch.dtype
 ) -> None:

@@ -14,6 +14,7 @@ from cases import (
     INTERPRETED,
     assert_bn_close,
     bn_affine,
+    bn_cases,
     bn_layouts,
     bn_tensor,
     poisoned_memory,
@@ -22,9 +23,6 @@ from cases import (
 
 import fasttricks
 from fasttricks import bn_add_relu, bn_relu
-
-CASES = [(shape, layout) for shape in BN_SHAPES for layout in bn_layouts(shape)]
-IDS = [f"{'x'.join(map(str, s))}-{'cl' if layout != torch.contiguous_format else 'nchw'}" for s, layout in CASES]
 
 
 @dataclass
@@ -91,7 +89,7 @@ def check(given: Inputs, **rest: object) -> None:
 
 @pytest.mark.parametrize("residual", [False, True], ids=["relu", "add_relu"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("shape", "layout"), CASES, ids=IDS)
+@bn_cases(BN_SHAPES)
 def test_values_and_gradients(
     backend: str, shape: tuple[int, ...], layout: torch.memory_format, dtype: torch.dtype, residual: bool
 ) -> None:

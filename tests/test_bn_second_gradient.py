@@ -19,15 +19,13 @@ from cases import (
     assert_bn_close,
     bn_add_gradients,
     bn_affine,
-    bn_layouts,
+    bn_cases,
     bn_second_shape,
     bn_tensor,
     bn_wide,
     poisoned_memory,
 )
 
-CASES = [(shape, layout) for shape in (*BN_BLOCK_SHAPES, *BN_POOLED_SHAPES) for layout in bn_layouts(shape)]
-IDS = [f"{'x'.join(map(str, s))}-{'cl' if layout != torch.contiguous_format else 'nchw'}" for s, layout in CASES]
 residuals = pytest.mark.parametrize("residual", [False, True], ids=["relu", "add_relu"])
 layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
 
@@ -89,7 +87,7 @@ def assert_same(got: tuple[torch.Tensor, ...], want: tuple[torch.Tensor, ...]) -
 
 @residuals
 @pytest.mark.parametrize("dtype", BN_BLOCK_DTYPES, ids=str)
-@pytest.mark.parametrize(("shape", "layout"), CASES, ids=IDS)
+@bn_cases((*BN_BLOCK_SHAPES, *BN_POOLED_SHAPES))
 def test_same_bits_as_adding_first(
     raw_ops: Any, shape: tuple[int, ...], layout: torch.memory_format, dtype: torch.dtype, residual: bool
 ) -> None:

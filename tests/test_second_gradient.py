@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,15 +34,8 @@ def handed(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     return gradients
 
 
-@pytest.fixture(params=["cpu", "cuda-emulated", "triton"])
-def served(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The backends with raw ops: the reference has torch's own graph."""
-    from conftest import BACKENDS, run_on
-
-    if request.param not in BACKENDS:
-        pytest.skip(f"{request.param} is not tested in this process")
-    with run_on(request.param) as name:
-        yield name
+# on every backend that has kernels: the reference has torch's own graph
+on_every_backend = pytest.mark.usefixtures("raw_ops")
 
 
 @dataclass
@@ -95,9 +88,10 @@ def assert_equal_to_eager(got: list[torch.Tensor], blocks: Blocks, bound: float 
         assert relative_error(a, b) < bound
 
 
+@on_every_backend
 @layouts
 def test_both_blocks_hand_their_shortcuts_gradient_over(
-    served: str, layout: torch.memory_format, handed: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
+    layout: torch.memory_format, handed: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     blocks = Blocks.random(layout)
     got = blocks.gradients(loss_of(blocks.outputs()[-1]))
@@ -256,16 +250,16 @@ def test_threads_over_one_graph() -> None:
     loss = loss_of(blocks.outputs()[-1])
     want = blocks.gradients(loss, retain_graph=True)
     rounds = 20
-    total = [torch.zeros_like(g) for g in want]
-    threads = [threading.Thread(target=lambda: [loss.backward(retain_graph=True) for _ in range(rounds)])]
-    threads.append(threading.Thread(target=lambda: [loss.backward(retain_graph=True) for _ in range(rounds)]))
+    threads = [
+        threading.Thread(target=lambda: [loss.backward(retain_graph=True) for _ in range(rounds)]) for _ in range(2)
+    ]
     for w in blocks.weights:
         w.grad = None
     for t in threads:
         t.start()
     for t in threads:
         t.join()
-    for w, g, _ in zip(blocks.weights, want, total, strict=True):
+    for w, g in zip(blocks.weights, want, strict=True):
         assert relative_error(w.grad, 2 * rounds * g) < 1e-12
 
 
@@ -370,8 +364,9 @@ def random(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("size", [(6, 4), (7, 5), (1, 3), (4, 5)], ids=str)
 @pytest.mark.parametrize("ceil_mode", [False, True])
 @layouts
+@on_every_backend
 def test_the_gradient_of_a_pool(
-    served: str, size: tuple[int, int], ceil_mode: bool, layout: torch.memory_format, handed: list[torch.Tensor]
+    size: tuple[int, int], ceil_mode: bool, layout: torch.memory_format, handed: list[torch.Tensor]
 ) -> None:
     """A projection block of ResNet-D: its shortcut pools the output of the block before."""
     if min(size) == 1 and not ceil_mode:
@@ -389,7 +384,8 @@ def test_the_gradient_of_a_pool(
     assert handed[0].shape[2:] == tuple((s + ceil_mode) // 2 for s in size)
 
 
-def test_an_output_that_only_a_pool_reads(served: str) -> None:
+@on_every_backend
+def test_an_output_that_only_a_pool_reads() -> None:
     """A transition of DenseNet."""
     x, weight, kernel = random(2, 4, 5, 6), random(4), random(3, 4, 1, 1)
     compared(lambda ops: ops.avgpool_conv1x1(ops.bn_relu(x, weight), kernel, ceil_mode=True), [x, weight, kernel])
