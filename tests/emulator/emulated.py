@@ -23,10 +23,11 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import ModuleType
+from typing import NoReturn
 
 import torch
 from extension import module_of
@@ -142,6 +143,21 @@ def run(script: str, build: Build) -> str:
     command = [sys.executable, str(HERE / script), build.kind, str(build.csrc), *build.ops]
     done = subprocess.run(command, capture_output=True, text=True, env=sanitized(build.kind))
     return "" if done.returncode == 0 else done.stderr
+
+
+def judge(wrong: Callable[[Library, str, dict], str]) -> NoReturn:
+    """The main function of a script that `run` starts: exits with what wrong(library, kind of build, schedule) says."""
+    kind, csrc, *ops = sys.argv[1:]
+    library = load(Build(kind, Path(csrc), tuple(ops)))
+    for schedule in SCHEDULES if kind == "plain" else SCHEDULES[2:3]:
+        if said := wrong(library, kind, schedule):
+            sys.exit(said)
+    os._exit(0)  # torch's destructors, which ThreadSanitizer has something to say on, are not what is judged
+
+
+def dtypes_of(kind: str) -> tuple[torch.dtype, ...]:
+    """What a script judges under a kind of build: for ThreadSanitizer one type, since the barriers are the same."""
+    return (torch.float16,) if kind == "tsan" else (torch.float16, torch.float32)
 
 
 def changed(folder: Path, file: str, before: str, after: str) -> Path:

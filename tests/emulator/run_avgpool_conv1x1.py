@@ -6,9 +6,6 @@ run_avgpool_conv1x1.py KIND CSRC OP...     # as emulated.run() starts it
 from __future__ import annotations
 
 import itertools
-import os
-import sys
-from pathlib import Path
 
 import emulated
 import torch
@@ -46,17 +43,12 @@ def wrong(library: emulated.Library, schedule: dict, dtype: torch.dtype) -> str:
     return ""
 
 
-def main() -> None:
-    kind, csrc, *ops = sys.argv[1:]
-    library = emulated.load(emulated.Build(kind, Path(csrc), tuple(ops)))
-    schedules = emulated.SCHEDULES if kind == "plain" else emulated.SCHEDULES[2:3]
-    dtypes = (torch.float16,) if kind == "tsan" else (torch.float16, torch.float32)  # the barriers are the same
-    for schedule in schedules:
-        for dtype in dtypes:
-            if said := wrong(library, schedule, dtype):
-                sys.exit(said)
-    os._exit(0)  # torch's destructors, which ThreadSanitizer has something to say on, are not what is judged
+def judged(library: emulated.Library, kind: str, schedule: dict) -> str:
+    for dtype in emulated.dtypes_of(kind):
+        if said := wrong(library, schedule, dtype):
+            return said
+    return ""
 
 
 if __name__ == "__main__":
-    main()
+    emulated.judge(judged)

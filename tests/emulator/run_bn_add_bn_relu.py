@@ -6,9 +6,6 @@ run_bn_add_bn_relu.py KIND CSRC OP...     # as emulated.run() starts it
 from __future__ import annotations
 
 import itertools
-import os
-import sys
-from pathlib import Path
 
 import emulated
 import torch
@@ -56,17 +53,13 @@ def wrong(library: emulated.Library, schedule: dict, dtype: torch.dtype) -> str:
     return ""
 
 
-def main() -> None:
-    kind, csrc, *ops = sys.argv[1:]
-    library = emulated.load(emulated.Build(kind, Path(csrc), tuple(ops)))
-    torch.manual_seed(0)
-    schedules = emulated.SCHEDULES if kind == "plain" else emulated.SCHEDULES[2:3]
-    dtypes = (torch.float16,) if kind == "tsan" else (torch.float16, torch.float32)  # the barriers are the same
-    for schedule, dtype in itertools.product(schedules, dtypes):
+def judged(library: emulated.Library, kind: str, schedule: dict) -> str:
+    for dtype in emulated.dtypes_of(kind):
         if said := wrong(library, schedule, dtype):
-            sys.exit(said)
-    os._exit(0)  # torch's destructors, which ThreadSanitizer has something to say on, are not what is judged
+            return said
+    return ""
 
 
 if __name__ == "__main__":
-    main()
+    torch.manual_seed(0)
+    emulated.judge(judged)

@@ -5,10 +5,6 @@ run_sgd.py KIND CSRC OP...     # as emulated.run() starts it
 
 from __future__ import annotations
 
-import os
-import sys
-from pathlib import Path
-
 import emulated
 import torch
 from cases import relative_error
@@ -65,14 +61,5 @@ def wrong(library: emulated.Library, schedule: dict) -> str:
     return ""
 
 
-def main() -> None:
-    kind, csrc, *ops = sys.argv[1:]
-    library = emulated.load(emulated.Build(kind, Path(csrc), tuple(ops)))
-    for schedule in emulated.SCHEDULES if kind == "plain" else emulated.SCHEDULES[2:3]:
-        if said := wrong(library, schedule):
-            sys.exit(said)
-    os._exit(0)  # torch's destructors, which ThreadSanitizer has something to say on, are not what is judged
-
-
 if __name__ == "__main__":
-    main()
+    emulated.judge(lambda library, kind, schedule: wrong(library, schedule))
