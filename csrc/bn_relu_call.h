@@ -73,15 +73,22 @@ struct BnCall {
     FT_CHECK(op, eps >= 0 && eps < std::numeric_limits<double>::infinity(), names->eps, " is ", eps,
              "; accepted: a finite number >= 0");
   }
+  bool has_shape_of_x(const Tensor& t) const {
+    bool same = t.dim() == x.dim();
+    for (int64_t d = 0; same && d < x.dim(); ++d) same = t.size(d) == x.size(d);
+    return same;
+  }
   void check_like_x(const char* name, const Tensor& t) const {
     check_same_device(op, name, t, x);
     check_dtype(op, name, t, x.scalar_type());
-    bool same = t.dim() == x.dim();
-    for (int64_t d = 0; same && d < x.dim(); ++d) same = t.size(d) == x.size(d);
-    FT_CHECK(op, same, name, " has shape ", shape_of(t), "; accepted: ", shape_of(x), ", the shape of x");
+    FT_CHECK(op, has_shape_of_x(t), name, " has shape ", shape_of(t), "; accepted: ", shape_of(x), ", the shape of x");
   }
   const void* like_x(const char* name, const Tensor& t) {
     check_like_x(name, t);
+    return dense(t);
+  }
+  // The values of t in the layout of x.
+  const void* dense(const Tensor& t) {
     return is_dense(t, layout) ? t.const_data_ptr() : keep(torch::stable::contiguous(t, layout));
   }
 
@@ -125,15 +132,15 @@ struct BnCall {
     if (!dy2.has_value()) return {};
     check_same_device(op, "dy2", *dy2, x);
     check_dtype(op, "dy2", *dy2, x.scalar_type());
-    bool same = dy2->dim() == x.dim(), pooled = same && x.dim() == 4;
-    for (int64_t d = 0; same && d < x.dim(); ++d) same = dy2->size(d) == x.size(d);
+    const bool same = has_shape_of_x(*dy2);
+    bool pooled = dy2->dim() == 4 && x.dim() == 4;
     for (int64_t d = 0; pooled && d < 4; ++d) {
       const int64_t size = x.size(d), given = dy2->size(d);
       pooled = d < 2 ? given == size : given == size / 2 || given == (size + 1) / 2;
     }
     FT_CHECK(op, same || pooled, "dy2 has shape ", shape_of(*dy2), "; accepted: ", shape_of(x),
              ", the shape of x, or that of its 2x2 means");
-    const void* data = is_dense(*dy2, layout) ? dy2->const_data_ptr() : keep(torch::stable::contiguous(*dy2, layout));
+    const void* data = dense(*dy2);
     return same ? SecondGradient{data} : SecondGradient{data, true, dy2->size(2), dy2->size(3)};
   }
 

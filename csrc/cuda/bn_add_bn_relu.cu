@@ -78,8 +78,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bn_add_bn_relu_backward(
     using A = acc_t<T>;
     const BnSecondGradient<T> extra = main.on_device<T>(second);
     const auto at = [](Tensor& made) { return static_cast<A*>(made.mutable_data_ptr()); };
+    T* const to = static_cast<T*>(dx.mutable_data_ptr());
+    T* const other_to = static_cast<T*>(dresidual.mutable_data_ptr());
     // dz may be where dresidual will be: every element is read before its gradient is written
-    T* const dz = extra.data ? static_cast<T*>(dresidual.mutable_data_ptr()) : nullptr;
+    T* const dz = extra.data ? other_to : nullptr;
     const T* g = static_cast<const T*>(given);
     const bool vector =
         bn_vectors_fit(main.shape) && extra.vectors_fit() && aligned16({g, main.data<T>(), other.data<T>(), dz});
@@ -92,8 +94,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bn_add_bn_relu_backward(
     bn_finalize_backward_run<A>(at(partial), main.shape, t, main.params<A>(), at(dweight), at(dbias), main.on.stream);
     if (dz) g = dz, bits = nullptr;
     const A inv_count = training ? A(1) / A(main.values) : A(0);
-    T *const to = static_cast<T*>(dx.mutable_data_ptr()), *const other_to =
-                                                              static_cast<T*>(dresidual.mutable_data_ptr());
     const bool wide = bn_vectors_fit(main.shape) && aligned16({g, main.data<T>(), other.data<T>(), to, other_to});
     const BnShape shape = wide ? main.shape : bn_flat(main.shape);
     const auto gradients = wide ? &bn_add_bn_gradients<T, true> : &bn_add_bn_gradients<T, false>;

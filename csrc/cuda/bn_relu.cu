@@ -67,18 +67,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_relu_backward(Tensor dy, Tensor x,
     using T = decltype(t);
     using A = acc_t<T>;
     const T* const g = static_cast<const T*>(call.dy);
-    A* const sums[] = {static_cast<A*>(partial.mutable_data_ptr()), static_cast<A*>(dweight.mutable_data_ptr()),
-                       static_cast<A*>(dbias.mutable_data_ptr())};
+    const auto at = [](Tensor& made) { return static_cast<A*>(made.mutable_data_ptr()); };
     const int64_t count = training ? call.values : 0;
     T* const to = static_cast<T*>(dx.mutable_data_ptr());
     if (second.data)
       bn_backward_two_run(g, call.on_device<T>(second), call.data<T>(), call.bits, call.params<A>(), call.shape,
-                          call.on.device, sums[0], sums[1], sums[2], count, to, static_cast<T*>(dz.mutable_data_ptr()),
-                          call.on.stream);
+                          call.on.device, at(partial), at(dweight), at(dbias), count, to,
+                          static_cast<T*>(dz.mutable_data_ptr()), call.on.stream);
     else
-      bn_backward_run(g, call.data<T>(), call.bits, call.params<A>(), call.shape, call.on.device, sums[0], sums[1],
-                      sums[2], count, to, need_dresidual ? static_cast<T*>(dresidual.mutable_data_ptr()) : nullptr,
-                      call.on.stream);
+      bn_backward_run(g, call.data<T>(), call.bits, call.params<A>(), call.shape, call.on.device, at(partial),
+                      at(dweight), at(dbias), count, to,
+                      need_dresidual ? static_cast<T*>(dresidual.mutable_data_ptr()) : nullptr, call.on.stream);
   });
   return {dx, dresidual, dweight, dbias};
 }

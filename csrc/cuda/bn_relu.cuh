@@ -416,7 +416,7 @@ FT_DEVICE void update_running(const BnRunning& r, int c, double factor, double m
 }
 
 // Updates the running statistics and the number of batches; one block, so that every thread reads that number before it
-// changes.
+// changes. A template, since several sources include it.
 inline constexpr int kBnUpdateThreads = 512;
 template <int kThreads>
 __global__ void __launch_bounds__(kThreads) bn_update_stats(FT_PARAMETER(BnUpdate) u, int channels) {

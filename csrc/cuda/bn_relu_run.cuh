@@ -60,7 +60,7 @@ void bn_backward_reduce_run(const T* dy, const T* x, const uint8_t* mask, const 
                                : &bn_backward_reduce<T, false, false>;
   const BnTiling t = bn_wave(kernel, s, d);
   launch(kernel, dim3(unsigned(t.blocks)), kBnThreads, 0, stream, dy, x, mask, p, s, t, partial);
-  bn_finalize_backward_run(static_cast<const acc_t<T>*>(partial), s, t, p, dweight, dbias, stream);
+  bn_finalize_backward_run<acc_t<T>>(partial, s, t, p, dweight, dbias, stream);
 }
 
 // count: values of a channel over all replicas; 0 where the statistics are constants. dresidual may be null.
@@ -127,8 +127,7 @@ void bn_backward_run(const T* dy, const T* x, const uint8_t* mask, const BnParam
     }
   }
   bn_backward_reduce_run(dy, x, mask, p, s, d, partial, dweight, dbias, stream);
-  bn_backward_apply_run(dy, x, mask, p, static_cast<const acc_t<T>*>(dweight), static_cast<const acc_t<T>*>(dbias),
-                        count, s, d, dx, dresidual, stream);
+  bn_backward_apply_run<T>(dy, x, mask, p, dweight, dbias, count, s, d, dx, dresidual, stream);
 }
 
 // As bn_backward_run, with two gradients of y. dz has the shape of x: dresidual, or workspace.
@@ -142,12 +141,8 @@ void bn_backward_two_run(const T* dy, const BnSecondGradient<T>& other, const T*
                                : &bn_backward_reduce_two<T, false, false>;
   const BnTiling t = bn_wave(kernel, s, d);
   launch(kernel, dim3(unsigned(t.blocks)), kBnThreads, 0, stream, dy, other, x, mask, p, s, t, partial, dz);
-  bn_finalize_backward_run(static_cast<const acc_t<T>*>(partial), s, t, p, dweight, dbias, stream);
-  const acc_t<T>* const sums[] = {dweight, dbias};
-  const uint8_t* const no_mask = nullptr;
-  T* const no_residual = nullptr;
-  bn_backward_apply_run(static_cast<const T*>(dz), x, no_mask, p, sums[0], sums[1], count, s, d, dx, no_residual,
-                        stream, true);
+  bn_finalize_backward_run<acc_t<T>>(partial, s, t, p, dweight, dbias, stream);
+  bn_backward_apply_run<T>(dz, x, nullptr, p, dweight, dbias, count, s, d, dx, nullptr, stream, true);
 }
 
 inline void bn_update_stats_run(const BnUpdate& update, int channels, cudaStream_t stream) {
