@@ -27,6 +27,17 @@ from .bn_relu import (
     update_running,
 )
 
+# the numbers per channel of both BatchNorms, as the kernels name them
+
+
+def _affine(*given: Tensor | None) -> dict[str, Tensor | None]:
+    return dict(zip(("weight", "bias", "residual_weight", "residual_bias"), map(dense, given), strict=True))
+
+
+def _means(x: Tensor, *given: Tensor) -> dict[str, Any]:
+    names = ("mean", "var", "residual_mean", "residual_var")
+    return {name: in_sums_dtype(t, x) for name, t in zip(names, given, strict=True)}
+
 
 def _apply(
     x: Tensor, residual: Tensor, layout: torch.memory_format, numbers: dict[str, Tensor | None], eps: float,
@@ -51,12 +62,6 @@ def bn_add_bn_relu_forward(
     residual_num_batches_tracked: Tensor | None = None, residual_momentum: float | None = 0.1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """y, the batch statistics of x and of the residual, and the bit mask; updates both running statistics."""
-    affine: dict[str, Any] = {
-        "weight": weight,
-        "bias": bias,
-        "residual_weight": residual_weight,
-        "residual_bias": residual_bias,
-    }
     moved = running_mean, running_var, num_batches_tracked, momentum
     residual_moved = (
         residual_running_mean, residual_running_var, residual_num_batches_tracked, residual_momentum,
@@ -69,8 +74,8 @@ def bn_add_bn_relu_forward(
     residual = like_x(residual, layout)
     mean, var = statistics(x, layout)
     residual_mean, residual_var = statistics(residual, layout)
-    means: dict[str, Any] = {"mean": mean, "var": var, "residual_mean": residual_mean, "residual_var": residual_var}
-    numbers = {**{name: dense(t) for name, t in affine.items()}, **means}
+    numbers = _affine(weight, bias, residual_weight, residual_bias)
+    numbers |= _means(x, mean, var, residual_mean, residual_var)
     y, mask = _apply(x, residual, layout, numbers, eps, residual_eps, skip=True)
     count = values_per_channel(x)
     _moved(moved, mean, var, count)
@@ -89,24 +94,14 @@ def bn_add_bn_relu_apply(
     eps: float, residual_eps: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y and the bit mask from given statistics."""
-    affine: dict[str, Any] = {
-        "weight": weight,
-        "bias": bias,
-        "residual_weight": residual_weight,
-        "residual_bias": residual_bias,
-    }
-    means: dict[str, Any] = {"mean": mean, "var": var, "residual_mean": residual_mean, "residual_var": residual_var}
     check_apply(
         "bn_add_bn_relu_apply", x, residual, weight, bias, residual_weight, residual_bias, mean, var, residual_mean,
         residual_var, eps, residual_eps,
     )  # fmt: skip
     x, layout = laid_out(x)
-    numbers = {**{name: dense(t) for name, t in affine.items()}, **_in_sums_dtype(means, x)}
+    numbers = _affine(weight, bias, residual_weight, residual_bias)
+    numbers |= _means(x, mean, var, residual_mean, residual_var)
     return _apply(x, like_x(residual, layout), layout, numbers, eps, residual_eps, skip=False)
-
-
-def _in_sums_dtype(numbers: dict[str, Tensor], x: Tensor) -> dict[str, Tensor]:
-    return {name: in_sums_dtype(t, x) for name, t in numbers.items()}
 
 
 def bn_add_bn_relu_backward(
@@ -115,7 +110,6 @@ def bn_add_bn_relu_backward(
     training: bool, dy2: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dx, dresidual, dweight, dresidual_weight and dbias, of both; dy2: as in bn_relu_backward."""
-    means: dict[str, Any] = {"mean": mean, "var": var, "residual_mean": residual_mean, "residual_var": residual_var}
     check_backward(
         "bn_add_bn_relu_backward", dy, x, residual, mask, weight, residual_weight, mean, var, residual_mean,
         residual_var, eps, residual_eps, training, dy2,
@@ -126,7 +120,7 @@ def bn_add_bn_relu_backward(
         "x": x,
         "residual": like_x(residual, layout),
         "mask": mask.contiguous(),
-        **_in_sums_dtype(means, x),
+        **_means(x, mean, var, residual_mean, residual_var),
     }
     epsilons = {"EPS": eps, "RESIDUAL_EPS": residual_eps}
     second, constants = second_gradient(dy2, x, layout)
