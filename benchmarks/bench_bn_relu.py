@@ -39,7 +39,14 @@ def step(module: Callable[..., torch.Tensor], inputs: list[torch.Tensor], dy: to
 
 
 def compare(
-    benchmark, ours: nn.Module, peers: dict[str, nn.Module], inputs: int, c: int, size: int, layout: str, tensors: int
+    benchmark,
+    ours: nn.Module,
+    peers: dict[str, nn.Module],
+    arguments: int,
+    c: int,
+    size: int,
+    layout: str,
+    tensors: int,
 ) -> dict[str, float]:
     """How many times as long each peer takes; tensors: how many activations the formula of bytes moves."""
     torch.set_num_threads(THREADS)
@@ -47,7 +54,7 @@ def compare(
     def dense() -> torch.Tensor:
         return torch.randn(BATCH, c, size, size).contiguous(memory_format=LAYOUTS[layout])
 
-    inputs = [dense().requires_grad_() for _ in range(inputs)]
+    inputs = [dense().requires_grad_() for _ in range(arguments)]
     dy = dense()
     for module in (ours, *peers.values()):
         step(module, inputs, dy)

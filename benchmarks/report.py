@@ -19,7 +19,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
@@ -160,27 +160,43 @@ def speed_table() -> str:
     return f"{about}\n\n" + _markdown(["op", "compared with", "cases", "speedup (geometric mean)", "range"], rows)
 
 
-def case_table() -> str:
-    """Time and speedups for every case of the BatchNorm ops and avgpool_conv1x1."""
-    rows = []
+class Case(NamedTuple):
+    """One shape of an op in results/cpu.json: milliseconds, and how many times as long the peers take."""
+
+    op: str
+    channels: list[str]
+    size: str
+    layout: str
+    ms: float
+    eager: float
+    compiled: float | None
+
+
+def cases() -> Iterator[Case]:
+    """Every case of the BatchNorm ops and of avgpool_conv1x1."""
     for name, figures in load("cpu.json")["cases"].items():
         match = re.fullmatch(
             r"bench_\w+\.py::test_(bn_relu|bn_add_relu|bn_add_bn_relu|forward_backward)\[(.+)-(NCHW|NHWC)\]", name
         )
-        if match is None:
-            continue
-        op = "avgpool_conv1x1" if match[1] == "forward_backward" else match[1]
-        *channels, size = match[2].split("-")
-        compiled = figures.get("compiled")
-        rows.append(
-            [
-                f"`{op}`",
-                f"{' → '.join(channels)} x {size} x {size}, {match[3]}",
-                f"{figures['best_ms']:.2f}",
-                _times(figures.get("eager", figures.get("ratio"))),
-                "" if compiled is None else _times(compiled),
-            ]
-        )
+        if match is not None:
+            op = "avgpool_conv1x1" if match[1] == "forward_backward" else match[1]
+            *channels, size = match[2].split("-")
+            eager = figures.get("eager", figures.get("ratio"))
+            yield Case(op, channels, size, match[3], figures["best_ms"], eager, figures.get("compiled"))
+
+
+def case_table() -> str:
+    """Time and speedups for every case of the BatchNorm ops and avgpool_conv1x1."""
+    rows = [
+        [
+            f"`{case.op}`",
+            f"{' → '.join(case.channels)} x {case.size} x {case.size}, {case.layout}",
+            f"{case.ms:.2f}",
+            _times(case.eager),
+            "" if case.compiled is None else _times(case.compiled),
+        ]
+        for case in cases()
+    ]
     return _markdown(["op", "channels x height x width", "ms", "against eager", "against `torch.compile`"], rows)
 
 
@@ -302,22 +318,11 @@ def draw_speed(figure: Any) -> None:
 
 def draw_cases(figure: Any) -> None:
     """A panel per op with a pair of bars per case: milliseconds of fasttricks and of eager torch."""
-    groups: dict[str, list[tuple[str, float, float]]] = {
-        "bn_relu": [],
-        "bn_add_relu": [],
-        "bn_add_bn_relu": [],
-        "avgpool_conv1x1": [],
-    }
-    for name, figures in load("cpu.json")["cases"].items():
-        match = re.fullmatch(
-            r"bench_\w+\.py::test_(bn_relu|bn_add_relu|bn_add_bn_relu|forward_backward)\[(.+)-(NCHW|NHWC)\]", name
-        )
-        if match:
-            op = "avgpool_conv1x1" if match[1] == "forward_backward" else match[1]
-            *channels, size = match[2].split("-")
-            ratio = figures.get("eager", figures.get("ratio"))
-            label = f"{'→'.join(channels)}, {size}x{size}, {match[3]}"
-            groups[op].append((label, figures["best_ms"], figures["best_ms"] * ratio))
+    ops = ("bn_relu", "bn_add_relu", "bn_add_bn_relu", "avgpool_conv1x1")
+    groups: dict[str, list[tuple[str, float, float]]] = {op: [] for op in ops}
+    for case in cases():
+        label = f"{'→'.join(case.channels)}, {case.size}x{case.size}, {case.layout}"
+        groups[case.op].append((label, case.ms, case.ms * case.eager))
     groups = {op: rows for op, rows in groups.items() if rows}
     heights = [len(rows) for rows in groups.values()]
     figure.set_size_inches(9, 2 + 0.3 * sum(heights))
