@@ -66,6 +66,14 @@ def _fresh_inputs(request: pytest.FixtureRequest) -> None:
     request.node.user_properties.append(("seed", seed))
 
 
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Any]:
+    """Two processes: `ranks.run(function, *arguments)`. Its tests are of the xdist_group "ranks": one start for all."""
+    both = importlib.import_module("ranks").Ranks()
+    yield both
+    both.stop()
+
+
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     """A tiny image folder of three classes."""

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import os
-import traceback
 import warnings
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from cases import relative_error
 from networks import randomised, synchronised_net, timm_net, torchvision_net, twins
+from ranks import Ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -25,7 +20,7 @@ from fasttricks.optim import FusedSGD
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed"),
-    pytest.mark.xdist_group("frameworks"),  # starts the two processes once
+    pytest.mark.xdist_group("ranks"),
 ]
 
 
@@ -200,37 +195,11 @@ ALL = (
 )
 
 
-def worker(rank: int, folder: str, seed: int) -> None:
-    torch.set_num_threads(1)
+def checked(name: str) -> None:
     warnings.simplefilter("ignore", FutureWarning)  # broadcast_buffers has a new name in some versions
-    options: dict[str, Any] = {"rank": rank, "world_size": 2, "timeout": timedelta(seconds=60)}
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", **options)
-    torch.manual_seed(seed)
-    for check in ALL:
-        report = ""
-        try:
-            check()
-            dist.barrier()
-        except BaseException:
-            report = traceback.format_exc()
-        Path(folder, f"{check.__name__}.{rank}").write_text(report)
-        if report:  # the other rank is waiting for this one
-            os._exit(1)
-    dist.destroy_process_group()
-    # a gloo thread that still holds a tensor would abort when it takes the GIL of a finished interpreter
-    os._exit(0)
-
-
-@pytest.fixture(scope="module")
-def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """For each check the error, or "", of each rank that finished it."""
-    folder = tmp_path_factory.mktemp("ranks")
-    with contextlib.suppress(mp.ProcessExitedException):  # the reports have the error
-        mp.spawn(worker, (str(folder), torch.initial_seed() % 2**31), nprocs=2)
-    return {check.__name__: [path.read_text() for path in folder.glob(f"{check.__name__}.*")] for check in ALL}
+    next(check for check in ALL if check.__name__ == name)()
 
 
 @pytest.mark.parametrize("name", [check.__name__ for check in ALL])
-def test_two_processes(name: str, reports: dict[str, list[str]]) -> None:
-    assert reports[name], "not run: the processes ended earlier"
-    assert reports[name] == ["", ""], "\n".join(reports[name])
+def test_two_processes(name: str, ranks: Ranks) -> None:
+    ranks.run(checked, name)

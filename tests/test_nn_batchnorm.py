@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import relative_error
-from torch import distributed, nn
+from ranks import Ranks
+from torch import Tensor, distributed, nn
 
 from fasttricks import fuse, zero_init_last
 from fasttricks.nn import BatchNormAddReLU2d, BatchNormReLU2d
@@ -210,47 +208,41 @@ def test_zero_init_last_refuses_a_model_without_blocks() -> None:
 # ---- statistics over two processes ----
 
 
-def _rank(rank: int, folder: str, sizes: tuple[int, int], residual: bool) -> None:
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    whole = torch.load(f"{folder}/inputs.pt")
-    part = slice(0, sizes[0]) if rank == 0 else slice(sizes[0], sum(sizes))
+def one_rank(whole: dict[str, Tensor], sizes: tuple[int, int], residual: bool) -> dict[str, Tensor]:
+    """Outputs, gradients and state of this rank's part of the inputs."""
+    part = slice(0, sizes[0]) if distributed.get_rank() == 0 else slice(sizes[0], sum(sizes))
     x, r, dy = (whole[k][part].requires_grad_(k != "dy") for k in ("x", "r", "dy"))
     kind = BatchNormAddReLU2d if residual else BatchNormReLU2d
     norm = kind(4, process_group=distributed.group.WORLD)
-    norm.load_state_dict(whole["state"])
+    norm.load_state_dict({name.removeprefix("state."): t for name, t in whole.items() if "state." in name})
     y = norm(x, r) if residual else norm(x)
     y.backward(dy)
     made = {"y": y.detach(), "dx": x.grad, "dr": r.grad, "weight": norm.weight.grad, "bias": norm.bias.grad}
-    torch.save({**made, "state": norm.state_dict()}, f"{folder}/{rank}.pt")
-    distributed.destroy_process_group()
-    # a gloo thread that still holds a tensor would abort when it takes the GIL of a finished interpreter
-    os._exit(0)
+    return {name: t for name, t in made.items() if t is not None} | dict(norm.named_buffers())
 
 
+@pytest.mark.xdist_group("ranks")
 @pytest.mark.parametrize("residual", [False, True], ids=["relu", "add_relu"])
 @pytest.mark.parametrize("sizes", [(3, 1), (4, 0)], ids=["uneven", "empty"])
-def test_synchronised_statistics_equal_one_process(sizes: tuple[int, int], residual: bool) -> None:
+def test_synchronised_statistics_equal_one_process(sizes: tuple[int, int], residual: bool, ranks: Ranks) -> None:
     """Two ranks with uneven parts of a batch, one of them possibly empty."""
     peer = nn.BatchNorm2d(4)
     nn.init.normal_(peer.weight)
     nn.init.normal_(peer.bias)
-    state = copy.deepcopy(peer.state_dict())
+    state = {f"state.{name}": t.clone() for name, t in peer.state_dict().items()}
     peer = peer.double()
     x, r, dy = (torch.randn(sum(sizes), 4, 5, 5) * 2 + 1 for _ in range(3))
-    with tempfile.TemporaryDirectory() as folder:
-        torch.save({"x": x, "r": r, "dy": dy, "state": state}, Path(folder) / "inputs.pt")
-        torch.multiprocessing.spawn(_rank, (folder, sizes, residual), nprocs=2)
-        ranks = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(2)]
-    y = torch.cat([a["y"] for a in ranks])
+    made = ranks.run(one_rank, {"x": x, "r": r, "dy": dy, **state}, sizes, residual)
+    y = torch.cat([a["y"] for a in made])
     x64, r64 = x.double().requires_grad_(), r.double().requires_grad_()
     z = peer(x64) + (r64 if residual else 0)
     z.backward(torch.where(y > 0, dy, 0).double())
     assert relative_error(y, F.relu(z)) < 1e-6
-    assert relative_error(torch.cat([a["dx"] for a in ranks]), x64.grad) < 1e-5
+    assert relative_error(torch.cat([a["dx"] for a in made]), x64.grad) < 1e-5
     if residual:
-        assert torch.equal(torch.cat([a["dr"] for a in ranks]), torch.where(y > 0, dy, 0))
-    assert relative_error(ranks[0]["weight"] + ranks[1]["weight"], peer.weight.grad) < 1e-5
-    assert relative_error(ranks[0]["bias"] + ranks[1]["bias"], peer.bias.grad) < 1e-5
-    for one in ranks:
+        assert torch.equal(torch.cat([a["dr"] for a in made]), torch.where(y > 0, dy, 0))
+    assert relative_error(made[0]["weight"] + made[1]["weight"], peer.weight.grad) < 1e-5
+    assert relative_error(made[0]["bias"] + made[1]["bias"], peer.bias.grad) < 1e-5
+    for one in made:
         for name in ("running_mean", "running_var"):
-            assert relative_error(one["state"][name], peer.state_dict()[name]) < 1e-6
+            assert relative_error(one[name], peer.state_dict()[name]) < 1e-6

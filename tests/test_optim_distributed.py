@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import copy
 import math
-import os
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import Ranks
 from torch import nn
 
 from fasttricks.optim import FusedLARS, FusedSGD, LossScaler
 
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
+pytestmark = [
+    pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed"),
+    pytest.mark.xdist_group("ranks"),
+]
 
 OPTIONS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2}
 
@@ -250,19 +251,10 @@ ALL = (with_ddp, with_zero, with_zero_clipping, with_unscale_and_no_parameters, 
 CASES = {f.__name__: f for f in (*ALL, with_own_group)}
 
 
-def worker(rank: int, name: str, meeting: str, seed: int) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
-    torch.manual_seed(seed)
-    try:
-        CASES[name](rank, make_model())
-        dist.barrier()  # neither rank ends gloo while the other still uses it
-    finally:
-        dist.destroy_process_group()
-    # a gloo thread that still holds a tensor would abort when it takes the GIL of a finished interpreter
-    os._exit(0)
+def check(name: str) -> None:
+    CASES[name](dist.get_rank(), make_model())
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_two_processes(name: str, tmp_path: Path) -> None:
-    mp.spawn(worker, (name, str(tmp_path / "meeting"), torch.initial_seed() % 2**31), nprocs=2)
+def test_two_processes(name: str, ranks: Ranks) -> None:
+    ranks.run(check, name)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
+from ranks import Ranks
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -101,12 +99,9 @@ def local_gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
 WRAPPED = (nn.parallel.DistributedDataParallel, synchronised, fsdp1, fsdp2)
 
 
-def worker(rank: int, meeting: str, seed: int) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
-    torch.manual_seed(seed)
+def wrapped_models() -> None:
     for wrap in WRAPPED:
-        model, x = network(), torch.randn(2, 3, 3, 17, 15)[rank]
+        model, x = network(), torch.randn(2, 3, 3, 17, 15)[dist.get_rank()]
         twin = wrap(fasttricks.fuse(copy.deepcopy(model), recompute=True))
         model = wrap(model)
         want = local_gradients(model, x)
@@ -114,14 +109,11 @@ def worker(rank: int, meeting: str, seed: int) -> None:
         assert equal(local_gradients(twin, x), want), wrap
         if wrap is synchronised:  # outputs with statistics of all ranks are recomputed, too
             assert live_bytes(lambda m=twin, x=x: m(x).sum()) < 0.8 * live_bytes(lambda m=model, x=x: m(x).sum())
-    dist.barrier()
-    dist.destroy_process_group()
-    os._exit(0)  # a gloo thread that still holds a tensor would abort when the interpreter ends
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_two_processes(tmp_path: Path) -> None:
-    mp.spawn(worker, (str(tmp_path / "meeting"), torch.initial_seed() % 2**31), nprocs=2)
+@pytest.mark.xdist_group("ranks")
+def test_two_processes(ranks: Ranks) -> None:
+    ranks.run(wrapped_models)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
