@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import shutil
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 
 def tool(name: str) -> str | None:
@@ -22,8 +24,11 @@ def tool(name: str) -> str | None:
     )
 
 
-@dataclass(frozen=True)
-class Instruction:
+_LINE = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]+)\s*([^;]*)")
+_TARGET = re.compile(r"0x([0-9a-f]+)\s*$")
+
+
+class Instruction(NamedTuple):
     """One line of machine code: its address, opcode and operands."""
 
     address: int
@@ -33,8 +38,10 @@ class Instruction:
     @property
     def target(self) -> int | None:
         """Where a branch or call goes; None where a register says."""
-        found = re.search(r"0x([0-9a-f]+)\s*$", self.operands)
-        return int(found[1], 16) if found and self.opcode.split(".")[0] in ("BRA", "CALL", "BSYNC", "BREAK") else None
+        if not self.opcode.startswith(("BRA", "CALL", "BSYNC", "BREAK")):
+            return None
+        found = _TARGET.search(self.operands)
+        return int(found[1], 16) if found else None
 
     @property
     def always(self) -> bool:
@@ -43,7 +50,7 @@ class Instruction:
 
 def instruction(line: str) -> Instruction | None:
     """The instruction of a line of cuobjdump; None if it has none."""
-    found = re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]+)\s*([^;]*)", line)
+    found = _LINE.match(line) if ";" in line else None  # lines without: the code of the instruction above
     return Instruction(int(found[1], 16), found[3], f"{found[2] or ''}{found[4].strip()}") if found else None
 
 
@@ -144,14 +151,15 @@ def _read(operands: str) -> set[int]:
 def _first_uses(code: list[Instruction]) -> dict[int, int]:
     """For every 128-bit global load, the index of the first instruction after it that reads what it loaded."""
     uses = {}
+    read = functools.cache(lambda j: _read(code[j].operands))
     for i, instruction in enumerate(code):
-        if not re.match(r"LDG\b.*\.128", instruction.opcode):
+        if not instruction.opcode.startswith("LDG.") or ".128" not in instruction.opcode:
             continue
         loaded = re.search(r"\bR(\d+)\b", re.sub(r"^@\S+\s+", "", instruction.operands))
         if not loaded:
             continue
         registers = set(range(int(loaded[1]), int(loaded[1]) + 4))
-        uses[i] = next((j for j in range(i + 1, len(code)) if registers & _read(code[j].operands)), len(code))
+        uses[i] = next((j for j in range(i + 1, len(code)) if registers & read(j)), len(code))
     return uses
 
 
