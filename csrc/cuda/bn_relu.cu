@@ -2,6 +2,109 @@
 #include "bn_call.cuh"
 
 namespace fasttricks::cuda::ops {
+
+void move_statistics(BnRunningStatistics& running, const Tensor& mean, const Tensor& var, const double* count,
+                     int64_t values, cudaStream_t stream) {
+  BnUpdate update{};
+  update.count = count;
+  update.values = values;
+  update.batches = running.batches_data();
+  update.cumulative = !running.momentum.has_value();
+  update.momentum = running.momentum.value_or(0);
+  const auto one = [](Tensor& r, const Tensor& now) {
+    return BnRunning{r.mutable_data_ptr(), now.const_data_ptr(),          r.stride(0),
+                     now.stride(0),        element_type(r.scalar_type()), element_type(now.scalar_type())};
+  };
+  int channels = 0;
+  if (running.mean.has_value() && (count || values)) {
+    channels = int(mean.size(0));
+    update.mean = one(*running.mean, mean);
+    update.var = one(*running.var, var);
+  }
+  if (channels || update.batches) bn_update_stats_run(update, channels, stream);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> Call::launch_forward(const MaybeTensor& residual,
+                                                                BnRunningStatistics running) {
+  const void* z = residual.has_value() ? like_x("residual", *residual) : nullptr;
+  running.check(*this);
+  check_several_values(*this);
+  Tensor mean = new_per_channel(), var = new_per_channel();
+  mean_data = mean.const_data_ptr();
+  var_data = var.const_data_ptr();
+  Tensor y = new_like_x(), mask = torch::stable::new_empty(x, {z ? mask_bytes() : 0}, ScalarType::Byte);
+  if (empty()) {
+    move_statistics(running, mean, var, nullptr, 0, on.stream);
+    return {y, mean, var, mask};
+  }
+  Tensor partial = new_partial();
+  with_type(x.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    using A = acc_t<T>;
+    bn_forward_run(data<T>(), static_cast<const T*>(z), params<A>(), shape, on.device,
+                   static_cast<A*>(partial.mutable_data_ptr()), static_cast<A*>(mean.mutable_data_ptr()),
+                   static_cast<A*>(var.mutable_data_ptr()), static_cast<T*>(y.mutable_data_ptr()),
+                   z ? static_cast<uint8_t*>(mask.mutable_data_ptr()) : nullptr, on.stream);
+  });
+  move_statistics(running, mean, var, nullptr, values, on.stream);
+  return {y, mean, var, mask};
+}
+
+std::tuple<Tensor, Tensor> Call::launch_stats() {
+  Tensor mean = new_per_channel(), var = new_per_channel();
+  mean_data = mean.const_data_ptr();
+  var_data = var.const_data_ptr();
+  if (empty()) return {mean, var};
+  Tensor partial = new_partial();
+  with_type(x.scalar_type(), [&](auto t) {
+    using A = acc_t<decltype(t)>;
+    bn_stats_run(data<decltype(t)>(), shape, on.device, static_cast<A*>(partial.mutable_data_ptr()),
+                 static_cast<A*>(mean.mutable_data_ptr()), static_cast<A*>(var.mutable_data_ptr()), on.stream);
+  });
+  return {mean, var};
+}
+
+std::tuple<Tensor, Tensor> Call::launch_apply(const MaybeTensor& residual) {
+  const void* z = residual.has_value() ? like_x("residual", *residual) : nullptr;
+  Tensor y = new_like_x(), mask = torch::stable::new_empty(x, {z ? mask_bytes() : 0}, ScalarType::Byte);
+  if (empty()) return {y, mask};
+  with_type(x.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    bn_apply_run(data<T>(), static_cast<const T*>(z), params<acc_t<T>>(), false, shape, on.device,
+                 static_cast<T*>(y.mutable_data_ptr()), z ? static_cast<uint8_t*>(mask.mutable_data_ptr()) : nullptr,
+                 on.stream);
+  });
+  return {y, mask};
+}
+
+std::tuple<Tensor, Tensor> Call::launch_backward_reduce(const void* dy, const uint8_t* bits) {
+  Tensor dweight = new_per_channel(), dbias = new_per_channel();
+  if (empty()) return {dweight, dbias};
+  Tensor partial = new_partial();
+  with_type(x.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    using A = acc_t<T>;
+    bn_backward_reduce_run(static_cast<const T*>(dy), data<T>(), bits, params<A>(), shape, on.device,
+                           static_cast<A*>(partial.mutable_data_ptr()), static_cast<A*>(dweight.mutable_data_ptr()),
+                           static_cast<A*>(dbias.mutable_data_ptr()), on.stream);
+  });
+  return {dweight, dbias};
+}
+
+std::tuple<Tensor, Tensor> Call::launch_backward_apply(const void* dy, const uint8_t* bits, const void* dweight,
+                                                       const void* dbias, int64_t count, bool need_dresidual) {
+  Tensor dx = new_like_x(), dresidual = need_dresidual ? new_like_x() : torch::stable::new_empty(x, {0});
+  if (empty()) return {dx, dresidual};
+  with_type(x.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    using A = acc_t<T>;
+    bn_backward_apply_run(static_cast<const T*>(dy), data<T>(), bits, params<A>(), static_cast<const A*>(dweight),
+                          static_cast<const A*>(dbias), count, shape, on.device, static_cast<T*>(dx.mutable_data_ptr()),
+                          need_dresidual ? static_cast<T*>(dresidual.mutable_data_ptr()) : nullptr, on.stream);
+  });
+  return {dx, dresidual};
+}
+
 namespace {
 
 std::tuple<Tensor, Tensor, Tensor> bn_relu_forward(Tensor x, MaybeTensor weight, MaybeTensor bias, double eps,
