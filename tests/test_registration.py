@@ -5,8 +5,10 @@ The ops are those of the library or, with TRITON_INTERPRET=1, those in Triton.
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -48,6 +50,13 @@ def activations(grad: bool = False) -> list[torch.Tensor]:
     made.append(torch.randn(2, 3, 4, 5).transpose(2, 3).requires_grad_(grad))
     made.append(torch.randn(2, 6, 5, 4)[:, ::2].requires_grad_(grad))
     return made
+
+
+def in_turn(modes: Iterable[Any]) -> list[tuple[torch.Tensor, Any]]:
+    """The first of the activations with every mode, each of the others with one."""
+    first, *others = activations()
+    modes = list(modes)
+    return [*((first, mode) for mode in modes), *zip(others, itertools.cycle(modes), strict=False)]
 
 
 def running() -> list[tuple]:
@@ -111,10 +120,10 @@ def bn_add_bn_relu_apply() -> list[tuple]:
 
 def bn_add_bn_relu_backward() -> list[tuple]:
     made = []
-    for a in activations():
+    for a, (training, second) in in_turn(itertools.product((True, False), range(3))):
         dy, _, mask, *_ = with_mask(a)
         given = (dy, a, torch.randn_like(a), mask, *(channel(a.shape[1]) for _ in range(6)), 1e-5, 1e-3)
-        made += [(*given, training, second) for training in (True, False) for second in (None, *seconds(a))]
+        made.append((*given, training, (None, *seconds(a))[second]))
     return made
 
 
@@ -137,9 +146,10 @@ def with_mask(a: torch.Tensor) -> tuple:
 
 def bn_relu_backward() -> list[tuple]:
     plain = [(*backward_arguments(a), training, False) for a in activations() for training in (True, False)]
-    masked = [(*with_mask(a), True, need) for a in activations() for need in (True, False)]
+    masked = [(*with_mask(a), True, need) for a, need in in_turn((True, False))]
     added = [
-        (*with_mask(a), training, True, dy2) for a in activations() for training in (True, False) for dy2 in seconds(a)
+        (*with_mask(a), training, True, seconds(a)[second])
+        for a, (training, second) in in_turn(itertools.product((True, False), range(2)))
     ]
     return plain + masked + added
 
