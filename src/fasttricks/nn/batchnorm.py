@@ -133,6 +133,8 @@ class BatchNormAddReLU2d(_FusedBatchNorm2d):
     """
 
     zero_init = False
+    # that of a 2x2 pool in the block that reads the output, and may take its means from here; None: no such block
+    ceil_mode_of_reader: bool | None = None
 
     def __init__(
         self,
@@ -178,7 +180,9 @@ class BatchNormAddReLU2d(_FusedBatchNorm2d):
             if fuses and run.is_plain_norm(shortcut_norm):
                 return run.norm_add_norm_relu(self.held, x, shortcut_norm, residual)
             residual = shortcut_norm(residual)
-        return run.norm_add_relu(self.held, x, residual) if fuses else F.relu(self.held(x) + residual)
+        if not fuses:
+            return F.relu(self.held(x) + residual)
+        return run.norm_add_relu(self.held, x, residual, ceil_mode_of_reader=self.ceil_mode_of_reader)
 
 
 def _refuse_norm_layer(cls: type) -> None:
