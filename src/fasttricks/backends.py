@@ -205,8 +205,9 @@ def _of_cpu() -> tuple[torch.dtype, ...]:
 # The dtypes for which a block hands the 2x2 means of its output to the shortcut of the next one (ops/pooled_output.py),
 # whose 1x1 convolution is then torch's, by backend. On cards that saves a read of the block's output (predicted from
 # bytes; the product is cuBLAS's). On the CPU it was measured against bn_add_relu, then avgpool_conv1x1, forward and
-# backward, at the stage changes of ResNet-50-D (batch 8, EPYC with AVX-512): 0.75 to 1.02 times as fast in float32,
-# 0.05 to 0.09 in float16, 1.4 to 1.7 in bfloat16, and 0.4 there without the instructions for bfloat16.
+# backward, at the stage changes of ResNet-50-D (batch 8, one thread, EPYC with AVX-512): 0.75 to 1.02 times as fast in
+# float32, 0.05 to 0.09 in float16, 1.4 to 1.7 in bfloat16, and 0.4 there without the instructions for bfloat16.
+# benchmarks/bench_bn_add_relu_pool.py repeats it.
 MEANS_HANDED_ON: dict[str, tuple[torch.dtype, ...]] = {"cuda": FLOATS, "triton": FLOATS, "cpu": _of_cpu()}
 
 

@@ -125,6 +125,11 @@ class BatchNormAddReLU2d(_FusedBatchNorm2d):
     module of the shortcut, residual is its input: relu(BatchNorm2d(x) + shortcut_norm(residual)) is one op then, too.
     Errors: those of `fasttricks.bn_add_relu` and `fasttricks.bn_add_bn_relu`.
 
+    Attributes:
+        ceil_mode_of_reader: that of an `AvgPoolConv1x1` in the block that reads the output. The output then carries its
+            2x2 means for it, where that is faster (`fasttricks.backends.MEANS_HANDED_ON`). None, the default: no such
+            block. No result depends on it but for rounding.
+
     Examples:
         >>> bn = fasttricks.nn.BatchNormAddReLU2d(8, zero_init=True)
         >>> x, shortcut = torch.randn(2, 2, 8, 5, 5)
@@ -133,7 +138,6 @@ class BatchNormAddReLU2d(_FusedBatchNorm2d):
     """
 
     zero_init = False
-    # that of a 2x2 pool in the block that reads the output, and may take its means from here; None: no such block
     ceil_mode_of_reader: bool | None = None
 
     def __init__(
