@@ -11,13 +11,14 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from cases import DTYPES, relative_error
+from cases import DTYPES, LAYOUTS, relative_error
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fasttricks
 from fasttricks import backends
 from fasttricks.models import ResNet
+from fasttricks.nn import AvgPoolConv1x1, BatchNormAddReLU2d
 from fasttricks.ops import pooled_output, second_gradient
 
 Taken = list[Tensor]
@@ -110,6 +111,25 @@ def test_equal_to_unfused(name: str, taken: Taken, monkeypatch: pytest.MonkeyPat
     want = fused(x)
     with torch.no_grad():
         assert torch.equal(fused(x), want)
+
+
+@pytest.mark.usefixtures("raw_ops")
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("ceil_mode", [False, True])
+def test_modules_on_every_backend(layout: torch.memory_format, ceil_mode: bool, taken: Taken) -> None:
+    """The end of a block, whose output a convolution and a shortcut read."""
+    x, residual = (torch.randn(2, 3, 5, 4).double().contiguous(memory_format=layout) for _ in range(2))
+    norm, shortcut = BatchNormAddReLU2d(3).double(), AvgPoolConv1x1(3, 4, ceil_mode=ceil_mode).double()
+    conv = nn.Conv2d(3, 2, 1).double()
+    found = []
+    for norm.ceil_mode_of_reader in (ceil_mode, None):
+        given = [t.clone().requires_grad_() for t in (x, residual)]
+        y = norm(*given)
+        outputs = [conv(y), shortcut(y)]
+        sum(t.square().sum() for t in outputs).backward()
+        found.append([*outputs, *(t.grad for t in given)])
+    assert len(taken) == 1
+    assert_equal(*found)
 
 
 @two_models
