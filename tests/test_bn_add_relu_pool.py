@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from cases import (
     poisoned_memory,
     relative_error,
 )
-from torch import Tensor, func
+from torch import Tensor, distributed, func
 
 from fasttricks import avgpool_conv1x1, bn_add_relu
 from fasttricks.ops.bn_outputs import unpack_mask
@@ -363,3 +364,22 @@ def test_no_grad_and_autocast(backend: str) -> None:
         with context:
             got = bn_add_relu(x, r, pool=True)
         assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(got, want, strict=True))
+
+
+def test_statistics_of_a_process_group(tmp_path: Path) -> None:
+    """y by the op across processes, here of one, and the means of it; in evaluation the group plays no role."""
+    x, r, weight = torch.randn(3, 4, 5, 4), torch.randn(3, 4, 5, 4), torch.rand(4) + 0.5
+    dy, dpooled = torch.randn_like(x), torch.randn(3, 4, 3, 2)
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        for training in (True, False):
+            results = []
+            for group in (None, distributed.group.WORLD):
+                given, running = leaves(x, r, weight), [torch.zeros(4), torch.ones(4)]
+                options = {"training": training, "group": group, "pool": True, "ceil_mode": True}
+                outputs = bn_add_relu(*given, None, *running, **options)
+                results.append([*outputs, *torch.autograd.grad(outputs, given, [dy, dpooled]), *running])
+            for got, want in zip(*results, strict=True):
+                torch.testing.assert_close(got, want)
+    finally:
+        distributed.destroy_process_group()
