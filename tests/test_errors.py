@@ -47,7 +47,7 @@ def good_bn_relu() -> dict[str, Any]:
     given |= {"mask": torch.zeros(12, dtype=torch.uint8), "count": torch.tensor(32.0, dtype=DOUBLE), "group": None}
     for prefix in ("", "residual_"):
         given |= {f"{prefix}eps": 1e-5, f"{prefix}momentum": 0.1, f"{prefix}num_batches_tracked": torch.tensor(0)}
-    return given | {"training": True, "need_dresidual": True}
+    return given | {"training": True, "need_dresidual": True, "pool": False, "ceil_mode": False}
 
 
 def bad_bn_relu(op: str) -> Table:
@@ -92,7 +92,17 @@ def bad_bn_relu(op: str) -> Table:
             (torch.tensor([0, 0]), r"has shape \(2,\); accepted: \(\), a number"),
             (torch.tensor(0.0), "has dtype float32; accepted: int64"),
         ]
-    if op in ("bn_relu", "bn_add_relu", "bn_relu_forward", "bn_add_relu_forward", "bn_add_bn_relu_forward"):
+    if op == "bn_add_relu" or "pool" in op:
+        small = "so that the pooled output would be {}: Output size is too small; accepted: H and W of at least {}"
+        bad["x"] += [
+            (ones(*shape), message, {"residual": ones(*shape), "pool": True, "ceil_mode": ceil_mode})
+            for shape, ceil_mode, message in (
+                ((2, 3, 4), False, r"has shape \(2, 3, 4\); accepted: 4 dimensions \(N, C, H, W\)"),
+                ((2, 3, 1, 4), False, r"has shape \(2, 3, 1, 4\), " + small.format("0 x 2", 2)),
+                ((2, 3, 3, 0), True, r"has shape \(2, 3, 3, 0\), " + small.format("2 x 0", 1)),
+            )
+        ]
+    if op.endswith("_forward") or op in ("bn_relu", "bn_add_relu"):
         one = r"has shape \(1, 3.*: Expected more than 1 value per channel for batch statistics; accepted: two or more"
         bad["x"] += [(ones(*shape), one, {"residual": ones(*shape)}) for shape in ((1, 3), (1, 3, 1, 1))]
         for name in ("running_mean", "running_var", "residual_running_mean", "residual_running_var"):
@@ -118,6 +128,8 @@ def bad_public_bn_relu() -> Table:
             ),
             (1, "is 1; accepted: True, False"),
         ],
+        "pool": [(1, "is 1; accepted: True, False")],
+        "ceil_mode": [(None, "is None; accepted: True, False"), (1, "is 1; accepted: True, False", {"pool": True})],
     }
 
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from .checks import FLOATS
+
 CHOICES = ("auto", "cuda", "triton", "cpu", "reference")
 LIB = Path(__file__).resolve().parent / "lib"
 
@@ -194,6 +196,24 @@ def left_to_torch(op: str, device: torch.device, element_bytes: int, channels: i
         return False
     capability = _capability(device)
     return any(capability >= c and element_bytes >= b and channels >= n for c, b, n in LEFT_TO_TORCH.get(op, ()))
+
+
+def _of_cpu() -> tuple[torch.dtype, ...]:
+    return (torch.bfloat16,) if torch.cpu._is_avx512_bf16_supported() else ()
+
+
+# The dtypes for which a block hands the 2x2 means of its output to the shortcut of the next one (ops/pooled_output.py),
+# whose 1x1 convolution is then torch's, by backend. On cards that saves a read of the block's output (predicted from
+# bytes; the product is cuBLAS's). On the CPU it was measured against bn_add_relu, then avgpool_conv1x1, forward and
+# backward, at the stage changes of ResNet-50-D (batch 8, one thread, EPYC with AVX-512): 0.75 to 1.02 times as fast in
+# float32, 0.05 to 0.09 in float16, 1.4 to 1.7 in bfloat16, and 0.4 there without the instructions for bfloat16.
+# benchmarks/bench_bn_add_relu_pool.py repeats it.
+MEANS_HANDED_ON: dict[str, tuple[torch.dtype, ...]] = {"cuda": FLOATS, "triton": FLOATS, "cpu": _of_cpu()}
+
+
+def hands_means_on(op: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `op` on such tensors hands the means of its output on; see MEANS_HANDED_ON."""
+    return dtype in MEANS_HANDED_ON.get(select(op, device), ())
 
 
 def loaded_namespaces() -> list[str]:

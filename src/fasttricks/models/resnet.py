@@ -15,6 +15,7 @@ The keys of the state_dict are torchvision's for A and B and timm's (resnet50d a
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise, product
 from typing import Literal
 
 import torch
@@ -147,6 +148,13 @@ def _shortcut(in_channels: int, out_channels: int, stride: int, variant: Variant
     return nn.Sequential(pool, nn.Conv2d(in_channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels))
 
 
+def _pool_ahead(block: nn.Module, following: nn.Module) -> None:
+    """Lets block average its output where the shortcut of the block that follows pools it."""
+    for bn, shortcut in product(block.modules(), following.modules()):
+        if isinstance(bn, BatchNormAddReLU2d) and isinstance(shortcut, AvgPoolConv1x1):
+            bn.ceil_mode_of_reader = shortcut.ceil_mode
+
+
 class ResNet(nn.Module):
     """A residual network of He et al. 2018.
 
@@ -211,6 +219,8 @@ class ResNet(nn.Module):
         self.layer2, channels_in = self._stage(channels_in, 2 * width, blocks[1], 2)
         self.layer3, channels_in = self._stage(channels_in, 4 * width, blocks[2], 2)
         self.layer4, channels_in = self._stage(channels_in, 8 * width, blocks[3], 2)
+        for stage, following in pairwise((self.layer1, self.layer2, self.layer3, self.layer4)):
+            _pool_ahead(stage[-1], following[0])
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(channels_in, num_classes)
         self.reset_parameters()

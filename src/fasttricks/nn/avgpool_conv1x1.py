@@ -99,7 +99,9 @@ class AvgPoolConv1x1(Holder):
     def _compute(self, x: torch.Tensor) -> torch.Tensor:
         conv = self.held
         if not run.wants_plain_modules(x) and run.is_plain_conv1x1(conv):
-            return run.avgpool_conv1x1(x, conv.weight, conv.bias, stride=self.stride, ceil_mode=self.ceil_mode)
+            if self.stride == 2:
+                return run.pool_and_conv1x1(conv, x, self.ceil_mode)
+            return run.avgpool_conv1x1(x, conv.weight, conv.bias, stride=1)
         pooled = x if self.stride == 1 else F.avg_pool2d(x, 2, 2, 0, self.ceil_mode, count_include_pad=False)
         return conv(pooled)
 

@@ -125,6 +125,11 @@ class BatchNormAddReLU2d(_FusedBatchNorm2d):
     module of the shortcut, residual is its input: relu(BatchNorm2d(x) + shortcut_norm(residual)) is one op then, too.
     Errors: those of `fasttricks.bn_add_relu` and `fasttricks.bn_add_bn_relu`.
 
+    Attributes:
+        ceil_mode_of_reader: that of an `AvgPoolConv1x1` in the block that reads the output. The output then carries its
+            2x2 means for it, where that is faster (`fasttricks.backends.MEANS_HANDED_ON`). None, the default: no such
+            block. No result depends on it but for rounding.
+
     Examples:
         >>> bn = fasttricks.nn.BatchNormAddReLU2d(8, zero_init=True)
         >>> x, shortcut = torch.randn(2, 2, 8, 5, 5)
@@ -133,6 +138,7 @@ class BatchNormAddReLU2d(_FusedBatchNorm2d):
     """
 
     zero_init = False
+    ceil_mode_of_reader: bool | None = None
 
     def __init__(
         self,
@@ -178,7 +184,9 @@ class BatchNormAddReLU2d(_FusedBatchNorm2d):
             if fuses and run.is_plain_norm(shortcut_norm):
                 return run.norm_add_norm_relu(self.held, x, shortcut_norm, residual)
             residual = shortcut_norm(residual)
-        return run.norm_add_relu(self.held, x, residual) if fuses else F.relu(self.held(x) + residual)
+        if not fuses:
+            return F.relu(self.held(x) + residual)
+        return run.norm_add_relu(self.held, x, residual, ceil_mode_of_reader=self.ceil_mode_of_reader)
 
 
 def _refuse_norm_layer(cls: type) -> None:

@@ -14,9 +14,11 @@ from torch import distributed, nn
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.nn.modules.module import _has_any_global_hook
 
+from ..ops import pooled_output
 from ..ops.avgpool_conv1x1 import avgpool_conv1x1
 from ..ops.bn_add_bn_relu import Norm
 from ..ops.bn_add_bn_relu import call as call_of_two
+from ..ops.bn_add_relu_pool import call as call_with_pool
 from ..ops.bn_relu import call
 
 
@@ -142,12 +144,19 @@ def _state(norm: Any) -> tuple[bool, Norm]:
     return training or mean is None, (weight, bias, mean, var, momentum, norm.eps, tracked)
 
 
-def _op(norm: Any, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+def _op(
+    norm: Any, x: torch.Tensor, residual: torch.Tensor | None, ceil_mode_of_reader: bool | None = None
+) -> torch.Tensor:
     """The fused op with the parameters, statistics and mode of norm."""
     training, (weight, bias, mean, var, momentum, eps, tracked) = _state(norm)
     group = _process_group(norm)
     op = "bn_relu" if residual is None else "bn_add_relu"
-    return call(op, x, residual, weight, bias, mean, var, training, momentum, eps, group, tracked)
+    given = (op, x, residual, weight, bias, mean, var, training, momentum, eps, group, tracked)
+    if ceil_mode_of_reader is None or group is not None or not pooled_output.wanted(x, ceil_mode_of_reader):
+        return call(*given)
+    y, means = call_with_pool(ceil_mode_of_reader, *given)
+    pooled_output.attach(y, means, ceil_mode_of_reader)
+    return y
 
 
 # In the functions below, a pair on fewer than min_elements elements calls its modules.
@@ -166,9 +175,17 @@ def norm_relu(norm: Any, x: torch.Tensor, min_elements: int = 0) -> torch.Tensor
 
 
 def norm_add_relu(
-    norm: Any, x: torch.Tensor, residual: Any, in_place: bool = False, min_elements: int = 0
+    norm: Any,
+    x: torch.Tensor,
+    residual: Any,
+    in_place: bool = False,
+    min_elements: int = 0,
+    ceil_mode_of_reader: bool | None = None,
 ) -> torch.Tensor:
-    """relu(norm(x) + residual) for a plain norm; in_place: the addition was `+=` on the result of norm."""
+    """relu(norm(x) + residual) for a plain norm; in_place: the addition was `+=` on the result of norm.
+
+    ceil_mode_of_reader: that of a 2x2 pool in the next block, which may take the means of the result from here.
+    """
     if (
         x.dim() != 4
         or not isinstance(residual, torch.Tensor)
@@ -182,7 +199,7 @@ def norm_add_relu(
         else:
             y = y + residual
         return F.relu(y)
-    return _op(norm, x, residual)
+    return _op(norm, x, residual, ceil_mode_of_reader)
 
 
 def norm_add_norm_relu(
@@ -218,6 +235,13 @@ def avgpool_conv1x1_of(conv: nn.Conv2d, x: torch.Tensor, ceil_mode: bool, min_el
     """conv(avg_pool2d(x, 2, ceil_mode=ceil_mode)) of a 1x1 convolution."""
     if x.dim() != 4 or (min_elements and is_small(x, min_elements)):
         return conv(F.avg_pool2d(x, 2, ceil_mode=ceil_mode))
+    return pool_and_conv1x1(conv, x, ceil_mode)
+
+
+def pool_and_conv1x1(conv: Any, x: torch.Tensor, ceil_mode: bool) -> torch.Tensor:
+    """As one op or, if the block that made x has pooled it, the convolution alone."""
+    if (means := pooled_output.taken(x, ceil_mode, conv.weight)) is not None:
+        return F.conv2d(means, conv.weight, conv.bias)
     return avgpool_conv1x1(x, conv.weight, conv.bias, stride=2, ceil_mode=ceil_mode)
 
 

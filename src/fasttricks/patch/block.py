@@ -19,7 +19,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from ..nn import run
 from ..recomputation import recompute
 from . import match
-from .rewrite import modules_of, rewrite
+from .rewrite import ceil_mode_of, modules_of, rewrite
 from .trace import CONTAINER, DEFAULT, TENSOR, Kinds, Signature, Untraceable, kind_of, original_class, trace
 
 Allowed = Callable[[str, nn.Module, str], bool]
@@ -36,10 +36,15 @@ class Plan:
     # (name within the block, what it must still be) -> in which modes
     watched: dict[tuple[str, str], set[bool]] = field(default_factory=dict)
     inlined: set[str] = field(default_factory=set)
+    last: str | None = None  # the BatchNorm of the pair of BatchNorm, addition and ReLU whose result is the block's
+    pooling: str | None = None  # the convolution of a pair that pools the block's input
+    ceil_mode: bool = False  # of that pool
 
 
-def plan(block: nn.Module, allowed: Allowed, min_elements: int = 0) -> Plan:
+def plan(block: nn.Module, allowed: Allowed, min_elements: int = 0, ceil_mode_of_reader: bool | None = None) -> Plan:
     """Traces a block's forward in both modes and every combination of its arguments, and finds the pairs.
+
+    ceil_mode_of_reader: that of a pool by which the next block reads this one's result, if there is one.
 
     Raises:
         Untraceable: no combination can be traced.
@@ -62,7 +67,8 @@ def plan(block: nn.Module, allowed: Allowed, min_elements: int = 0) -> Plan:
             result.left.update(found.left)
             if found.pairs:
                 _add(result, found.pairs, inlined, training)
-                rewrite(graph, found.pairs, min_elements)
+                _add_ends(result, block, found.pairs)
+                rewrite(graph, found.pairs, min_elements, ceil_mode_of_reader)
                 for given in _same_graph(kinds, asked):
                     result.graphs[given, training] = graph
     if errors and not result.graphs:
@@ -77,6 +83,14 @@ def _add(result: Plan, pairs: list[match.Pair], inlined: set[str], training: boo
     result.inlined |= inlined
     for name, role in modules_of(pairs):
         result.watched.setdefault((name, role), set()).add(training)
+
+
+def _add_ends(result: Plan, block: nn.Module, pairs: list[match.Pair]) -> None:
+    for pair in pairs:
+        if pair.ends_block:
+            result.last = pair.name
+        elif pair.kind == match.AVGPOOL_CONV1X1 and not pair.conv_first and pair.reads_argument:
+            result.pooling, result.ceil_mode = pair.name, ceil_mode_of(pair.pool, block)
 
 
 def _others(kinds: Kinds, asked: Collection[int], known: list[Kinds]) -> list[Kinds]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from numbers import Integral
 from typing import Any, TypeVar
@@ -172,6 +173,8 @@ def _analyse(
     reasons: dict[str, Left] = {}
     modules = dict(model.named_modules())
     known: dict[Any, Planned] = {}  # blocks of the same structure are traced once
+    # name of a block -> its place in changes, and how to plan it with the ceil_mode of a pool that reads its result
+    planned: dict[str, tuple[int, Plan, Callable[[bool], Planned]]] = {}
     for name, module in sorted(modules.items(), key=lambda item: -item[0].count(".") - bool(item[0])):
 
         def allowed(kind: str, part: nn.Module, inner: str, name: str = name) -> bool:
@@ -197,8 +200,18 @@ def _analyse(
         reasons.update({_join(name, inner): why for inner, why in made.left.items()})
         new = {_join(name, inner): kind for inner, kind in made.pairs.items()}
         if cls is not None and new.keys() - pairs.keys():
+            planned[name] = len(changes), made, functools.partial(_plan, module, allowed, min_elements)
             changes.append((module, cls))
             pairs.update(new)
+    for name, (_, reader, _) in planned.items():
+        before = _block_before(name, modules)
+        if reader.pooling is None or before not in planned:
+            continue
+        i, made, again = planned[before]
+        if made.last is not None and _channels_fit(changes[i][0], made, modules[name], reader):
+            _, cls = again(reader.ceil_mode)
+            assert cls is not None
+            changes[i] = changes[i][0], cls
     rows = []
     for name, module in modules.items():
         if name in pairs:
@@ -220,10 +233,28 @@ def _analyse(
 Planned = tuple[Plan, type[nn.Module] | None]
 
 
-def _plan(module: nn.Module, allowed: Allowed, min_elements: int) -> Planned:
+def _block_before(name: str, modules: dict[str, nn.Module]) -> str | None:
+    """The block whose result the block of this name should read: its sibling, or the last one of the stage before."""
+    if not name:
+        return None
+    parent, _, child = name.rpartition(".")
+    siblings = list(modules[parent]._modules)
+    if (i := siblings.index(child)) > 0:
+        return _join(parent, siblings[i - 1])
+    stage = _block_before(parent, modules)
+    blocks = list(modules[stage]._modules) if stage in modules else []
+    return _join(str(stage), blocks[-1]) if blocks else None
+
+
+def _channels_fit(block: nn.Module, made: Plan, following: nn.Module, reader: Plan) -> bool:
+    norm, conv = block.get_submodule(str(made.last)), following.get_submodule(str(reader.pooling))
+    return bool(norm.num_features == conv.in_channels)
+
+
+def _plan(module: nn.Module, allowed: Allowed, min_elements: int, ceil_mode_of_reader: bool | None = None) -> Planned:
     """What to do with one block, and the class that does it."""
     try:
-        made = plan(module, allowed, min_elements)
+        made = plan(module, allowed, min_elements, ceil_mode_of_reader)
     except Untraceable as error:
         why = Left("unknown", f"{original_class(module).__name__}: {error}")
         return Plan({}, {name: why for name, m in module.named_children() if run.is_plain_norm(m)}), None

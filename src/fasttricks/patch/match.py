@@ -86,6 +86,17 @@ class Pair:
         """Of a pair of pool and convolution."""
         return self.last if self.conv_first else self.first
 
+    @property
+    def ends_block(self) -> bool:
+        """Whether this is bn_add_relu, and its result what the block returns."""
+        returned = any(user.op == "output" and user.args[0] is self.last for user in self.last.users)
+        return returned and self.kind == BN_ADD_RELU and self.other is None
+
+    @property
+    def reads_argument(self) -> bool:
+        source = self.first.args[0] if self.first.args else None
+        return isinstance(source, fx.Node) and source.op == "placeholder"
+
 
 class Left(NamedTuple):
     """Why a module is not fused; kind: that of the pair that it would form, or None."""

@@ -6,16 +6,17 @@ import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
 from ..nn import run
 from .match import AVGPOOL_CONV1X1, BN_ADD_RELU, BN_RELU, SAME_AFTER_POOL, Pair, pool_of
 
 
-def rewrite(graph: fx.Graph, pairs: list[Pair], min_elements: int) -> None:
+def rewrite(graph: fx.Graph, pairs: list[Pair], min_elements: int, ceil_mode_of_reader: bool | None = None) -> None:
     """Makes every pair one call of a function of `fasttricks.nn.run`, where the pair's first module was called.
 
-    An addition stays where it was, as its residual may be computed between the two.
+    An addition stays where it was, as its residual may be computed between the two. ceil_mode_of_reader: that of a pool
+    by which the next block reads the result, if there is one.
     """
     limit: dict[str, Any] = {"min_elements": min_elements} if min_elements else {}
     function: Callable[..., Any]
@@ -35,6 +36,8 @@ def rewrite(graph: fx.Graph, pairs: list[Pair], min_elements: int) -> None:
                     fused = graph.call_function(run.norm_add_norm_relu, arguments, options)
                 else:
                     residual = next(operand for operand in pair.add.args if operand is not pair.value)
+                    if pair.ends_block and ceil_mode_of_reader is not None:
+                        options["ceil_mode_of_reader"] = ceil_mode_of_reader
                     fused = graph.call_function(run.norm_add_relu, (norm, x, residual), options)
             elif pair.pool.op == "call_module":
                 pool = graph.get_attr(str(pair.pool.target))
@@ -67,6 +70,13 @@ def _read_from(node: fx.Node, x: Any, shape: Any) -> None:
             value = node.graph.call_function(operator.getitem, (shape, node.args[1]))
     node.replace_all_uses_with(value)
     node.graph.erase_node(node)
+
+
+def ceil_mode_of(pool: fx.Node, root: nn.Module) -> bool:
+    """Of a 2x2 pool in the graph of root, a module or a function."""
+    if pool.op == "call_module":
+        return bool(root.get_submodule(str(pool.target)).ceil_mode)
+    return bool((pool_of(pool) or {})["ceil_mode"])
 
 
 def modules_of(pairs: list[Pair]) -> Iterator[tuple[str, str]]:

@@ -1,0 +1,65 @@
+"""A stage's last block that hands the means of its output on, against bn_add_relu and avgpool_conv1x1 apart.
+
+    pytest benchmarks/bench_bn_add_relu_pool.py --benchmark-only -s
+
+What `fasttricks.backends.MEANS_HANDED_ON` rests on: forward and backward at the stage changes of ResNet-50-D, where the
+next block's first convolution reads the output as well. Both sides run in turn in one process; the ratio is that of the
+best rounds, above 1 where handing on is faster.
+"""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from fasttricks.backends import MEANS_HANDED_ON
+from fasttricks.nn import AvgPoolConv1x1, BatchNormAddReLU2d
+
+THREADS, BATCH, ROUNDS = 2, 8, 5
+SHAPES = ((256, 512, 56), (512, 1024, 28), (1024, 2048, 14))
+LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
+
+
+class StageChange:
+    def __init__(self, c: int, o: int, size: int, layout: str, dtype: torch.dtype) -> None:
+        def tensor(n: int, pixels: int) -> torch.Tensor:
+            return torch.randn(BATCH, n, pixels, pixels).to(dtype).contiguous(memory_format=LAYOUTS[layout])
+
+        self.bn, self.shortcut = BatchNormAddReLU2d(c), AvgPoolConv1x1(c, o, ceil_mode=True, dtype=dtype)
+        self.bn.ceil_mode_of_reader = True
+        self.x, self.residual = (tensor(c, size).requires_grad_() for _ in range(2))
+        self.gradients = [tensor(c, size), tensor(o, size // 2)]
+
+    def step(self) -> float:
+        for t in (self.x, self.residual, *self.bn.parameters(), *self.shortcut.parameters()):
+            t.grad = None
+        start = time.perf_counter()
+        y = self.bn(self.x, self.residual)
+        torch.autograd.backward([y, self.shortcut(y)], self.gradients)
+        return time.perf_counter() - start
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("c", "o", "size"), SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_stage_change(
+    benchmark, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, c: int, o: int, size: int, layout: str
+) -> None:
+    torch.set_num_threads(THREADS)
+    change = StageChange(c, o, size, layout, dtype)
+    apart: list[float] = []
+
+    def apart_round() -> tuple[tuple, dict]:
+        monkeypatch.setitem(MEANS_HANDED_ON, "cpu", ())
+        apart.append(change.step())
+        monkeypatch.setitem(MEANS_HANDED_ON, "cpu", (dtype,))
+        return (), {}
+
+    apart_round()
+    change.step()
+    benchmark.pedantic(change.step, setup=apart_round, rounds=ROUNDS, iterations=1)
+    ours, ratio = min(benchmark.stats.stats.data), min(apart) / min(benchmark.stats.stats.data)
+    benchmark.extra_info |= {"apart_ms": min(apart) * 1e3, "ratio": ratio}
+    print(f"\n{c}->{o} {size}x{size} {layout} {dtype}: {ours * 1e3:.1f} ms, apart {min(apart) * 1e3:.1f}: {ratio:.2f}x")
