@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import torch
 
 import fasttricks
+from fasttricks.train import paper
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -257,16 +258,19 @@ def accuracy_table() -> str:
 
 
 def ablation_table(name: str) -> str:
-    """A row per row of the ablation: mean and standard deviation over the seeds, and the change to the first row."""
+    """A row per row of the ablation: mean and standard deviation over the seeds, the change to the first row, and what
+    the paper says.
+    """
     found = load("ablations.json")[name]
+    first = mean(next(iter(found["top1"].values())))
     rows = [
-        [arm, f"{mean(top1):.2f} ± {stdev(top1):.2f}", f"{mean(top1) - mean(next(iter(found['top1'].values()))):+.2f}"]
+        [arm, f"{mean(top1):.2f} ± {stdev(top1):.2f}", f"{mean(top1) - first:+.2f}", paper.cell(name, arm)]
         for arm, top1 in found["top1"].items()
     ]
-    rows[0][-1] = ""
+    rows[0][2] = ""
     seeds = len(next(iter(found["top1"].values())))
     command = f"`fasttricks ablate {name} --seeds {seeds} {' '.join(found['options'])}`"
-    return f"{command}\n\n" + _markdown(["", f"top-1, mean of {seeds} seeds", "change"], rows)
+    return f"{command}\n\n" + _markdown(["", f"top-1, mean of {seeds} seeds", "change", "paper"], rows)
 
 
 TABLES = {

@@ -174,6 +174,10 @@ struct BnRunningStatistics {
   MaybeTensor mean, var, batches;  // batches: num_batches_tracked
   std::optional<double> momentum;  // none: the cumulative average
 
+  void check_written(const char* op, const BnNames& names = kBnNames) const {
+    FT_CHECK(op, !is_expanded(*mean), names.running_mean, kExpanded);
+    FT_CHECK(op, !is_expanded(*var), names.running_var, kExpanded);
+  }
   void check_numbers(const char* op, const Tensor& x, const BnNames& names = kBnNames) const {
     FT_CHECK(op, mean.has_value() == var.has_value(), mean.has_value() ? names.running_var : names.running_mean,
              " is None and the other is not; accepted: both, or neither");
@@ -192,6 +196,7 @@ struct BnRunningStatistics {
     if (!mean.has_value()) return;
     call.check_per_channel(call.names->running_mean, *mean);
     call.check_per_channel(call.names->running_var, *var);
+    check_written(call.op, *call.names);
   }
   int64_t* batches_data() const {
     return batches.has_value() ? static_cast<int64_t*>(batches->mutable_data_ptr()) : nullptr;
@@ -214,6 +219,7 @@ inline void check_update_stats(const BnRunningStatistics& running, const Tensor&
   check("var", var);
   check("running_mean", *running.mean);
   check("running_var", *running.var);
+  running.check_written(op);
   check_same_device(op, "count", count, mean);
   check_dtype(op, "count", count, ScalarType::Double);
   FT_CHECK(op, count.numel() == 1, "count has shape ", shape_of(count), "; accepted: (), a number");

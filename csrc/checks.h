@@ -100,4 +100,14 @@ inline void check_same_device(const char* op, const char* arg, const Tensor& t, 
            device_of(other));
 }
 
+// Whether several elements share memory, so that none may be written; torch's in-place operations refuse the same.
+inline bool is_expanded(const Tensor& t) {
+  if (t.is_contiguous()) return false;
+  for (int64_t d = 0; d < t.dim(); ++d)
+    if (t.size(d) > 1 && t.stride(d) == 0) return true;
+  return false;
+}
+inline constexpr const char* kExpanded =
+    " is expanded: its elements share memory; accepted: a tensor that can be written";
+
 }  // namespace fasttricks

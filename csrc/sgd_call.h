@@ -76,13 +76,6 @@ inline void sgd_check_beside(const char* op, const char* arg, size_t i, const Te
            ", the parameter's");
 }
 
-inline void sgd_check_written(const char* op, const char* arg, size_t i, const Tensor& t) {
-  if (t.is_contiguous()) return;
-  for (int64_t d = 0; d < t.dim(); ++d)
-    FT_CHECK(op, t.size(d) <= 1 || t.stride(d) != 0 || t.numel() == 0, arg, "[", i,
-             "] is expanded: its elements share memory; accepted: a tensor that can be written");
-}
-
 inline void sgd_check_number(const char* op, const char* arg, double value, double least) {
   FT_CHECK(op, std::isfinite(value) && value >= least, arg, " is ", value, "; accepted: a finite number",
            least == 0.0 ? " >= 0" : "");
@@ -221,13 +214,13 @@ struct SgdStepCall {
         sgd_check_tensor(op, "grads", i, grads[i], params[0]);
         FT_CHECK(op, sgd_same_sizes(params[i], grads[i]), "grads[", i, "] has shape ", shape_of(grads[i]),
                  "; accepted: ", shape_of(params[i]), ", the parameter's");
-        sgd_check_written(op, "params", i, params[i]);
+        FT_CHECK(op, !is_expanded(params[i]), "params[", i, "]", kExpanded);
         const ScalarType computed = accumulate_type(type);
         const auto beside = [&](const char* arg, std::vector<Tensor>& list, size_t& next) {
           FT_CHECK(op, next < list.size(), arg, " has ", list.size(),
                    " tensors; accepted: one for each parameter that needs one");
           sgd_check_beside(op, arg, next, list[next], params[i], computed);
-          sgd_check_written(op, arg, next, list[next]);
+          FT_CHECK(op, !is_expanded(list[next]), arg, "[", next, "]", kExpanded);
           return &list[next++];
         };
         SgdStepped t{i, g, params[i], grads[i], nullptr, nullptr, nullptr};

@@ -31,6 +31,9 @@ WRONG_TYPE = re.compile(r" has (dtype|layout) | (is|has) an? \w+; |; accepted: T
 INT, HALF, FLOAT, DOUBLE, COMPLEX = torch.int32, torch.float16, torch.float32, torch.float64, torch.complex64
 
 
+IS_EXPANDED = "is expanded: its elements share memory; accepted: a tensor that can be written"
+
+
 def ones(*shape: int, dtype: torch.dtype = FLOAT) -> Tensor:
     return torch.ones(shape, dtype=dtype)
 
@@ -38,6 +41,7 @@ def ones(*shape: int, dtype: torch.dtype = FLOAT) -> Tensor:
 # ---- bn_relu, bn_add_relu ----
 
 OF_BATCHNORM = ("weight", "bias", "mean", "var", "running_mean", "running_var")
+RUNNING = ("running_mean", "running_var", "residual_running_mean", "residual_running_var")
 OF_CHANNELS = (*OF_BATCHNORM, *(f"residual_{name}" for name in OF_BATCHNORM), "mean_dweight", "mean_dbias")
 
 
@@ -105,8 +109,10 @@ def bad_bn_relu(op: str) -> Table:
     if op.endswith("_forward") or op in ("bn_relu", "bn_add_relu"):
         one = r"has shape \(1, 3.*: Expected more than 1 value per channel for batch statistics; accepted: two or more"
         bad["x"] += [(ones(*shape), one, {"residual": ones(*shape)}) for shape in ((1, 3), (1, 3, 1, 1))]
-        for name in ("running_mean", "running_var", "residual_running_mean", "residual_running_var"):
+        for name in RUNNING:
             bad[name] = [*channels, (None, "is None and the other is not; accepted: both, or neither")]
+    for name in RUNNING:
+        bad[name] = [*bad[name], (torch.ones(1).expand(3), IS_EXPANDED)]
     if op in ("bn_relu_backward", "bn_relu_backward_apply"):
         bad["need_dresidual"] = [(True, "is true and mask is None; accepted: the mask that", {"mask": None})]
     if op == "bn_update_stats_":  # the others are compared with mean
@@ -210,7 +216,6 @@ PER_GROUP = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximiz
 
 def bad_sgd_step(op: str) -> Table:
     half, expanded = ones(4, dtype=HALF), torch.ones(1).expand
-    is_expanded = "is expanded: its elements share memory; accepted: a tensor that can be written"
     one = "has 0 values; accepted: (1|one value), "
     good = good_sgd_step()
     bad: Table = {name: [([], one), (good[name] * 2, one.replace("0", "2"))] for name in PER_GROUP}
@@ -223,7 +228,7 @@ def bad_sgd_step(op: str) -> Table:
     bad["weight_decay"] += [([math.inf], "is inf; accepted: a finite number >= 0")]
     bad["trust_coefficient"] += [([-1.0], "is -1.*; accepted: a finite number >= 0")]
     return bad | {
-        "params": [([expanded(3), half], is_expanded)],
+        "params": [([expanded(3), half], IS_EXPANDED)],
         "grads": [
             ([], "has 0 tensors; accepted: 2, one for each"),
             ([ones(2), ones(4)], r"has shape \(2,\); accepted: \(3,\), the parameter's"),
@@ -234,12 +239,13 @@ def bad_sgd_step(op: str) -> Table:
             ([ones(4), ones(4)], "has 2 tensors; accepted: 1, one for each"),
             ([half], "has dtype float16; accepted: float32"),
             ([ones(5)], r"has shape \(5,\); accepted: \(4,\), the parameter's"),
-            ([expanded(4)], is_expanded),
+            ([expanded(4)], IS_EXPANDED),
         ],
         "momentum_buffers": [
             ([], "has 0 tensors; accepted: ", {"steps": []}),
             ([ones(3, dtype=HALF), ones(4)], "has dtype float16; accepted: float32"),
             ([ones(4), ones(4)], r"has shape \(4,\); accepted: \(3,\), the parameter's"),
+            ([expanded(3), ones(4)], IS_EXPANDED),
         ],
         "steps": [
             ([torch.zeros(())], "has 1 tensors; accepted: "),
@@ -438,6 +444,15 @@ def test_every_op_has_tables_of_its_arguments() -> None:
 
 
 # ---- errors of another kind ----
+
+
+@pytest.mark.parametrize("op", ["bn_relu", "bn_add_relu", "bn_add_bn_relu"])
+def test_expanded_statistics_are_accepted_where_they_are_read_only(backend: str, op: str) -> None:
+    given = good("public", op)
+    for name in RUNNING:
+        if name in given:
+            given[name] = torch.ones(1).expand(3)
+    assert getattr(fasttricks, op)(**{**given, "training": False}).shape == given["x"].shape
 
 
 @pytest.mark.parametrize("op", ["sgd_step", "sgd_check"])

@@ -205,6 +205,48 @@ def test_accelerate_notices_skipped_steps() -> None:
         assert seen == [False, not unscale_in_step, False, False]
 
 
+@pytest.mark.parametrize("unscale", [False, True])
+def test_accelerate_wraps_the_optimizer_of_a_half_model(unscale: bool) -> None:
+    """LossScaler finds the optimizer within AcceleratedOptimizer, which GradScaler cannot unscale."""
+    accelerate = pytest.importorskip("accelerate")
+    accelerator, data, results = accelerate.Accelerator(cpu=True), batches(), []
+    for wrap in (False, True):
+        torch.manual_seed(0)
+        net: Any = Net().half()
+        inner = FusedSGD(net.parameters(), lr=0.1, momentum=0.9, max_grad_norm=0.5)
+        optimizer: Any = accelerator.prepare(inner) if wrap else inner
+        assert (type(optimizer) is FusedSGD) != wrap
+        scaler, scales = LossScaler(64.0), []
+        for i, (x, y) in enumerate(data):
+            optimizer.zero_grad()
+            if i == 1:
+                overflow(net)
+            scaler.scale(nn.functional.cross_entropy(net(x.half()).float(), y)).backward()
+            if unscale:
+                scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+            scales.append(scaler.loss_scale.clone())
+        assert [float(s) for s in scales] == [64, 32, 32, 32]
+        results.append([inner.grad_norm, *inner.master_params()])
+    for got, want in zip(*results, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_the_way_out_of_unscaling_fp16_is_named() -> None:
+    """Before torch.amp.GradScaler refuses the gradients, with a message that names none."""
+    net = Net().half()
+    with pytest.warns(UserWarning, match=r"unscale_in_step is False .* fasttricks\.optim\.LossScaler"):
+        optimizer = FusedSGD(net.parameters(), lr=0.1, unscale_in_step=False)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(net(torch.randn(6, 3, 2, 2).half()).float().sum()).backward()
+    with pytest.raises(ValueError, match="unscale FP16"):
+        scaler.step(optimizer)
+    plain = torch.optim.SGD(net.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="gradients of SGD; accepted: those of FusedSGD"):
+        LossScaler().unscale_(plain)
+
+
 def test_timm_creates_it_by_name() -> None:
     """timm drops a prefix that ends in an underscore: "fasttricks_sgd" would be its own SGD."""
     timm_optim = pytest.importorskip("timm.optim")

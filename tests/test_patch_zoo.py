@@ -8,9 +8,11 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from cases import relative_error
 from census import census, counted
 from courses import (
     Case,
@@ -177,6 +179,46 @@ def test_every_model_is_exported_as_it_was(name: str, edge: int) -> None:
     fused = torch.export.export(model, (images,))
     assert fused.graph_module.code == plain.graph_module.code
     assert fused.graph_signature == plain.graph_signature
+
+
+OF_TIMM = (
+    *("resnet26d", "seresnext26t_32x4d", "res2net50_14w_8s", "regnety_002", "dla46_c", "densenet121", "resnest14d"),
+    *("skresnet18", "hrnet_w18_small", "ese_vovnet19b_dw", "legacy_xception", "ghostnet_050", "repvgg_a0", "dpn48b"),
+    *("hgnetv2_b0", "mobileone_s0", "levit_128s", "cspresnet50", "inception_v4", "selecsls42b", "resnetv2_18"),
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "edge"), [case for case in edges().items() if case[0].startswith("torchvision/") or case[0][5:] in OF_TIMM]
+)
+def test_every_model_gives_the_same_in_onnxruntime(name: str, edge: int, tmp_path: Path) -> None:
+    """Every model of torchvision, and one of each family of timm, that torch.onnx exports unfused."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = build(name, 5, fused=False)
+    on_device = copy.deepcopy(model).to("meta")
+    batch, edge = next(size for size in ((2, 64), (2, 96), (2, 128), (2, edge)) if least_values(on_device, *size))
+    x = torch.randn(batch, 3, edge, edge)
+    with torch.no_grad():
+        model.train()(x)  # statistics of images: evaluation stays in range
+    model.eval()
+
+    def run() -> torch.Tensor:
+        torch.onnx.export(model, (x,), tmp_path / "model.onnx", dynamo=True, verbose=False)
+        session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+        return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+
+    if not fasttricks.fusions(fasttricks.fuse(model)).fused:
+        pytest.skip("no pairs")
+    with fasttricks.unfused(model):
+        try:
+            want = run()
+        except Exception as error:
+            pytest.skip(f"the unfused model is not exported or does not run: {type(error).__name__}")
+    got = run()
+    with torch.no_grad():
+        in_torch = model(x)
+    assert relative_error(got, want) < 1e-5
+    assert relative_error(got, in_torch) < 1e-3
 
 
 def check(make: Callable[[], nn.Module], batch: int, edge: int) -> None:

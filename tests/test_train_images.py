@@ -55,6 +55,23 @@ def test_missing_and_empty_folders(tree: Path, tmp_path: Path, capsys: object) -
     assert f"{tree / 'val'} is missing" in refused(capsys, "--data", tree, *out)
 
 
+def test_a_single_class_is_named(tree: Path, tmp_path: Path, capsys: object) -> None:
+    """As where images lie in one folder too many: the loss would be 0 and the accuracy 100%."""
+    assert train(tree, tmp_path / "three", "--dry-run") == 0
+    assert "one class only" not in capsys.readouterr().err
+    for part in ("train", "val"):
+        (tree / part).rename(tree / "images")
+        (tree / part).mkdir()
+        (tree / "images").rename(tree / part / "images")
+        for folder in list((tree / part / "images").iterdir()):
+            for file in folder.iterdir():
+                file.rename(tree / part / "images" / f"{folder.name}-{file.name}")
+            folder.rmdir()
+    assert train(tree, tmp_path / "one", "--dry-run") == 0
+    printed = capsys.readouterr().err
+    assert printed.count("one class only, images: nothing to tell apart") == 1
+
+
 def test_a_class_without_validation_images_keeps_its_number(tree: Path, tmp_path: Path, capsys: object) -> None:
     """Val uses the classes of train; a missing folder shifts no class."""
     (tree / "val" / "cat").rename(tmp_path / "cat")

@@ -14,8 +14,10 @@ import pytest
 
 pytest.importorskip("torchvision")
 from PIL import Image
+from rich.console import Console
 
-from fasttricks.train import ablation, cli, report
+from fasttricks.train import ablation, cli, paper, report
+from fasttricks.train.page import write_page
 from fasttricks.train.recipe import Recipe
 
 
@@ -130,11 +132,35 @@ def test_an_ablation_has_a_page(tmp_path: Path, capsys: Any, monkeypatch: pytest
     assert not Path("report.html").exists()
     text = (out / "report.html").read_text(encoding="utf-8")
     page = Page(text)
-    assert page.cells[7:14] == ["resnet18a", "50.50 ± 0.71", "", "50.50 ± 0.71", "100.00 ± 0.00", "1", "2"]
-    assert page.cells[14:17] == ["resnet18b", "52.50 ± 0.71", "+2.00"]
+    assert page.cells[8:16] == ["resnet18a", "50.50 ± 0.71", "", "", "50.50 ± 0.71", "100.00 ± 0.00", "1", "2"]
+    assert page.cells[16:19] == ["resnet18b", "52.50 ± 0.71", "+2.00"]
     assert "fasttricks ablate tweaks --out ablation --seeds 2 --model resnet18 --data &#x27;my data&#x27;" in text
     with (out / "table.csv").open(newline="") as file:
         assert [row["top1"] for row in csv.DictReader(file)] == [f"{50 + i}.0" for i in range(8)]
+
+
+@pytest.mark.parametrize("table", ablation.TABLES)
+def test_figures_of_the_paper_stand_beside_the_rows(table: str, tmp_path: Path) -> None:
+    """Each with its source, in a row of that name; other cells are empty, and a note says why."""
+    description = {"table": table, "seeds": 1, "model": "resnet50d", "teacher": "t.pt", "options": []}
+    for job in ablation.plan(tmp_path, **description):
+        write_run(job.out, [10, 50], seed=job.seed, model=job.arm)
+    (tmp_path / "ablation.json").write_text(json.dumps(description))
+    found = ablation.section(tmp_path)
+    column = found.header.index("paper")
+    shown = {row[0]: row[column] for row in found.rows}
+    of_table = {row: figures for (name, row), figures in paper.FIGURES.items() if name == table}
+    assert of_table.keys() <= shown.keys()
+    for row, text in shown.items():
+        for figure in of_table.get(row, []):
+            assert f"{figure.text} ({figure.source})" in text
+        assert bool(text) == (row in of_table)
+    console = Console(record=True, width=200)
+    found.print(console)
+    write_page(tmp_path / "page.html", "title", [found])
+    for text in (console.export_text(), (tmp_path / "page.html").read_text()):
+        assert "arXiv:1812.01187" in text
+        assert all(figure.source in text for figures in of_table.values() for figure in figures)
 
 
 def test_runs_that_cannot_be_read(tmp_path: Path, capsys: Any) -> None:

@@ -52,6 +52,14 @@ def check_device(op: str, name: str, t: torch.Tensor, other: torch.Tensor, whose
         fail(op, name, f"is on {t.device}", f"the device of {whose}, {other.device}")
 
 
+def check_written(op: str, name: str, t: torch.Tensor) -> None:
+    """ValueError if elements of t share memory, for tensors that the op writes; torch refuses the same in place."""
+    if t.is_contiguous() or t.numel() == 0:
+        return
+    if any(stride == 0 and size > 1 for stride, size in zip(t.stride(), t.shape, strict=True)):
+        fail(op, name, "is expanded: its elements share memory", "a tensor that can be written")
+
+
 def check_bool(op: str, name: str, value: Any) -> None:
     """TypeError unless value is a bool."""
     if not isinstance(value, bool):

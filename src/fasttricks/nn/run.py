@@ -33,8 +33,25 @@ def untouched(module: nn.Module) -> bool:
     )
 
 
+# forwards of the classes whose calls the ops and the blocks replace, which a tool may replace for all modules at once
+_BN_FORWARD, _RELU_FORWARD = nn.BatchNorm2d.forward, nn.ReLU.forward
+_POOL_FORWARD, _CONV_FORWARD, _SEQUENTIAL_FORWARD = nn.AvgPool2d.forward, nn.Conv2d.forward, nn.Sequential.forward
+
+
+def _has_patched_class() -> bool:
+    return not (
+        nn.BatchNorm2d.forward is _BN_FORWARD
+        and nn.ReLU.forward is _RELU_FORWARD
+        and nn.AvgPool2d.forward is _POOL_FORWARD
+        and nn.Conv2d.forward is _CONV_FORWARD
+        and nn.Sequential.forward is _SEQUENTIAL_FORWARD
+    )
+
+
 def wants_plain_modules(x: Any) -> bool:
-    """Whether a tool records operations on x (torch.export, ONNX, jit.trace, torch.fx), or global module hooks are set.
+    """Whether a tool records operations on x (torch.export, ONNX, jit.trace, torch.fx), or changed every module.
+
+    That is by global module hooks, or by another forward of a class of torch.
 
     torch.fx records operations on its own proxies only.
     """
@@ -42,6 +59,7 @@ def wants_plain_modules(x: Any) -> bool:
         torch.compiler.is_exporting()
         or torch.jit.is_tracing()
         or _has_any_global_hook()
+        or _has_patched_class()
         or (type(x) is not torch.Tensor and is_fx_symbolic_tracing())
     )
 

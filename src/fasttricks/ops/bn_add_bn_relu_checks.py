@@ -73,7 +73,7 @@ def check_public(x: Any, residual: Any, training: bool, main: tuple[Any, ...], o
         weight, bias, running_mean, running_var, momentum, eps, batches = norm
         check_per_channel(op, t, **{f"{prefix}weight": weight, f"{prefix}bias": bias})
         check_number(op, f"{prefix}eps", eps, least=0)
-        check_running(op, t, running_mean, running_var, batches, momentum, prefix)
+        check_running(op, t, running_mean, running_var, batches, momentum, prefix, written=training)
         if not training and running_mean is None:
             raise ValueError(
                 f"{op}: training is False and {prefix}running_mean, {prefix}running_var are None; accepted: both given"

@@ -7,7 +7,16 @@ from typing import Any
 
 import torch
 
-from ..checks import FLOATS, check_bool, check_device, check_dtype, check_number, check_shape, check_tensor
+from ..checks import (
+    FLOATS,
+    check_bool,
+    check_device,
+    check_dtype,
+    check_number,
+    check_shape,
+    check_tensor,
+    check_written,
+)
 from ..reference.avgpool_conv1x1 import output_size
 
 
@@ -46,11 +55,15 @@ def _check_scalar(op: str, name: str, t: Any, x: torch.Tensor, dtype: torch.dtyp
 
 def check_running(
     op: str, x: torch.Tensor, running_mean: Any, running_var: Any, batches: Any, momentum: float | None,
-    prefix: str = "",
+    prefix: str = "", written: bool = True,
 ) -> None:  # fmt: skip
     """Checks running statistics with the channels of x; prefix: of the names of the arguments."""
     _check_moved(op, x, running_mean, running_var, batches, momentum, prefix)
-    check_per_channel(op, x, **{f"{prefix}running_mean": running_mean, f"{prefix}running_var": running_var})
+    named = {f"{prefix}running_mean": running_mean, f"{prefix}running_var": running_var}
+    check_per_channel(op, x, **named)
+    if written and running_mean is not None:
+        for name, t in named.items():
+            check_written(op, name, t)
 
 
 def _check_moved(
@@ -90,12 +103,13 @@ def _check_affine(op: str, x: Any, weight: Any, bias: Any, eps: float) -> None:
 def check_forward(
     op: str, x: Any, residual: Any, weight: Any, bias: Any, eps: float, running_mean: Any = None,
     running_var: Any = None, batches: Any = None, momentum: float | None = 0.1, several: bool = True,
+    written: bool = True,
 ) -> None:  # fmt: skip
-    """Checks a forward op with batch statistics; `several`: whether to refuse a single value per channel."""
+    """Checks a forward op; `several`: whether to refuse a single value per channel; `written`: it moves statistics."""
     _check_affine(op, x, weight, bias, eps)
     if residual is not None:
         check_like_x(op, "residual", residual, x)
-    check_running(op, x, running_mean, running_var, batches, momentum)
+    check_running(op, x, running_mean, running_var, batches, momentum, written=written)
     if several:
         check_several_values(op, x)
 
@@ -176,6 +190,8 @@ def check_update(
         check_dtype(op, name, t)
         check_device(op, name, t, mean)
         check_shape(op, name, t, mean.shape, "the channels of mean")
+    check_written(op, "running_mean", running_mean)
+    check_written(op, "running_var", running_var)
     _check_scalar(op, "count", count, mean, torch.float64)
 
 
@@ -188,7 +204,9 @@ def check_public(
     momentum: float | None, eps: float, batches: Any, several: bool = True,
 ) -> None:  # fmt: skip
     """Checks the arguments of `fasttricks.bn_relu` and `fasttricks.bn_add_relu`."""
-    check_forward(op, x, None, weight, bias, eps, running_mean, running_var, batches, momentum, training and several)
+    check_forward(
+        op, x, None, weight, bias, eps, running_mean, running_var, batches, momentum, training and several, training
+    )
     if residual is not None:
         check_tensor(op, "residual", residual)
         check_device(op, "residual", residual, x)

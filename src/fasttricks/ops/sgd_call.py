@@ -10,7 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import FLOATS, check_bool, check_device, check_dtype, check_number, check_shape, check_tensor, fail
+from ..checks import (
+    FLOATS,
+    check_bool,
+    check_device,
+    check_dtype,
+    check_number,
+    check_shape,
+    check_tensor,
+    check_written,
+    fail,
+)
 
 
 def is_half(t: Tensor) -> bool:
@@ -59,13 +69,6 @@ def _check_squares(op: str, name: str, t: Tensor | None, count: int, exactly: bo
         fail(op, name, f"has shape {tuple(t.shape)}", f"({count},){'' if exactly else ' or longer'}, contiguous")
 
 
-def _check_written(op: str, name: str, t: Tensor) -> None:
-    if t.is_contiguous() or t.numel() == 0:
-        return
-    if any(stride == 0 and size > 1 for stride, size in zip(t.stride(), t.shape, strict=True)):
-        fail(op, name, "is expanded: its elements share memory", "a tensor that can be written")
-
-
 def _check_count(op: str, name: str, values: Sequence[Any], count: int, of: str = "tensors") -> None:
     if len(values) != count:
         fail(op, name, f"has {len(values)} {of}", f"{count}, one for each that needs one")
@@ -80,7 +83,7 @@ def _check_beside(
         _check_dense(op, f"{name}[{i}]", t, param, (compute_dtype(param.dtype),))
         check_shape(op, f"{name}[{i}]", t, param.shape, "the parameter's")
         if written:
-            _check_written(op, f"{name}[{i}]", t)
+            check_written(op, f"{name}[{i}]", t)
 
 
 # ---- the calls ----
@@ -202,7 +205,7 @@ class StepCall:
             _check_dense(op, f"params[{i}]", param, first)
             _check_dense(op, f"grads[{i}]", grad, first)
             check_shape(op, f"grads[{i}]", grad, param.shape, "the parameter's")
-            _check_written(op, f"params[{i}]", param)
+            check_written(op, f"params[{i}]", param)
         _check_beside(op, "masters", self.masters, [p for p in self.params if is_half(p)])
         moving = [p for p, group in zip(self.params, self._groups(), strict=True) if self.momentum[group] != 0]
         _check_beside(op, "momentum_buffers", self.momentum_buffers, moving)

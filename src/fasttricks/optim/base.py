@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -129,6 +130,12 @@ class FusedOptimizer(torch.optim.Optimizer):
                 )
             if p.layout is not torch.strided:
                 raise TypeError(f"parameter {i} of the group has layout {p.layout}; accepted: torch.strided (dense)")
+        if not self.unscale_in_step and any(p.dtype is torch.float16 for p in group["params"]):
+            warnings.warn(
+                "unscale_in_step is False and a parameter is float16: torch.amp.GradScaler refuses to unscale fp16 "
+                "gradients; scale with fasttricks.optim.LossScaler, or keep the parameters in float32 under autocast",
+                stacklevel=4,
+            )
 
     def _options(self, index: int, group: dict[str, Any], trust_coefficient: float = 0.0) -> Options:
         name = type(self).__name__

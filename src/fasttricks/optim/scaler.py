@@ -150,17 +150,20 @@ class LossScaler:
         else:
             grads = self._grads(optimizer)
             if any(g.dtype in (torch.float16, torch.bfloat16) for g in grads):
+                given = type(optimizer).__name__
                 raise ValueError(
-                    "unscale_() on fp16 or bf16 gradients; accepted: those of FusedSGD and FusedLARS, or fp32"
+                    f"unscale_() on half gradients of {given}; accepted: those of FusedSGD and FusedLARS, or fp32"
                 )
             check_grads(grads, self.found_inf, self._groups(optimizer))
             unscale_grads_(grads, self.loss_scale)
         self._stages[id(optimizer)] = "unscaled"
 
     def _groups(self, optimizer: torch.optim.Optimizer) -> list[Any]:
-        if self.process_group is None and _inner(optimizer) is not optimizer:
-            return [optimizer.process_group]  # type: ignore[attr-defined]  # each rank checks only its own parameters
-        return [] if self.process_group is None else [self.process_group]
+        if self.process_group is not None:
+            return [self.process_group]
+        sharded = getattr(getattr(optimizer, "optimizer", optimizer), "process_group", None)
+        # each rank of a ZeroRedundancyOptimizer checks only its own parameters
+        return [] if sharded is None or _inner(optimizer) is optimizer else [sharded]
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
         """Checks the gradients and steps the optimizer, which unscales them; a step with overflow changes nothing.
@@ -273,6 +276,12 @@ class LossScaler:
 
 
 def _inner(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The fused optimizer within a torch.distributed.optim.ZeroRedundancyOptimizer, else the optimizer itself."""
-    inner = getattr(optimizer, "optim", None)
-    return inner if isinstance(inner, FusedOptimizer) and hasattr(optimizer, "process_group") else optimizer
+    """The fused optimizer within one that wraps it, else the optimizer itself.
+
+    Wrappers are torch.distributed.optim.ZeroRedundancyOptimizer (`optim`) and accelerate's AcceleratedOptimizer
+    (`optimizer`).
+    """
+    wrapped = getattr(optimizer, "optimizer", optimizer)
+    inner = getattr(wrapped, "optim", None)
+    inner = inner if hasattr(wrapped, "process_group") else wrapped
+    return inner if isinstance(inner, FusedOptimizer) else optimizer

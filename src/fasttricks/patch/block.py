@@ -19,6 +19,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from ..nn import run
 from ..recomputation import recompute
 from . import match
+from .reads import reads
 from .rewrite import ceil_mode_of, modules_of, rewrite
 from .trace import CONTAINER, DEFAULT, TENSOR, Kinds, Signature, Untraceable, kind_of, original_class, trace
 
@@ -139,6 +140,7 @@ def _read_only(graph: fx.Graph, block: nn.Module, inlined: set[str]) -> set[str]
 
 _classes: weakref.WeakValueDictionary[Any, type] = weakref.WeakValueDictionary()
 _own_attributes = frozenset(vars(nn.Module()))
+_MISSING = object()
 
 
 def fused_class(block: nn.Module, made: Plan) -> type[nn.Module]:
@@ -176,7 +178,6 @@ def _make(
     ready: Callable[[nn.Module], bool],
     pairs: dict[str, str],
 ) -> type[nn.Module]:
-    original = base.forward
     defaults, names = signature.defaults, signature.names
 
     def kinds_of(args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -186,23 +187,24 @@ def _make(
     one_tensor = (TENSOR, *[DEFAULT] * (len(defaults) - 1))  # what most blocks are given
     of_one_tensor = {mode: variants.get((one_tensor, mode)) for mode in (True, False)}
 
-    @functools.wraps(original)
+    # base.forward is looked up at each call: someone may have replaced it
+    @functools.wraps(base.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if run.wants_plain_modules(args[0] if args else None) or not ready(self):
-            return original(self, *args, **kwargs)
+            return base.forward(self, *args, **kwargs)
         if len(args) == 1 and not kwargs and type(args[0]) is torch.Tensor:
             function = of_one_tensor[self.training]
-            return original(self, *args) if function is None else function(self, *args)
+            return base.forward(self, *args) if function is None else function(self, *args)
         every = args
         if kwargs:
             later = names[len(args) :]
             if not kwargs.keys() <= set(later):
-                return original(self, *args, **kwargs)
+                return base.forward(self, *args, **kwargs)
             every = (*args, *map(kwargs.get, later, defaults[len(args) :]))
         kinds = kinds_of(every)
         function = variants.get((kinds, self.training))
         if function is None:
-            return original(self, *args, **kwargs)
+            return base.forward(self, *args, **kwargs)
         return function(self, *[value for value, kind in zip(every, kinds) if kind != DEFAULT])  # noqa: B905
 
     return _subclass(base, forward, pairs)
@@ -257,12 +259,11 @@ def _state_of(module: nn.Module) -> Any:
 
 def recomputing_class(cls: type[nn.Module]) -> type[nn.Module]:
     """The class of a whole model, which `fuse` has changed or not, with each forward pass within `recompute()`."""
-    inner = cls.forward
 
-    @functools.wraps(inner)
+    @functools.wraps(cls.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with recompute():
-            return inner(self, *args, **kwargs)
+            return cls.forward(self, *args, **kwargs)
 
     base = getattr(cls, "_fasttricks_original", cls)
     return _subclass(base, forward, getattr(cls, "_fasttricks_pairs", {}))
@@ -293,10 +294,11 @@ def fused_norm_act_class(base: type[nn.Module], min_elements: int = 0) -> type[n
                 and x.dim() == 4
                 and not (min_elements and run.is_small(x, min_elements))
                 and not run.wants_plain_modules(x)
+                and base.forward is original
                 and has_relu(self)
             ):
                 return run.norm_relu(self, x)
-            return original(self, x)
+            return base.forward(self, x)
 
         known = _classes[base, min_elements] = _subclass(base, forward, {"": match.BN_RELU})
     return known
@@ -314,7 +316,7 @@ def _guard_source(block: nn.Module, made: Plan) -> tuple[str, dict[str, Any]]:
         "pool": is_plain_pool,
         "conv": run.is_plain_conv1x1,
         "same_container": is_same_container,
-        "missing": object(),
+        "missing": _MISSING,
     }
     lines = [
         "def ready(self):",
@@ -345,6 +347,8 @@ def _guard_source(block: nn.Module, made: Plan) -> tuple[str, dict[str, Any]]:
         test = checks[role].format(_child(known, parent, child))
         mode = "" if len(modes) == 2 else "training and " if True in modes else "not training and "
         lines.append(f"    if {mode}not {test}:\n        return False")
+    containers = [block, *(block.get_submodule(name) for name in sorted(made.inlined))]
+    lines += _read_by_name({original_class(m): None for m in containers}, names)
     lines.append("    return True")
     return "\n".join(lines), names
 
@@ -368,6 +372,20 @@ def _structure(module: nn.Module, name: str, children: str) -> list[str]:
         checks.append(f"{name}.__dict__.get({key!r}, missing) {test}")
     joined = "\n        and ".join(checks)
     return [f"    if not (\n        {joined}\n    ):\n        return False"]
+
+
+def _read_by_name(classes: Collection[type], names: dict[str, Any]) -> list[str]:
+    """Globals and attributes of classes that the forwards of classes read; adds their owners and values to names."""
+    lines = []
+    found = {(id(read.owner), read.name): read for cls in classes for read in reads(cls)}
+    for i, read in enumerate(found.values()):
+        names[f"owner{i}"] = read.owner
+        test = f"== {read.value!r}"
+        if not _is_simple(read.value) or read.value is None or isinstance(read.value, bool):
+            names[f"value{i}"] = read.value
+            test = f"is value{i}"
+        lines.append(f"    if not getattr(owner{i}, {read.name!r}, missing) {test}:\n        return False")
+    return lines
 
 
 def fingerprint(block: nn.Module) -> tuple[Any, ...]:

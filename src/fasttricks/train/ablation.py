@@ -26,7 +26,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from . import checkpoint
+from . import checkpoint, paper
 from .page import Section, new_figure, write_page
 from .report import Group, ReportError, Run, draw_epochs, read_run, spread
 
@@ -309,7 +309,7 @@ def section(out: Path) -> Section:
         ReportError: see :func:`read`.
     """
     description, lines = read(out)
-    header = ["", "top-1, last epoch", "change", "top-1, best epoch", "top-5", "img/s", "seeds"]
+    header = ["", "top-1, last epoch", "change", "paper", "top-1, best epoch", "top-5", "img/s", "seeds"]
     rows, records = [], []
     compared = [line for line in lines if line.name != TEACHER]
     for line in lines:
@@ -321,6 +321,7 @@ def section(out: Path) -> Section:
                 line.name,
                 spread(last),
                 f"{mean(last) - mean(reference):+.2f}" if changed else "",
+                paper.cell(description["table"], line.name),
                 spread(line.each(lambda run: run.best["val_top1"])),
                 spread(line.each(lambda run: run.rows[-1]["val_top5"])),
                 f"{mean(line.each(lambda run: run.img_per_s)):.0f}",
@@ -337,7 +338,7 @@ def section(out: Path) -> Section:
     writer.writerows(records)
     checkpoint.write(out / "table.csv", lambda file: file.write(text.getvalue().encode()))
     title = f"{description['table']}: validation, in percent, over the seeds"
-    return Section(title, header, rows, _draw(lines), {"command": _command(out, description)})
+    return Section(title, header, rows, _draw(lines), {"command": _command(out, description)}, paper.NOTE)
 
 
 def _command(out: Path, description: dict[str, Any]) -> str:

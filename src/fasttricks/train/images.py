@@ -160,6 +160,12 @@ class Images(Samples, ImageFolder):
                 DataWarning,
                 stacklevel=2,
             )
+        if classes is None and len(self.classes) == 1:
+            warnings.warn(
+                f"{root}: one class only, {self.classes[0]}: nothing to tell apart; expected a folder for each class",
+                DataWarning,
+                stacklevel=2,
+            )
         if self.strays:
             warnings.warn(
                 f"{root}: skipped {len(self.strays)} file{'s' if len(self.strays) > 1 else ''} that "

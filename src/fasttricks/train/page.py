@@ -24,6 +24,7 @@ class Section(NamedTuple):
     Attributes:
         header: titles of the columns; the first column names the rows.
         details: {title: text}, on the page only.
+        note: a sentence below the table.
     """
 
     title: str
@@ -31,6 +32,7 @@ class Section(NamedTuple):
     rows: list[list[str]]
     figure: Figure
     details: dict[str, str]
+    note: str = ""
 
     def print(self, console: Console) -> None:
         """Prints the table."""
@@ -40,6 +42,8 @@ class Section(NamedTuple):
         for row in self.rows:
             view.add_row(*row)
         console.print(view)
+        if self.note:
+            console.print(self.note, highlight=False)
 
     def save_png(self, path: Path) -> None:
         """Writes the curves as a PNG file."""
@@ -91,6 +95,7 @@ def _section(section: Section) -> str:
         f"<table>\n<thead>{cells(section.header, 'th')}</thead>\n<tbody>",
         *(cells(row, "td") for row in section.rows),
         "</tbody>\n</table>",
+        *([f"<p>{html.escape(section.note)}</p>"] if section.note else []),
         f'<img alt="Curves of {html.escape(section.title)}" src="data:image/svg+xml;base64,{image}">',
     ]
     for title, text in section.details.items():
