@@ -187,7 +187,7 @@ FAULTS = {
         "wrong",
     ),
     "grid barrier removed before the moments are read": (
-        "bn_relu.cuh",
+        "bn_slab.cuh",
         "  FT_GRID_BARRIER();\n  for_channels_of_grid(s, [&](int c, int lane) { finalize_moments(",
         "  for_channels_of_grid(s, [&](int c, int lane) { finalize_moments(",
         "tsan",

@@ -1,7 +1,7 @@
 // Host side of bn_relu on raw pointers: which kernels run, with which grids. Used by the launchers and by the emulator.
 #pragma once
 
-#include "bn_relu.cuh"
+#include "bn_slab.cuh"
 #include "launch.cuh"
 
 namespace fasttricks::cuda {
