@@ -101,6 +101,7 @@ class Launch:
     resident: int  # on a multiprocessor
     waves: float
     in_flight: int  # bytes of a multiprocessor
+    dynamic: int  # bytes of shared memory that all blocks ask for
     dram: float
     through_l2: float
     seconds: float
@@ -158,6 +159,7 @@ class Machine:
             resident,
             blocks / (resident * sm_count),
             loads * min(resident, math.ceil(blocks / sm_count)),
+            blocks * planned.dynamic_bytes,
             work.dram,
             max(work.dram, work.through_l2),
             max(seconds.values()) + self.limits.launch,
@@ -174,9 +176,9 @@ class Machine:
     # ---- bn_relu and bn_add_relu ----
 
     def bn_launches(
-        self, shape: tuple[int, ...], residual: bool, element_bytes: int = ELEMENT
+        self, shape: tuple[int, ...], residual: bool, element_bytes: int = ELEMENT, two: bool = False
     ) -> tuple[tuple[Launch, ...], tuple[Launch, ...]]:
-        """Forward and backward."""
+        """Forward and backward; two: with a second gradient of the shape of x."""
         n, c, h, w = shape
         elements = n * c * h * w
         x, mask = element_bytes * elements, elements / 8 if residual else 0.0
@@ -184,20 +186,38 @@ class Machine:
         moved = {
             "bn_stats": x,
             "bn_apply": 2 * x + add + mask,
-            "bn_forward_slab": 2 * x + add + mask,
+            "bn_forward_slab": 3 * x + add + mask,
             "bn_backward_reduce": 2 * x + mask,
-            "bn_backward_apply": 3 * x + add + mask,
-            "bn_backward_slab": 3 * x + add + mask,
+            "bn_backward_reduce_two": 4 * x + mask,
+            "bn_backward_apply": 3 * x + (0 if two else add + mask),
+            "bn_backward_slab": 5 * x + add + 2 * mask,
+            "bn_backward_slab_two": 7 * x + mask,
             # numbers per channel
             **dict.fromkeys(("bn_finalize_stats", "bn_finalize_backward", "bn_update_stats"), 0.0),
         }
+        # what is kept is not read again: of the backward pass x and dz, in place of which it reads dy and the mask; and
+        # without a residual dz is workspace, of which only the rest is written
+        saved = {
+            "bn_forward_slab": 1.0,
+            "bn_backward_slab": 1 + mask / (2 * x),
+            "bn_backward_slab_two": 1 if residual else 1.5,
+        }
 
-        def work(kernel: str) -> Work:
-            return Work(moved[kernel])
+        def launched(planned: Iterable[Any], arrays: int) -> tuple[Launch, ...]:
+            made = []
+            for one in planned:
+                kernel = short_name(one.kernel).split("<")[0]
+                kept = min(arrays * x, math.prod(one.grid) * one.dynamic_bytes)
+                made.append(self.launch(one, Work(moved[kernel] - saved.get(kernel, 0.0) * kept)))
+            return tuple(made)
 
         of = (self.plans.bn_shape(n, c, h * w, self.nhwc), self.device, self.resident, element_bytes, residual)
-        forward, backward = self.plans.bn_forward_launches(*of), self.plans.bn_backward_launches(*of)
-        return self.launches(forward, work), self.launches(backward, work)
+        return launched(self.plans.bn_forward_launches(*of), 1), launched(self.plans.bn_backward_launches(*of, two), 2)
+
+    def kept(self, launches: Iterable[Launch], shape: tuple[int, ...], arrays: int) -> float:
+        """Bytes of `arrays` float16 tensors that a pass keeps on the chip."""
+        taken = sum(launch.dynamic for launch in launches if "slab" in launch.kernel)
+        return min(arrays * ELEMENT * math.prod(shape), taken)
 
     def bn_rows(self, layer: Layer) -> list[Row]:
         passes = zip(

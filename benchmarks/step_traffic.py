@@ -6,10 +6,12 @@ the residual from block to block.
 
 Bytes are those of DRAM: what a launch stores, and the first load of each 32 bytes. The ops run in the emulator on
 a few images of every layer's shape and on twice as many, and bytes are linear in the batch. Which of them stay on the
-chip, and the number of launches, is what their host code plans for the card (predict.py). Where no op of ours runs,
-torch's formula is taken. The operands of avgpool_conv1x1's products belong to a convolution and are subtracted.
+chip, and the number of launches, is what their host code plans for the card (predict.py). Where that is a part, the
+emulated card also keeps one, the same at both batches, and what the real card keeps beyond it is subtracted: it is not
+read again. Where no op of ours runs, torch's formula is taken. The operands of avgpool_conv1x1's products belong to a
+convolution and are subtracted.
 
-What is not there yet has formulas, in `partly_on_chip`; whoever builds it meters it here.
+What is not there yet has formulas, in `not_there_yet`; whoever builds it meters it here.
 
 Saved bytes: the tensors that nodes of the autograd graph save which are no convolutions, parameters left out.
 """
@@ -36,6 +38,7 @@ NHWC = torch.channels_last
 # the parameters of a bottleneck, as in traffic.py
 SGD_SIZES = (128 * 512, 128, 128, 128 * 128 * 9, 128, 128, 512 * 128, 512, 512)
 Passes = tuple[Cost, Cost]  # forward and backward
+BLOCKS = 8  # of the emulated card, if they keep a part of a tensor
 
 
 class Metered:
@@ -45,57 +48,84 @@ class Metered:
         self.machine = predict.Machine(predict.limits_of(card), nhwc=True)
         self.library, self.ops = emulated.load(), torch.ops.fasttricks_emulated
 
+    def few(self, shape: tuple[int, ...]) -> int:
+        return max(1, 100_000 // math.prod(shape[1:]))
+
+    def room(self, shape: tuple[int, ...]) -> int:
+        """Bytes that an emulated block keeps of a part: rows of 256 threads with 8 columns of x and dz, one of 24."""
+        rows = 2 * self.few(shape) * math.prod(shape[1:]) / (BLOCKS * 256 * 8)
+        return 2 * ELEMENT * 256 * 8 * math.ceil(rows / 24)
+
     def of_batch(self, shape: tuple[int, ...], bytes_of: Callable[[int], list[int]]) -> list[float]:
         """Of BATCH images, from those of a few and of twice as many, which are enough for all the emulated blocks."""
-        few = max(1, 100_000 // math.prod(shape[1:]))
+        few = self.few(shape)
         pairs = zip(bytes_of(few), bytes_of(2 * few), strict=True)
         return [once + (BATCH / few - 1) * (twice - once) for once, twice in pairs]
 
-    def dram(self, run: Callable[[], Any], on_chip: bool = False) -> tuple[Any, int]:
-        """What `run` returns, and its bytes, in one launch that keeps tensors on the chip or in several."""
-        with self.library.shared_per_sm(228 << 10 if on_chip else 0), self.library.metered() as meter:
+    def dram(self, run: Callable[[], Any], kept: float = 0.0, room: int = 0) -> tuple[Any, int]:
+        """What `run` returns, and its bytes. kept: the share of the tensors that stays on the chip, in one launch; if
+        a part, `room` bytes of each block."""
+        partly = 2 * (self.machine.plans.BN_SLAB_STATIC + room)
+        shared = 228 << 10 if kept == 1 else partly if kept else 0
+        with self.library.shared_per_sm(shared), self.library.metered() as meter:
             result = run()
-        assert (meter.cooperative_launches > 0) == on_chip
+        assert (meter.cooperative_launches > 0) == (kept > 0)
+        assert not 0 < kept < 1 or meter.blocks == BLOCKS
         return result, meter.dram
 
-    def on_chip(self, shape: tuple[int, ...], residual: bool) -> list[bool]:
-        """Whether the forward pass keeps x, and the backward pass x and dz, in one launch."""
-        planned = self.machine.bn_launches(shape, residual)
-        return [any("slab" in launch.kernel for launch in launches) for launches in planned]
+    def kept(self, shape: tuple[int, ...], residual: bool, two: bool = False) -> list[float]:
+        """The shares of x that the forward pass keeps on the chip, and of x and dz that the backward pass keeps."""
+        planned = self.machine.bn_launches(shape, residual, two=two)
+        size = ELEMENT * math.prod(shape)
+        return [
+            self.machine.kept(launches, shape, arrays) / (arrays * size)
+            for launches, arrays in zip(planned, (1, 2), strict=True)
+        ]
+
+    def on_the_card(self, moved: float, shape: tuple[int, ...], kept: float, arrays: int) -> float:
+        """Bytes of a pass of BATCH images, from those of a card that keeps what the emulated one does."""
+        return moved - (kept * arrays * ELEMENT * math.prod(shape) - BLOCKS * self.room(shape) if 0 < kept < 1 else 0)
 
     @functools.cache  # noqa: B019
     def bn(self, shape: tuple[int, ...], residual: bool) -> Passes:
-        planned, on_chip = self.machine.bn_launches(shape, residual), self.on_chip(shape, residual)
-        c = shape[1]
+        planned, kept = self.machine.bn_launches(shape, residual), self.kept(shape, residual)
+        c, room = shape[1], self.room(shape)
 
         def bytes_of(batch: int) -> list[int]:
             x, z, dy = (torch.randn(batch, *shape[1:]).half().contiguous(memory_format=NHWC) for _ in range(3))
             weight, bias = torch.rand(c) + 0.5, torch.rand(c)
             if residual:
                 (_, mean, var, mask), forward = self.dram(
-                    lambda: self.ops.bn_add_relu_forward(x, z, weight, bias, EPS), on_chip[0]
+                    lambda: self.ops.bn_add_relu_forward(x, z, weight, bias, EPS), kept[0], room
                 )
             else:
-                (_, mean, var), forward = self.dram(lambda: self.ops.bn_relu_forward(x, weight, bias, EPS), on_chip[0])
+                (_, mean, var), forward = self.dram(
+                    lambda: self.ops.bn_relu_forward(x, weight, bias, EPS), kept[0], room
+                )
                 mask = None
             given = (weight, bias, mean, var, EPS, True, residual)
-            _, backward = self.dram(lambda: self.ops.bn_relu_backward(dy, x, mask, *given), on_chip[1])
+            _, backward = self.dram(lambda: self.ops.bn_relu_backward(dy, x, mask, *given), kept[1], room)
             return [forward, backward]
 
-        forward, backward = self.of_batch(shape, bytes_of)
+        forward, backward = (
+            self.on_the_card(moved, shape, share, arrays)
+            for moved, share, arrays in zip(self.of_batch(shape, bytes_of), kept, (1, 2), strict=True)
+        )
         return Cost(forward, len(planned[0])), Cost(backward, len(planned[1]))
 
     @functools.cache  # noqa: B019
     def bn_with_second_gradient(self, shape: tuple[int, ...], pooled: bool) -> Cost:
         """The backward pass of bn_add_relu."""
+        planned, kept = self.machine.bn_launches(shape, True, two=True)[1], self.kept(shape, True, two=True)[1]
 
         def bytes_of(batch: int) -> list[int]:
             x, z, dy, second = inputs(batch, shape, pooled)
             (_, mean, var, mask), _ = self.dram(lambda: self.ops.bn_add_relu_forward(x, z, None, None, EPS))
             given = (None, None, mean, var, EPS, True, True)
-            return [self.dram(lambda: self.ops.bn_relu_backward(dy, x, mask, *given, second))[1]]
+            run = functools.partial(self.ops.bn_relu_backward, dy, x, mask, *given, second)
+            return [self.dram(run, kept, self.room(shape))[1]]
 
-        return Cost(self.of_batch(shape, bytes_of)[0], 3)
+        return Cost(self.on_the_card(self.of_batch(shape, bytes_of)[0], shape, kept, 2), len(planned))
 
     @functools.cache  # noqa: B019
     def bn_add_bn(self, shape: tuple[int, ...], second: bool, pooled: bool) -> Passes:
@@ -203,19 +233,17 @@ def along_the_residual(layer: Layer, ops: Metered) -> Passes:
     return ALONG_THE_RESIDUAL.get(layer.kind, metered)(layer, ops)
 
 
-def partly_on_chip(layer: Layer, ops: Metered) -> Passes:
-    """Also, bn_add_relu writes the means of y, N/4, while it has y; and what fits into shared memory stays there of the
-    tensors that a pass reads again: x; x and dz; with two BatchNorms also r."""
+def not_there_yet(layer: Layer, ops: Metered) -> Passes:
+    """Also, bn_add_relu writes the means of y, N/4, while it has y; and with two BatchNorms, too, what fits into shared
+    memory stays there of the tensors that a pass reads again: x and r; x, r and dz."""
     if layer.kind == "pool":
         return nothing(layer, ops)
     forward, backward = along_the_residual(layer, ops)
-    if layer.kind not in ("bn_relu", "bn_add_relu"):
+    if layer.kind != "bn_add_relu":
         return forward, backward
     card = ops.machine.limits.geometry
     room = card.sm_count * (card.shared_per_block - ops.machine.plans.BN_SLAB_STATIC)
-    whole = ops.on_chip(layer.shape, layer.kind == "bn_add_relu")  # is one launch already
-    tensors = (2, 3) if layer.projection else (1, 2)
-    kept = [0 if one else min(k * layer.bytes, room) for one, k in zip(whole, tensors, strict=True)]
+    kept = [min(k * layer.bytes, room) if layer.projection else 0 for k in (2, 3)]
     means = layer.bytes / 4 if layer.pooled else 0
     return forward + Cost(means - kept[0]), backward + Cost(-kept[1])
 
@@ -263,7 +291,7 @@ SIDES: dict[str, tuple[Callable[[Layer, Metered], Passes], bool]] = {
     "eager": (lambda layer, ops: eager(layer), False),
     "each op by itself": (metered, False),
     "along the residual": (along_the_residual, False),
-    "and partly on the chip": (partly_on_chip, True),
+    "and what is not there yet": (not_there_yet, True),
 }
 
 
@@ -293,7 +321,7 @@ def show(made: list[Step]) -> None:
     for step in made:
         share = step.bytes / made[0].bytes
         print(
-            f"{step.side:24} {step.bytes / 1e9:6.1f} GB, {share:6.1%} of eager's; {step.launches:4} launches; "
+            f"{step.side:25} {step.bytes / 1e9:6.1f} GB, {share:6.1%} of eager's; {step.launches:4} launches; "
             f"{step.saved / 1e9:5.2f} GB saved for the backward pass{'; predicted' if step.predicted else ''}"
         )
 

@@ -28,6 +28,7 @@ def all_results(x: torch.Tensor, z: torch.Tensor, dy: torch.Tensor) -> list[torc
     y, mean, var, mask = ops.bn_add_relu_forward(x, z, weight, bias, EPS)
     plain = ops.bn_relu_forward(x, weight, bias, EPS)
     backward = ops.bn_relu_backward(dy, x, mask, weight, bias, mean, var, EPS, True, True)
+    two = ops.bn_relu_backward(dy, x, mask, weight, bias, mean, var, EPS, True, True, z)
     return [
         y,
         mean,
@@ -35,16 +36,25 @@ def all_results(x: torch.Tensor, z: torch.Tensor, dy: torch.Tensor) -> list[torc
         mask,
         *plain,
         *backward,
+        *two,
         *ops.bn_relu_backward_reduce(dy, x, None, weight, bias, mean, var, EPS),
     ]
 
 
+# room for a row of x and dz of a thread, or two rows of x, in each of two blocks on a multiprocessor
+ONE_ROW = 2 * ((17 << 10) + (8 << 10))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
-@pytest.mark.parametrize("shape", [(6, 40, 8, 8), (7, 13, 9, 5)], ids=str)
-def test_every_order_of_threads_gives_the_same_bits(shape: tuple[int, ...], layout: torch.memory_format) -> None:
+@pytest.mark.parametrize(
+    ("shape", "shared"), [((6, 40, 8, 8), 228 << 10), ((7, 13, 9, 5), 228 << 10), ((17, 72, 8, 8), ONE_ROW)], ids=str
+)
+def test_every_order_of_threads_gives_the_same_bits(
+    shape: tuple[int, ...], shared: int, layout: torch.memory_format
+) -> None:
     library, results, given = emulated.load(), [], inputs(shape, layout)
     for schedule in emulated.SCHEDULES:
-        with library.schedule(**schedule):
+        with library.schedule(**schedule), library.shared_per_sm(shared):
             results.append(all_results(*given))
     for others in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
@@ -71,7 +81,7 @@ def test_refused_cooperative_launches(layout: torch.memory_format) -> None:
     expected = all_results(*given)
     with library.refused_cooperative_launches(), library.metered() as meter:
         results = all_results(*given)
-    assert (meter.launches, meter.cooperative_launches) == (3 * 3 + 2, 0)
+    assert (meter.launches, meter.cooperative_launches) == (4 * 3 + 2, 0)
     for a, b in zip(results, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3)
 
@@ -79,24 +89,31 @@ def test_refused_cooperative_launches(layout: torch.memory_format) -> None:
 # ---- bytes ----
 
 
-# shape, layout, whether forward and backward keep x in the shared memory of four multiprocessors
+# shape, layout, whether forward and backward keep everything in the shared memory of four multiprocessors, not a part
 PLACES = (
     ((4, 64, 56, 56), torch.contiguous_format, False, False),
     ((4, 64, 56, 56), torch.channels_last, False, False),
     ((8, 256, 14, 14), torch.contiguous_format, True, False),
     ((8, 256, 14, 14), torch.channels_last, True, False),
-    ((64, 64, 7, 7), torch.contiguous_format, True, False),
+    ((64, 64, 8, 8), torch.contiguous_format, True, False),
     ((64, 32, 7, 7), torch.contiguous_format, True, True),
     ((64, 64, 7, 7), torch.channels_last, True, True),
 )
+PART = 4 * 2 * (96 << 10)  # bytes that two blocks of a multiprocessor keep if not everything fits
 
 
 @pytest.mark.parametrize("residual", [False, True], ids=["bn_relu", "bn_add_relu"])
+@pytest.mark.parametrize("one", [True, False], ids=["one launch", "three"])
 @pytest.mark.parametrize(("shape", "layout", "forward_fits", "backward_fits"), PLACES)
 def test_bytes_moved_are_within_5_percent_of_the_formula(
-    shape: tuple[int, ...], layout: torch.memory_format, forward_fits: bool, backward_fits: bool, residual: bool
+    shape: tuple[int, ...],
+    layout: torch.memory_format,
+    forward_fits: bool,
+    backward_fits: bool,
+    one: bool,
+    residual: bool,
 ) -> None:
-    """x is read once if it stays in shared memory, else twice; masks have one bit per element.
+    """x is read twice, but what stays in shared memory once, of the bytes of DRAM, too; masks have one bit per element.
 
     Parameters, statistics and partial sums add at most 192 bytes per channel.
     """
@@ -104,20 +121,32 @@ def test_bytes_moved_are_within_5_percent_of_the_formula(
     x, z, dy = inputs(shape, layout)
     weight, bias = torch.rand(shape[1]) + 0.5, torch.rand(shape[1])
     unit, bits, channel = 2 * x.numel(), x.numel() / 8, 192 * shape[1]
-    with library.metered() as meter:
+    shared = (228 << 10) * one
+    kept = [(arrays * unit if fits else PART) * one for arrays, fits in ((1, forward_fits), (2, backward_fits))]
+    launches = (0, 1) if one else (3, 0)
+    with library.shared_per_sm(shared), library.metered() as meter:
         if residual:
             _, mean, var, mask = ops.bn_add_relu_forward(x, z, weight, bias, EPS)
         else:
             (_, mean, var), mask = ops.bn_relu_forward(x, weight, bias, EPS), None
-    assert (meter.launches, meter.cooperative_launches) == ((0, 1) if forward_fits else (3, 0))
-    formula = unit * ((1 if forward_fits else 2) + 1 + residual) + bits * residual
+    assert (meter.launches, meter.cooperative_launches) == launches
+    formula = unit * (3 + residual) + bits * residual - kept[0]
     assert formula <= meter.moved <= formula * 1.05 + channel
-    with library.metered() as meter:
+    assert formula <= meter.dram <= formula * 1.05 + channel
+    assert [emulated.kept_bytes(x, arrays, shared) for arrays in (1, 2)] == kept
+    again = 2 - kept[1] / (2 * unit)  # how often the mask is read
+    with library.shared_per_sm(shared), library.metered() as meter:
         ops.bn_relu_backward(dy, x, mask, weight, bias, mean, var, EPS, True, residual)
-    assert (meter.launches, meter.cooperative_launches) == ((0, 1) if backward_fits else (3, 0))
-    reads = 1 if backward_fits else 2
-    formula = unit * (2 * reads + 1 + residual) + bits * residual * reads
+    assert (meter.launches, meter.cooperative_launches) == launches
+    formula = unit * (5 + residual) + bits * residual * again - kept[1]
     assert formula <= meter.moved <= formula * 1.05 + channel
+    assert formula <= meter.dram <= formula * 1.05 + channel
+    for need_dz in (False, residual):  # else dz is workspace, of which only the rest is written
+        with library.shared_per_sm(shared), library.metered() as meter:
+            ops.bn_relu_backward(dy, x, mask, weight, bias, mean, var, EPS, True, need_dz, z)
+        assert (meter.launches, meter.cooperative_launches) == launches
+        formula = unit * 7 + bits * residual - kept[1] * (1 if need_dz else 1.5)
+        assert formula <= meter.moved <= formula * 1.05 + channel
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
@@ -187,11 +216,32 @@ FAULTS = {
         "wrong",
     ),
     "grid barrier removed before the moments are read": (
-        "bn_relu.cuh",
+        "bn_slab.cuh",
         "  FT_GRID_BARRIER();\n  for_channels_of_grid(s, [&](int c, int lane) { finalize_moments(",
         "  for_channels_of_grid(s, [&](int c, int lane) { finalize_moments(",
         "tsan",
         "data race",
+    ),
+    "a row that is kept taken for one that is not": (
+        "bn_slab.cuh",
+        "!skip_x && !slab.has(row + kRows - 1 - u)",
+        "!skip_x && !slab.has(row + kRows - u)",
+        "plain",
+        "wrong",
+    ),
+    "the first row that is not kept never written": (
+        "bn_slab.cuh",
+        "if (need_dz || !dz_slab.has(row))",
+        "if (need_dz || !dz_slab.has(row - 1))",
+        "plain",
+        "wrong",
+    ),
+    "a row past the kept ones put into the shared memory of another thread's": (
+        "bn_slab.cuh",
+        "bool has(int row) const { return row < rows; }",
+        "bool has(int row) const { return row <= rows; }",
+        "plain",
+        "wrong",
     ),
     "barrier removed between a block's parts of two tiles": (
         "bn_relu_tile.cuh",

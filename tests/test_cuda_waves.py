@@ -86,20 +86,29 @@ def test_dividers(plans: ModuleType) -> None:
 
 
 def test_what_stays_on_the_chip(plans: ModuleType) -> None:
-    """In one launch, with all blocks resident: two where shared memory allows, else one per multiprocessor."""
+    """Everything with two blocks per multiprocessor or one, else a part with two; all blocks are resident."""
     of_h100 = set()
     for (card, has), (c, size), n, nhwc in itertools.product(CARDS.items(), BATCH_NORMS, BATCHES, (False, True)):
-        taken = 2 * n * c * size * size
+        taken, shape = 2 * n * c * size * size, plans.bn_shape(n, c, size * size, nhwc)
         for arrays in (1, 2):
-            needed = plans.bn_slab_plan(plans.bn_shape(n, c, size * size, nhwc), has.sm_count, 2, arrays).bytes
-            static = plans.BN_SLAB_STATIC
-            fits = needed <= has.shared_per_block - static
             # a thread of one block has a row more than one of another; the last rows of a tile need not be whole units
-            most = has.sm_count * (has.shared_per_block - static)
+            room = has.shared_per_block - plans.BN_SLAB_STATIC
+            plan = plans.bn_slab_plan(shape, has.sm_count, 2, arrays, room)
+            assert plan.bytes <= room
+            fits, most = plan.kept_rows == plan.rows, has.sm_count * room
             assert not fits or taken * arrays <= most
             assert fits or taken * arrays >= 0.85 * most, (card, c, size, n)
             if card == "H100" and fits and arrays == 1:
                 of_h100.add((n, c, size))
+            room = has.shared_per_sm // 2 - plans.BN_SLAB_STATIC
+            part = plans.bn_slab_plan(shape, 2 * has.sm_count, 2, arrays, room)
+            kept = part.tiling.blocks * part.bytes
+            if not fits:
+                assert part.kept_rows < part.rows
+                assert room - part.bytes < part.bytes / part.kept_rows, "there is no room for another row"
+                share = kept / (taken * arrays)
+                assert plans.bn_slab_saves(part) or share < 1 / 30
+                assert not plans.bn_slab_saves(part) or share > 1 / 34
     assert {(32, 256, 28), (64, 512, 14), (256, 512, 7)} <= of_h100
 
 
@@ -115,7 +124,7 @@ def test_launches_are_as_planned() -> None:
 
 @pytest.mark.parametrize("shape", [(6, 64, 14, 14), (5, 24, 7, 7), (1, 24, 56, 56), (40, 512, 2, 2)], ids=str)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
-@pytest.mark.parametrize("shared", [0, 228 << 10], ids=["three launches", "one"])
+@pytest.mark.parametrize("shared", [0, 228 << 10, 60 << 10], ids=["three launches", "one", "a part on the chip"])
 def test_bank_conflicts(shape: tuple[int, ...], layout: torch.memory_format, shared: int) -> None:
     """Of reductions, parameters and what is kept on the chip: a tenth more wavefronts than without any."""
     library, ops = emulated.load(), torch.ops.fasttricks_emulated

@@ -176,7 +176,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_relu_backward(Tensor dy, Tensor x,
     if (second.data)
       bn_backward_two_run(g, call.on_device<T>(second), call.data<T>(), call.bits, call.params<A>(), call.shape,
                           call.on.device, at(partial), at(dweight), at(dbias), count, to,
-                          static_cast<T*>(dz.mutable_data_ptr()), call.on.stream);
+                          static_cast<T*>(dz.mutable_data_ptr()), need_dresidual, call.on.stream);
     else
       bn_backward_run(g, call.data<T>(), call.bits, call.params<A>(), call.shape, call.on.device, at(partial),
                       at(dweight), at(dbias), count, to,

@@ -1,7 +1,7 @@
 // Host side of bn_relu on raw pointers: which kernels run, with which grids. Used by the launchers and by the emulator.
 #pragma once
 
-#include "bn_relu.cuh"
+#include "bn_slab.cuh"
 #include "launch.cuh"
 
 namespace fasttricks::cuda {
@@ -81,15 +81,17 @@ void bn_backward_apply_run(const T* dy, const T* x, const uint8_t* mask, const B
          dx, dresidual);
 }
 
-// Whether a one-launch kernel can have all its blocks on the card at once, with as many per multiprocessor as fit.
+// Whether a one-launch kernel is taken. It keeps everything, with two blocks per multiprocessor or one; else a part,
+// with two: one block has 16 KB more to keep in, but half the bytes in flight.
 template <typename Kernel>
 bool bn_slab_fits(Kernel kernel, const BnShape& s, const Device& d, int element_bytes, int arrays, BnSlabPlan* plan) {
-  for (int blocks = 2; blocks >= 1; --blocks) {
-    *plan = bn_slab_plan(s, int64_t(d.sm_count) * blocks, element_bytes, arrays);
-    if (plan->bytes > d.shared_per_block - kBnSlabStatic) continue;
-    if (blocks <= resident_blocks(kernel, kBnThreads, size_t(plan->bytes), d)) return true;
-  }
-  return false;
+  const auto fits = [&](int blocks, bool everything) {
+    const int64_t room = std::min(d.shared_per_block, d.shared_per_sm / blocks) - kBnSlabStatic;
+    *plan = bn_slab_plan(s, int64_t(d.sm_count) * blocks, element_bytes, arrays, room);
+    if (everything ? plan->kept_rows < plan->rows : !bn_slab_saves(*plan)) return false;
+    return blocks <= resident_blocks(kernel, kBnThreads, size_t(plan->bytes), d);
+  };
+  return fits(2, true) || fits(1, true) || fits(2, false);
 }
 
 // y, mask and the statistics of x; residual and mask: both or neither. `partial` holds what bn_stats_run needs.
@@ -102,7 +104,7 @@ void bn_forward_run(const T* x, const T* residual, const BnParams<acc_t<T>>& p, 
     if (bn_vectors_fit(s) && aligned16({x, residual, y}) && bn_slab_fits(kernel, s, d, sizeof(T), 1, &plan)) {
       const BnTiling& t = plan.tiling;
       if (launch_cooperative(kernel, dim3(unsigned(t.blocks)), kBnThreads, size_t(plan.bytes), stream, x, residual, p,
-                             s, t, partial, mean, var, y, mask))
+                             s, t, plan.kept_rows, partial, mean, var, y, mask))
         return;
     }
   }
@@ -130,11 +132,24 @@ void bn_backward_run(const T* dy, const T* x, const uint8_t* mask, const BnParam
   bn_backward_apply_run<T>(dy, x, mask, p, dweight, dbias, count, s, d, dx, dresidual, stream);
 }
 
-// As bn_backward_run, with two gradients of y. dz has the shape of x: dresidual, or workspace.
+// As bn_backward_run, with two gradients of y. dz has the shape of x: dresidual if need_dz, else workspace.
 template <typename T>
 void bn_backward_two_run(const T* dy, const BnSecondGradient<T>& other, const T* x, const uint8_t* mask,
                          const BnParams<acc_t<T>>& p, const BnShape& s, const Device& d, acc_t<T>* partial,
-                         acc_t<T>* dweight, acc_t<T>* dbias, int64_t count, T* dx, T* dz, cudaStream_t stream) {
+                         acc_t<T>* dweight, acc_t<T>* dbias, int64_t count, T* dx, T* dz, bool need_dz,
+                         cudaStream_t stream) {
+  if constexpr (sizeof(T) < 8) {
+    const auto one = mask ? &bn_backward_slab_two<T, true> : &bn_backward_slab_two<T, false>;
+    BnSlabPlan plan;
+    if (bn_vectors_fit(s) && other.vectors_fit() && aligned16({dy, x, dx, dz}) &&
+        bn_slab_fits(one, s, d, sizeof(T), 2, &plan)) {
+      const BnTiling& t = plan.tiling;
+      const acc_t<T> inv_count = count ? acc_t<T>(1) / acc_t<T>(count) : acc_t<T>(0);
+      if (launch_cooperative(one, dim3(unsigned(t.blocks)), kBnThreads, size_t(plan.bytes), stream, dy, other, x, mask,
+                             p, s, t, plan.kept_rows, partial, dweight, dbias, inv_count, dx, dz, need_dz))
+        return;
+    }
+  }
   const bool vector = bn_vectors_fit(s) && other.vectors_fit() && aligned16({dy, x, dz});
   const auto kernel = mask ? vector ? &bn_backward_reduce_two<T, true, true> : &bn_backward_reduce_two<T, false, true>
                       : vector ? &bn_backward_reduce_two<T, true, false>

@@ -54,6 +54,22 @@ FT_DEVICE void load(const T* p, T (&v)[N]) {
     memcpy(reinterpret_cast<char*>(v) + 16 * i, &u, 16);
   }
 }
+// As load, of what no kernel reads soon again: L2 evicts it first. Unlike load's it may have been written by this
+// thread.
+template <typename T, int N>
+FT_DEVICE void load_last(const T* p, T (&v)[N]) {
+  static_assert(N * sizeof(T) % 16 == 0, "whole 16-byte vectors");
+  FT_METER_LOAD(p, N * sizeof(T));
+#pragma unroll
+  for (int i = 0; i < int(N * sizeof(T) / 16); ++i) {
+#if defined(CUDA_ON_CPU)
+    const uint4 u = reinterpret_cast<const uint4*>(p)[i];
+#else
+    const uint4 u = __ldcs(reinterpret_cast<const uint4*>(p) + i);
+#endif
+    memcpy(reinterpret_cast<char*>(v) + 16 * i, &u, 16);
+  }
+}
 template <typename T, int N>
 FT_DEVICE void store(T* p, const T (&v)[N]) {
   static_assert(N * sizeof(T) % 16 == 0, "whole 16-byte vectors");

@@ -51,7 +51,7 @@ template <typename... P>
 int resident_blocks(void (*kernel)(P...), int threads, size_t dynamic_bytes, const Device& device) {
   if (emu::world.recorder)
     return emu::world.recorder->resident(reinterpret_cast<const void*>(kernel), threads, dynamic_bytes);
-  return dynamic_bytes == 0 ? 3 : std::min(3, int(device.shared_per_sm / (dynamic_bytes + 18 * 1024)));
+  return dynamic_bytes == 0 ? 3 : std::min(3, int(device.shared_per_sm / (dynamic_bytes + 17 * 1024)));
 }
 
 #else

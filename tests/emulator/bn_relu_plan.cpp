@@ -44,12 +44,20 @@ std::vector<emu::Launch> forward_launches(const BnShape& s, const Device& device
   });
 }
 
+// two: with a second gradient of the shape of x.
 std::vector<emu::Launch> backward_launches(const BnShape& s, const Device& device, const emu::Resident& resident,
-                                           int element_bytes, bool residual) {
+                                           int element_bytes, bool residual, bool two) {
   return emu::record(resident, [&] {
     with_bytes(element_bytes, [&](auto t) {
       using T = decltype(t);
       using A = acc_t<T>;
+      if (two) {
+        BnSecondGradient<T> other;
+        other.data = somewhere<T>();
+        return bn_backward_two_run<T>(somewhere<T>(), other, somewhere<T>(), residual ? somewhere<uint8_t>() : nullptr,
+                                      params<A>(), s, device, somewhere<A>(), somewhere<A>(), somewhere<A>(), 1,
+                                      somewhere<T>(), somewhere<T>(), residual, nullptr);
+      }
       bn_backward_run<T>(somewhere<T>(), somewhere<T>(), residual ? somewhere<uint8_t>() : nullptr, params<A>(), s,
                          device, somewhere<A>(), somewhere<A>(), somewhere<A>(), 1, somewhere<T>(),
                          residual ? somewhere<T>() : nullptr, nullptr);
@@ -106,10 +114,12 @@ EMU_BINDINGS(m) {
   m.def("bn_tile", &bn_tile, py::arg("shape"), py::arg("most"));
   py::class_<BnSlabPlan>(m, "BnSlabPlan", py::module_local())
       .def_readonly("tiling", &BnSlabPlan::tiling)
+      .def_readonly("rows", &BnSlabPlan::rows)
       .def_readonly("kept_rows", &BnSlabPlan::kept_rows)
       .def_readonly("bytes", &BnSlabPlan::bytes);
   m.def("bn_slab_plan", &bn_slab_plan, py::arg("shape"), py::arg("max_blocks"), py::arg("element_bytes"),
-        py::arg("arrays"));
+        py::arg("arrays"), py::arg("room"));
+  m.def("bn_slab_saves", &bn_slab_saves, py::arg("plan"));
   m.attr("BN_SLAB_STATIC") = kBnSlabStatic;
   m.def("bn_last_offset", &bn_last_offset, py::arg("shape"), py::arg("most"));
 
@@ -118,5 +128,5 @@ EMU_BINDINGS(m) {
   m.def("bn_forward_launches", &forward_launches, py::arg("shape"), py::arg("device"), py::arg("resident"),
         py::arg("element_bytes"), py::arg("residual"));
   m.def("bn_backward_launches", &backward_launches, py::arg("shape"), py::arg("device"), py::arg("resident"),
-        py::arg("element_bytes"), py::arg("residual"));
+        py::arg("element_bytes"), py::arg("residual"), py::arg("two"));
 }

@@ -137,6 +137,21 @@ def plans() -> ModuleType:
     return module_of(PLANS.make())
 
 
+def kept_bytes(x: torch.Tensor, arrays: int, shared: int = 228 << 10) -> int:
+    """Bytes of x (1 array: forward), or of x and dz (2: backward), that stay in the emulated card's shared memory."""
+    n, c, h, w = x.shape
+    plan = plans()
+    nhwc = x.is_contiguous(memory_format=torch.channels_last)
+    card = plan.Device(4, shared, shared - 1024)
+
+    def resident(kernel: str, threads: int, dynamic_bytes: int) -> int:  # as csrc/cuda/launch.cuh
+        return min(3, shared // (dynamic_bytes + (17 << 10))) if dynamic_bytes else 3
+
+    of = (plan.bn_shape(n, c, h * w, nhwc), card, resident, x.element_size(), False)
+    launches = plan.bn_forward_launches(*of) if arrays == 1 else plan.bn_backward_launches(*of, False)
+    return min(arrays * x.nbytes, sum(one.dynamic_bytes * one.grid[0] for one in launches if one.cooperative))
+
+
 def run(script: str, build: Build) -> str:
     """What a script of this folder says is wrong with a build's results, in a process of its own; "" if nothing is."""
     build.make()

@@ -105,6 +105,9 @@ BUDGETS: dict[str, Budget] = {
     r"bn_(forward|backward)_slab<.*>": Budget(
         256, registers=128, blocks=2, shared=16_384, wide=("LDG", "STG", "LDS", "STS"), in_flight=4
     ),
+    r"bn_backward_slab_two<.*>": Budget(
+        256, registers=128, blocks=2, shared=16_384, wide=("LDG", "STG", "LDS", "STS"), in_flight=4
+    ),
     r"bn_finalize_(stats|backward)<.*>": Budget(256, registers=80, blocks=3),
     r"bn_update_stats<512>": Budget(512, registers=64, blocks=2),
     # sgd. A block's scalars and the partial sums of its warps are shared

@@ -38,7 +38,8 @@ struct Options {
   Landing landing = Landing::late;
 };
 // What the kernels moved through the helpers of csrc/cuda/intrinsics.cuh. first_loaded: of the 32-byte sectors that the
-// launch had not touched before, which a cache that keeps everything would load from DRAM. blocks: of all launches.
+// launch had not touched since its start or its last grid barrier, which a cache that keeps everything in between would
+// load from DRAM. blocks: of all launches.
 // wavefronts: what the accesses to shared memory take; least: what they would take without bank conflicts.
 struct Meter {
   int64_t loaded = 0, stored = 0, launches = 0, cooperative_launches = 0, first_loaded = 0, blocks = 0, wavefronts = 0,
@@ -136,7 +137,7 @@ struct World {
 };
 inline World& world = *new World;  // never destroyed: reachable to LeakSanitizer
 
-// How many bytes of [p, p + bytes) lie in sectors that the launch had not touched.
+// How many bytes of [p, p + bytes) lie in sectors that the launch had not touched since its last grid barrier.
 EMU_UNSEEN inline int64_t touch(const void* p, size_t bytes) {
   const auto from = reinterpret_cast<uintptr_t>(p);
   int64_t fresh = 0;
@@ -408,6 +409,8 @@ EMU_UNSEEN inline void run_grid(dim3 grid, dim3 block, size_t dynamic_bytes, boo
       world.blocks[i]->at_grid = 0;
     }
     ++world.grid_phase;
+    world.touched.clear();
+    world.last_sectors = nullptr;
   }
   EMU_TSAN(__tsan_acquire(&world.end);)
   for (size_t i = 0; i < count; ++i) end_block(*world.blocks[i]);
