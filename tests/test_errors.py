@@ -108,7 +108,8 @@ def bad_bn_relu(op: str) -> Table:
         ]
     if op.endswith("_forward") or op in ("bn_relu", "bn_add_relu"):
         one = r"has shape \(1, 3.*: Expected more than 1 value per channel for batch statistics; accepted: two or more"
-        bad["x"] += [(ones(*shape), one, {"residual": ones(*shape)}) for shape in ((1, 3), (1, 3, 1, 1))]
+        shapes = [(1, 3, 1, 1)] if "pool" in op else [(1, 3), (1, 3, 1, 1)]
+        bad["x"] += [(ones(*shape), one, {"residual": ones(*shape), "ceil_mode": True}) for shape in shapes]
         for name in RUNNING:
             bad[name] = [*channels, (None, "is None and the other is not; accepted: both, or neither")]
     for name in RUNNING:
