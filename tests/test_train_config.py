@@ -47,10 +47,9 @@ def test_a_configuration_with_overrides(tree: Path, tmp_path: Path, capsys: obje
     assert "is not valid YAML" in refused_config("a: [")
     assert "lr: expected one value" in refused_config("lr: [1, 2]")
     assert "No such file" in refused(capsys, "--config", tmp_path / "none.yaml")
-    path.write_text("learning_rate: 1")
-    with pytest.raises(SystemExit):
-        cli.main(["train", "--config", str(path), "--data", str(tree)])
-    assert "--learning-rate=1" in capsys.readouterr().err
+    assert f"--config {path}: --learning-rate: not among the options" in refused_config("learning_rate: 1")
+    assert f"--config {path}: argument --epochs: invalid int value: 'many'" in refused_config("epochs: many")
+    assert "invalid choice: 'middling'" in refused_config("recipe: middling")
 
 
 def test_dry_run(tree: Path, tmp_path: Path, capsys: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,15 @@ def test_checkpoints_of_something_else(tree: Path, tmp_path: Path, capsys: objec
     other = write_tree(tmp_path / "other", ("cat", "dog"))
     (out / "last.pt").write_bytes(before)
     assert "was trained on 3 classes" in refused(capsys, "--data", other, *base[2:], *SMALL, "--resume")
+    (tmp_path / "text.pt").write_text("import torch\n")
+    torch.save(torch.nn.ReLU(), tmp_path / "module.pt")
+    (tmp_path / "empty.pt").touch()
+    for name in ("text", "module", "empty"):
+        printed = refused(capsys, *base, *SMALL, "--resume", tmp_path / f"{name}.pt")
+        last = printed.strip().splitlines()[-1]
+        assert re.search(rf"--resume: .*{name}\.pt cannot be read as a checkpoint: (it is no file|it ends)", last), (
+            printed
+        )
     torch.save({"weights": 1}, tmp_path / "foreign.pt")
     assert "is not a checkpoint of this trainer" in refused(capsys, *base, *SMALL, "--resume", tmp_path / "foreign.pt")
 

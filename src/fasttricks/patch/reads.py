@@ -59,6 +59,8 @@ def _of_globals(function: FunctionType, name: str) -> Iterator[Read]:
 
 def _of_class(cls: type, name: str) -> Iterator[Read]:
     owner = next((c for c in cls.__mro__ if name in vars(c)), None)
-    if owner is None or _is_torch(owner.__module__) or isinstance(vars(owner)[name], classmethod):
-        return  # a classmethod is another object at each look
-    yield Read(cls, name, getattr(cls, name))
+    if owner is None or _is_torch(owner.__module__):
+        return
+    value = getattr(cls, name)
+    if value is getattr(cls, name):  # a classmethod is another object at each look
+        yield Read(cls, name, value)

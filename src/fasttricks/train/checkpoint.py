@@ -131,8 +131,12 @@ def load(path: Path, option: str = "--resume") -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"{option}: no checkpoint at {path}") from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{option}: {path} cannot be read as a checkpoint: {error}") from error
+    except pickle.UnpicklingError as error:
+        reason = "it is no file of torch.save, or holds more than tensors and plain values"
+        raise CheckpointError(f"{option}: {path} cannot be read as a checkpoint: {reason}") from error
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).strip().partition("\n")[0] or "it ends too early"
+        raise CheckpointError(f"{option}: {path} cannot be read as a checkpoint: {reason}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(f"{option}: {path} is not a checkpoint of this trainer (format {FORMAT})")
     return state

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -208,7 +210,17 @@ def _with_config(argv: list[str]) -> list[str]:
         return argv
     from . import config
 
-    return [*argv[:1], *config.arguments(path), *argv[1:]]
+    options = config.arguments(path)
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            _, unknown = parser().parse_known_args(["train", "--data=", *options])
+    except SystemExit as error:  # argparse has printed the usage, and what is wrong with a value
+        raise config.ConfigError(f"--config {path}: {printed.getvalue().rpartition('error: ')[2].strip()}") from error
+    if unknown:
+        names = ", ".join(option.partition("=")[0] for option in unknown)
+        raise config.ConfigError(f"--config {path}: {names}: not among the options of fasttricks train --help")
+    return [*argv[:1], *options, *argv[1:]]
 
 
 # options that an ablation sets for each run
