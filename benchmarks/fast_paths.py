@@ -1,8 +1,9 @@
 """Every wide path of the CUDA kernels against torch in float64: python benchmarks/fast_paths.py [--small].
 
 FASTTRICKS_TEST_SM_COUNT and FASTTRICKS_TEST_SHARED_BYTES make launch plans for a smaller card, so that --small tensors,
-which compute-sanitizer can bear, take every path: one launch, three launches, and the pooled product with several tiles
-of columns for each tile of rows. Without --small, NHWC activations of 50 to 100 MB, which are too large for one launch.
+which compute-sanitizer can bear, take every path: one launch that keeps everything or a part on the chip, three
+launches, and the pooled product with several tiles of columns for each tile of rows. Without --small, NHWC activations
+of 50 to 100 MB, of which a part stays on the chip.
 """
 
 from __future__ import annotations

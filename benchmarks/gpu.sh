@@ -38,8 +38,10 @@ fi
 ops="tests/test_bn_relu.py tests/test_avgpool_conv1x1.py tests/test_sgd.py tests/test_sgd_check.py tests/test_nn_batchnorm.py"
 part tests 150 "$python" -m pytest -q -x --maxfail=20 -k "on_card" -p no:cacheprovider $ops tests/test_optim_devices.py
 part fast_paths 60 "$python" benchmarks/fast_paths.py
-# plans for one multiprocessor: small tensors take the paths of large ones, in one launch and in several
+# plans for one multiprocessor: small tensors take the paths of large ones, in one launch, with all or a part of a tensor
+# on the chip, and in several
 FASTTRICKS_TEST_SM_COUNT=1 part one_sm 40 "$python" benchmarks/fast_paths.py --small
+FASTTRICKS_TEST_SM_COUNT=1 FASTTRICKS_TEST_SHARED_BYTES=61440 part some_shared 40 "$python" benchmarks/fast_paths.py --small
 FASTTRICKS_TEST_SM_COUNT=1 FASTTRICKS_TEST_SHARED_BYTES=0 part no_shared 40 "$python" benchmarks/fast_paths.py --small
 part triton 100 "$python" -m pytest -q --maxfail=20 -p no:cacheprovider tests/test_triton_*.py
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)

@@ -14,6 +14,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import emulated
 
+from fasttricks.ops.bn_relu import unpack_mask
+
 EPS = 1e-5
 
 
@@ -162,6 +164,29 @@ def test_zero_gamma_does_not_read_x_again(layout: torch.memory_format) -> None:
         dx, *_ = ops.bn_relu_backward(dy, x, mask, weight, None, mean, var, EPS, True, True)
     assert meter.moved <= 1.05 * (5 * unit + 2 * bits)  # reads dy and x, then dy again; writes dx and dresidual
     assert (dx == 0).all()
+    with library.metered() as meter:
+        dx, dz, *_ = ops.bn_relu_backward(dy, x, mask, weight, None, mean, var, EPS, True, True, z)
+    assert meter.moved <= 1.05 * (5 * unit + bits)
+    assert (dx == 0).all()
+    assert torch.equal(dz, (dy + z) * unpack_mask(mask, x))
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["bn_relu", "bn_add_relu"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
+def test_constant_statistics_with_a_part_on_the_chip(layout: torch.memory_format, residual: bool) -> None:
+    """dx and dresidual do not depend on the sums, and so not on the number of launches."""
+    library, ops = emulated.load(), torch.ops.fasttricks_emulated
+    x, z, dy = inputs((17, 72, 8, 8), layout)
+    weight, mean, var = torch.rand(72) - 0.5, torch.randn(72), torch.rand(72) + 0.5
+    mask = ops.bn_add_relu_apply(x, z, weight, None, mean, var, EPS)[1] if residual else None
+    for dy2 in (None, z):
+        made = []
+        for shared in (0, ONE_ROW):
+            with library.shared_per_sm(shared), library.metered() as meter:
+                made.append(ops.bn_relu_backward(dy, x, mask, weight, None, mean, var, EPS, False, residual, dy2))
+            assert (meter.cooperative_launches > 0) == (shared > 0)
+        assert all(torch.equal(a, b) for a, b in zip(made[0][:2], made[1][:2], strict=True))
+        torch.testing.assert_close(made[0][2:], made[1][2:], rtol=1e-4, atol=1e-3)
 
 
 def test_evaluation_is_one_pass() -> None:

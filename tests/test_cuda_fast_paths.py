@@ -15,7 +15,7 @@ import fast_paths
 import fasttricks
 
 
-@pytest.mark.parametrize("shared", [0, 228 << 10], ids=["several launches", "one"])
+@pytest.mark.parametrize("shared", [0, 228 << 10, 60 << 10], ids=["several launches", "one", "a part on the chip"])
 def test_small_tensors_take_every_path(shared: int, monkeypatch: pytest.MonkeyPatch) -> None:
     library = emulated.load()
     monkeypatch.setattr(fast_paths, "SMALL", (fast_paths.SMALL[0][:2], fast_paths.SMALL[1][1:]))
