@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <array>
 #include <cmath>
 #include <limits>
 #include <optional>
@@ -10,6 +11,7 @@
 
 #include "checks.h"
 #include "layout.h"
+#include "math/avgpool.h"
 
 namespace fasttricks {
 
@@ -142,6 +144,15 @@ struct BnCall {
              ", the shape of x, or that of its 2x2 means");
     const void* data = dense(*dy2);
     return same ? SecondGradient{data} : SecondGradient{data, true, dy2->size(2), dy2->size(3)};
+  }
+
+  // The sizes of the 2x2 means of y.
+  std::array<int64_t, 4> pooled_sizes(bool ceil_mode) const {
+    FT_CHECK(op, x.dim() == 4, "x has shape ", shape_of(x), "; accepted: 4 dimensions (N, C, H, W)");
+    const int64_t height = avgpool_out_size(x.size(2), 2, ceil_mode), width = avgpool_out_size(x.size(3), 2, ceil_mode);
+    FT_CHECK(op, height > 0 && width > 0, "x has shape ", shape_of(x), ", so that the pooled output would be ", height,
+             " x ", width, ": Output size is too small; accepted: H and W of at least ", ceil_mode ? 1 : 2);
+    return {x.size(0), x.size(1), height, width};
   }
 
   void check_need_dresidual(bool need, const MaybeTensor& mask) const {

@@ -22,6 +22,15 @@ FT_LIBRARY(FT_LIBRARY_NAME, m) {
   m.def(
       "bn_add_relu_apply(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, float eps)"
       " -> (Tensor y, Tensor mask)");
+  // pooled: the means of the 2x2 windows of y; ceil_mode: with those that overhang an odd edge, each over its pixels
+  // inside.
+  m.def(
+      "bn_add_relu_pool_forward(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps,"
+      " Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum,"
+      " bool ceil_mode) -> (Tensor y, Tensor pooled, Tensor mean, Tensor var, Tensor mask)");
+  m.def(
+      "bn_add_relu_pool_apply(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, Tensor mean, Tensor var,"
+      " float eps, bool ceil_mode) -> (Tensor y, Tensor pooled, Tensor mask)");
   m.def("bn_stats(Tensor x) -> (Tensor mean, Tensor var)");
   m.def(
       "bn_relu_backward(Tensor dy, Tensor x, Tensor? mask, Tensor? weight, Tensor? bias, Tensor mean, Tensor var,"

@@ -88,6 +88,17 @@ def bn_add_relu_apply() -> list[tuple]:
     ]
 
 
+def bn_add_relu_pool_forward() -> list[tuple]:
+    """The smallest image has no mean without ceil_mode."""
+    no_statistics = (None, None, None, 0.1)
+    given = [(*g[:5], *(g[5:] + no_statistics[len(g) - 5 :])) for g in bn_add_relu_forward()]
+    return [(*g, ceil) for g in given for ceil in (False, True) if ceil or min(g[0].shape[2:]) > 1]
+
+
+def bn_add_relu_pool_apply() -> list[tuple]:
+    return [(*g, ceil) for g in bn_add_relu_apply() for ceil in (False, True) if ceil or min(g[0].shape[2:]) > 1]
+
+
 def both_batchnorms(a: torch.Tensor, grad: bool) -> tuple:
     """x and residual, then the four parameters of their BatchNorms."""
     return (a, torch.randn_like(a).requires_grad_(grad), *(channel(a.shape[1], grad) for _ in range(4)))
@@ -181,6 +192,8 @@ SAMPLES: dict[str, Callable[[], list[tuple]]] = {
     "bn_add_relu_forward": bn_add_relu_forward,
     "bn_relu_apply": bn_relu_apply,
     "bn_add_relu_apply": bn_add_relu_apply,
+    "bn_add_relu_pool_forward": bn_add_relu_pool_forward,
+    "bn_add_relu_pool_apply": bn_add_relu_pool_apply,
     "bn_add_bn_relu_forward": bn_add_bn_relu_forward,
     "bn_add_bn_relu_apply": bn_add_bn_relu_apply,
     "bn_add_bn_relu_backward": bn_add_bn_relu_backward,

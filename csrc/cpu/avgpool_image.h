@@ -31,8 +31,9 @@ FT_INLINE void copy_run(const T* src, int64_t n, A* dst) {
 // ---- NHWC: one pixel, a run of channels ----
 
 // dst[0..n) = mean over the window; `right` and `down` lead to its other pixels.
-template <int Rows, int Cols, class A, class T>
-FT_INLINE void mean_channels(const T* p, int64_t right, int64_t down, int64_t n, A* dst) {
+template <int Rows, int Cols, class T, class To>
+FT_INLINE void mean_channels(const T* p, int64_t right, int64_t down, int64_t n, To* dst) {
+  using A = acc_t<T>;
   constexpr int N = Vec<A>::N;
   auto mean = [&](auto load) {
     Vec<A> s = load(p);
@@ -80,8 +81,8 @@ FT_INLINE Window<T> window_at(const AvgPoolImage<T>& image, int64_t p) {
 }
 
 // dst[0..n) = pooled channels [c0, c0 + n) of output pixel p.
-template <class A, class T>
-static void read_pixel(const AvgPoolImage<const T>& image, int64_t p, int64_t c0, int64_t n, A* dst) {
+template <class T, class To>
+static void read_pixel(const AvgPoolImage<const T>& image, int64_t p, int64_t c0, int64_t n, To* dst) {
   const auto window = window_at(image, p);
   const T* corner = window.corner + c0;
   const int64_t right = image.c, down = image.w * image.c;

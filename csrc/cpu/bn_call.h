@@ -88,6 +88,13 @@ struct Call : BnCall {
     return made;
   }
 
+  Tensor new_means(bool ceil_mode) {
+    const auto sizes = pooled_sizes(ceil_mode);
+    Tensor made = new_tensor(x, sizes, x.scalar_type(), layout);
+    arguments.means = {made.mutable_data_ptr(), x.size(2), x.size(3), sizes[2], sizes[3]};
+    return made;
+  }
+
   // NCHW: all passes over one channel before the next channel, while it is in the cache.
   void run_channels(int passes) const {
     const BnOfType& kernels = kernels_of(x.scalar_type());
@@ -102,16 +109,29 @@ struct Call : BnCall {
     const int64_t rows = std::max<int64_t>(8, (1 << 17) / arguments.channels);
     return std::clamp<int64_t>(arguments.rows / rows, 1, 64);
   }
-  // A pass after a reduction goes backwards, because the last rows are still in the cache.
+  // Calls f(s) for the slices s of n. A pass after a reduction goes backwards, because the last rows are still in the
+  // cache.
+  template <class F>
+  static void each_slice(int64_t n, bool backwards, const F& f) {
+    parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) f(backwards ? begin + end - 1 - i : i);
+    });
+  }
   template <class F>
   void run_slices(const F& f, bool backwards = false) const {
     const int64_t n = slices(), eighths = (arguments.rows + 7) / 8;
-    parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t s = backwards ? begin + end - 1 - i : i;
-        f(s, std::min(arguments.rows, eighths * s / n * 8), std::min(arguments.rows, eighths * (s + 1) / n * 8));
-      }
+    each_slice(n, backwards, [&](int64_t s) {
+      f(s, std::min(arguments.rows, eighths * s / n * 8), std::min(arguments.rows, eighths * (s + 1) / n * 8));
     });
+  }
+  // With means of y the slices are of pairs of image rows.
+  void run_apply() const {
+    const BnOfType& kernels = kernels_of(x.scalar_type());
+    const BnArguments& a = arguments;
+    if (!a.means.data)
+      return run_slices([&](int64_t, int64_t begin, int64_t end) { kernels.row_apply(a, begin, end); }, true);
+    const int64_t pairs = x.size(0) * ceil_div(a.means.height, 2), n = std::min(slices(), pairs);
+    each_slice(n, true, [&](int64_t s) { kernels.row_apply_pooled(a, pairs * s / n, pairs * (s + 1) / n); });
   }
 
   // A reduction over the rows: `arrays` doubles per channel and slice, which kernel(begin, end, arrays) computes.
@@ -206,7 +226,7 @@ struct Call : BnCall {
     };
     if (passes & kBnApply) {
       prepare(false);
-      run_slices([&](int64_t, int64_t begin, int64_t end) { kernels.row_apply(a, begin, end); }, true);
+      run_apply();
     }
     if (passes & kBnReduce) {
       prepare(false);

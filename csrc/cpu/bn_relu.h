@@ -15,6 +15,12 @@ struct BnSecondGradient {
   int64_t height, width, pooled_height, pooled_width;
 };
 
+// The 2x2 means of y, whose images have height x width pixels. Null: they are not wanted.
+struct BnMeans {
+  void* data;
+  int64_t height, width, pooled_height, pooled_width;
+};
+
 // One call. Tensors of x's shape are dense in one layout; their elements have x's dtype, those per channel the
 // accumulation type (float, double for double). Null: absent.
 //   NCHW (inner > 1): x is rows x channels x inner.      NHWC: x is rows x channels, inner = 1.
@@ -24,6 +30,7 @@ struct BnArguments {
   bool training;
   const void *x, *residual, *dy;
   void *y, *dx, *dresidual;
+  BnMeans means;
   BnSecondGradient second;
   void* dz;                // written by a reduction if there is a second gradient, then read instead of dy; may be dx
   const uint8_t* mask_in;  // one bit per element, in memory order
@@ -49,6 +56,9 @@ struct BnOfType {
   // arrays of dz, of dz * (x - mean) and, with a BatchNorm of the residual, of dz * (residual - mean).
   void (*row_statistics)(const BnArguments&, int64_t begin, int64_t end, double* mean, double* m2);
   void (*row_apply)(const BnArguments&, int64_t begin, int64_t end);
+  // Of pairs of image rows [begin, end), counted over the batch, with the means of y; the last of an odd number of rows
+  // counts as a pair.
+  void (*row_apply_pooled)(const BnArguments&, int64_t begin, int64_t end);
   void (*row_reduce)(const BnArguments&, int64_t begin, int64_t end, double* sums);
   void (*row_backward)(const BnArguments&, int64_t begin, int64_t end);
 };

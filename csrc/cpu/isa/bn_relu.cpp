@@ -3,6 +3,7 @@
 
 #include "cpu/bits.h"
 #include "cpu/bn_gradient.h"
+#include "cpu/bn_means.h"
 #include "cpu/bn_statistics.h"
 #include "cpu/shuffle.h"
 #include "cpu/vec.h"
@@ -61,7 +62,7 @@ struct Bn {
   // ---- NCHW: one channel ----
 
   template <bool ReadX, Shortcut S>
-  static void apply(const BnArguments& a, int64_t c, const Channel& k, bool first, bool last) {
+  static void apply(const BnArguments& a, int64_t c, const Channel& k, MeansOfY<T>& means, bool first, bool last) {
     const V mean(k.mean), scale(k.scale), bias(k.bias);
     const Channel of_residual = S == Shortcut::kNormalised ? channel(*a.of_residual, c) : Channel{};
     const V mean_r(of_residual.mean), scale_r(of_residual.scale), bias_r(of_residual.bias);
@@ -85,6 +86,7 @@ struct Bn {
         });
         bits.finish(last);
       }
+      if constexpr (S == Shortcut::kPlain) means.of_plane(r, c);
     }
   }
   static FT_INLINE void store_with_mask(V z, T* y, int n, BitWriter& bits) {
@@ -209,12 +211,13 @@ struct Bn {
   }
 
   template <Shortcut S>
-  static void apply(const BnArguments& a, int64_t c, const Channel& k, bool first, bool last) {
-    vanishes(a, k, c) ? apply<false, S>(a, c, k, first, last) : apply<true, S>(a, c, k, first, last);
+  static void apply(const BnArguments& a, int64_t c, const Channel& k, MeansOfY<T>& means, bool first, bool last) {
+    vanishes(a, k, c) ? apply<false, S>(a, c, k, means, first, last) : apply<true, S>(a, c, k, means, first, last);
   }
 
   static void channels(const BnArguments& a, int passes, int64_t begin, int64_t end) {
     GradientOfY<T> gradients(a, a.inner < kChunk ? a.inner : kChunk);
+    MeansOfY<T> means(a);
     for (int64_t c = begin; c < end; ++c) {
       if (passes & kBnStatistics) {
         BnStatistics<T>::of_channel(a, c);
@@ -225,9 +228,9 @@ struct Bn {
       if (passes & kBnApply) {
         // Mask bytes that another thread may also write: those at the range's ends, or all if inner < 8.
         const bool first = c == begin || a.inner < 8, last = c == end - 1 || a.inner < 8;
-        a.of_residual ? apply<Shortcut::kNormalised>(a, c, k, first, last)
-        : a.residual  ? apply<Shortcut::kPlain>(a, c, k, first, last)
-                      : apply<Shortcut::kNone>(a, c, k, first, last);
+        a.of_residual ? apply<Shortcut::kNormalised>(a, c, k, means, first, last)
+        : a.residual  ? apply<Shortcut::kPlain>(a, c, k, means, first, last)
+                      : apply<Shortcut::kNone>(a, c, k, means, first, last);
       }
       if (passes & kBnReduce)
         a.of_residual ? reduce<Gate::kMask, true>(a, c, k, gradients)
@@ -273,10 +276,11 @@ struct Bn {
     return vanish;
   }
 
+  // shared: whether the rows may begin or end within a byte of the mask, which another thread then writes, too.
   template <bool ReadX, Shortcut S>
-  static void apply_rows(const BnArguments& a, int64_t begin, int64_t end) {
+  static void apply_rows(const BnArguments& a, int64_t begin, int64_t end, bool shared) {
     const Channels k(a), k_r(S == Shortcut::kNormalised ? *a.of_residual : a);
-    BitWriter bits(a.mask_out, S == Shortcut::kNone ? 0 : begin * a.channels, false);  // slices begin on whole bytes
+    BitWriter bits(a.mask_out, S == Shortcut::kNone ? 0 : begin * a.channels, shared);
     for (int64_t r = begin; r < end; ++r) {
       const T* x = static_cast<const T*>(a.x) + r * a.channels;
       const T* residual = static_cast<const T*>(a.residual) + r * a.channels;
@@ -292,17 +296,25 @@ struct Bn {
         }
       });
     }
-    if constexpr (S != Shortcut::kNone) bits.finish(false);
+    if constexpr (S != Shortcut::kNone) bits.finish(shared);
   }
   template <Shortcut S>
-  static void apply_rows(const BnArguments& a, int64_t begin, int64_t end) {
-    a.vanish ? apply_rows<false, S>(a, begin, end) : apply_rows<true, S>(a, begin, end);
+  static void apply_rows(const BnArguments& a, int64_t begin, int64_t end, bool shared = false) {
+    a.vanish ? apply_rows<false, S>(a, begin, end, shared) : apply_rows<true, S>(a, begin, end, shared);
   }
 
   static void row_apply(const BnArguments& a, int64_t begin, int64_t end) {
     a.of_residual ? apply_rows<Shortcut::kNormalised>(a, begin, end)
     : a.residual  ? apply_rows<Shortcut::kPlain>(a, begin, end)
                   : apply_rows<Shortcut::kNone>(a, begin, end);
+  }
+
+  static void row_apply_pooled(const BnArguments& a, int64_t begin, int64_t end) {
+    const MeansOfY<T> means(a);
+    for (int64_t pair = begin; pair < end; ++pair) {
+      apply_rows<Shortcut::kPlain>(a, means.first_pixel(pair), means.first_pixel(pair + 1), true);
+      means.of_pair(pair);
+    }
   }
 
   template <Gate G, bool Two, bool Keep>
@@ -397,7 +409,7 @@ struct Bn {
   }
 
   static constexpr BnOfType table() {
-    return {channels, prepare, BnStatistics<T>::of_rows, row_apply, row_reduce, row_backward};
+    return {channels, prepare, BnStatistics<T>::of_rows, row_apply, row_apply_pooled, row_reduce, row_backward};
   }
 };
 

@@ -14,6 +14,7 @@ from torch import distributed, nn
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.nn.modules.module import _has_any_global_hook
 
+from ..ops import bn_add_relu_pool  # noqa: F401  (registers its ops)
 from ..ops.avgpool_conv1x1 import avgpool_conv1x1
 from ..ops.bn_add_bn_relu import Norm
 from ..ops.bn_add_bn_relu import call as call_of_two

@@ -6,12 +6,19 @@ import torch
 import torch.nn.functional as F
 
 from ..layout import layout_of
+from ..reference.avgpool_conv1x1 import output_size
 from ..reference.bn_relu import accumulate_dtype
 
 
 def empty_like_x(x: torch.Tensor) -> torch.Tensor:
     """An output or a gradient of the shape, dtype and layout of x."""
     return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout_of(x))
+
+
+def means_of(x: torch.Tensor, ceil_mode: bool) -> torch.Tensor:
+    """The 2x2 means of an output of the shape, dtype and layout of x."""
+    size = (*x.shape[:2], *output_size(x, 2, ceil_mode))
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=layout_of(x))
 
 
 def per_channel_of(x: torch.Tensor) -> torch.Tensor:

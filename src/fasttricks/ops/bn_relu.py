@@ -93,7 +93,9 @@ def bn_add_relu(
     eps: float = 1e-5,
     group: distributed.ProcessGroup | None = None,
     num_batches_tracked: torch.Tensor | None = None,
-) -> torch.Tensor:
+    pool: bool = False,
+    ceil_mode: bool = False,
+) -> Any:
     """BatchNorm, addition of the shortcut and ReLU in one op: the end of a residual block (He et al. 2015).
 
         y = relu(weight * (x - mean) / sqrt(var + eps) + bias + residual)
@@ -105,21 +107,38 @@ def bn_add_relu(
         residual: on the device of x, of a shape that is, or broadcasts to, that of x; any strides. Of another dtype
             than x both are cast to the dtype that torch promotes them to, which is then that of y; gradients have the
             dtype of their tensor.
+        pool: whether to return (y, pooled): pooled (N, C, H', W') are the means of the 2x2 windows of y, computed while
+            y is written. A shortcut of ResNet-D (He et al. 2019, section 4.2) behind y is then a 1x1 convolution of
+            pooled, and the gradient of pooled is spread while the backward pass reads it. x must be (N, C, H, W).
+        ceil_mode: of the pool, with odd H or W: True keeps the window that overhangs the edge and takes the mean of its
+            pixels inside (H' = ceil(H / 2)); False drops the last row or column (floor(H / 2)).
         The others, the result and the errors: see `bn_relu`.
+
+    Returns:
+        y, the shape, dtype and layout of x; with pool (y, pooled), both of that dtype and layout.
+
+    Raises:
+        ValueError, TypeError: as `bn_relu`; with pool also for an x that is not (N, C, H, W), and for H or W so small
+            that pooled would be empty.
 
     Examples:
         >>> x, residual = torch.randn(2, 2, 4, 8, 8)
         >>> y = fasttricks.bn_add_relu(x, residual, torch.zeros(4))  # zero gamma: the block is its shortcut
         >>> torch.equal(y, residual.relu())
         True
+        >>> y, pooled = fasttricks.bn_add_relu(x, residual, pool=True)
+        >>> torch.allclose(pooled, torch.nn.functional.avg_pool2d(y, 2))
+        True
     """
     if isinstance(x, Proxy):
-        options = {"training": training, "momentum": momentum, "eps": eps, "group": group}
-        options["num_batches_tracked"] = num_batches_tracked
+        options = {"training": training, "momentum": momentum, "eps": eps, "group": group, "pool": pool}
+        options |= {"num_batches_tracked": num_batches_tracked, "ceil_mode": ceil_mode}
         return transforms.recorded(bn_add_relu, x, (x, residual, weight, bias, running_mean, running_var), options)
     if not isinstance(residual, torch.Tensor):
         raise TypeError(f"bn_add_relu: residual is a {type(residual).__name__}; accepted: a tensor")
-    return call(
+    check_bool("bn_add_relu", "pool", pool)
+    check_bool("bn_add_relu", "ceil_mode", ceil_mode)
+    given = (
         "bn_add_relu",
         x,
         residual,
@@ -133,21 +152,27 @@ def bn_add_relu(
         group,
         num_batches_tracked,
     )
+    if pool:
+        from .bn_add_relu_pool import call as call_with_pool
+
+        return call_with_pool(ceil_mode, *given)
+    return call(*given)
 
 
 def call(*given: Any) -> torch.Tensor:
     """bn_relu or bn_add_relu, with the arguments of `_run`."""
     if torch.compiler.is_compiling():  # checked once, while the graph is made
-        _check(*given)
+        check_call(*given)
         return _run(*given)
     try:
         return _run(*given)
     except Exception:  # the raw ops check too: here the error names the argument as the caller knows it
-        _check(*given)
+        check_call(*given)
         raise
 
 
-def _check(*given: Any) -> None:
+def check_call(*given: Any) -> None:
+    """Checks the arguments of `_run`."""
     *arguments, group, batches = given
     if group is not None and not isinstance(group, distributed.ProcessGroup):
         fail(given[0], "group", f"is a {type(group).__name__}", "a process group or None", TypeError)
@@ -162,7 +187,7 @@ def _run(
     check_bool(op, "training", training)
     ops = None if group is not None and training else ops_for(op, x.device)
     if ops is None or (residual is not None and (residual.dtype != x.dtype or residual.shape != x.shape)):
-        _check(op, x, residual, weight, bias, running_mean, running_var, training, momentum, eps, group, batches)
+        check_call(op, x, residual, weight, bias, running_mean, running_var, training, momentum, eps, group, batches)
         if residual is not None:
             x, residual = _as_one(x, residual)
     if group is not None and training:
@@ -216,10 +241,10 @@ def _as_one(x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torc
 
 # what a call has besides tensors that may need gradients: ops, training, momentum, eps, running_mean, running_var,
 # num_batches_tracked; as one argument it costs autograd.Function the least
-_Constants = tuple[Any, bool, float | None, float, Any, Any, Any]
+Constants = tuple[Any, bool, float | None, float, Any, Any, Any]
 
 
-def _raw(x: Any, residual: Any, weight: Any, bias: Any, constants: _Constants) -> tuple[Any, Any, Any, Any]:
+def _raw(x: Any, residual: Any, weight: Any, bias: Any, constants: Constants) -> tuple[Any, Any, Any, Any]:
     """y, the statistics that it has, and a residual's mask, by the raw op that serves."""
     ops, training, momentum, eps, mean, var, batches = constants
     mask = None
@@ -247,7 +272,7 @@ class _Fused(torch.autograd.Function):
     """All four ops as one node of autograd's graph. whole: all outputs of the raw op, else y alone."""
 
     @staticmethod
-    def forward(ctx: Any, x: Any, residual: Any, weight: Any, bias: Any, constants: _Constants, whole: bool) -> Any:
+    def forward(ctx: Any, x: Any, residual: Any, weight: Any, bias: Any, constants: Constants, whole: bool) -> Any:
         below = torch._C._AutoDispatchBelowAutograd()
         try:  # as a context manager it costs twice the time
             y, mean, var, mask = _raw(x, residual, weight, bias, constants)
@@ -268,43 +293,48 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor | None, *unused: Any) -> tuple[Any, ...]:
-        dy2 = second_gradient.taken(ctx)
-        if dy is None:
-            if dy2 is None:
-                return (None,) * 6
-            dy, dy2 = plain.spread(dy2, ctx.saved_tensors[0]), None
-        x, weight, bias, mean, var, mask = ctx.saved_tensors
-        ops, training, _, eps, _, _, _ = ctx.constants
-        need_dx, need_dresidual, need_dweight, need_dbias, _, _ = ctx.needs_input_grad
-        if torch.is_grad_enabled() or transforms.active():  # these gradients will be differentiated
-            passes = None if mask is None else unpack_mask(mask, x)
-            dx, dresidual, dweight, dbias = plain.backward(dy, x, None, weight, bias, mean, var, eps, training, passes)
-        else:
-            below = torch._C._AutoDispatchBelowAutograd()
-            try:
-                dx, dresidual, dweight, dbias = ops.bn_relu_backward.default(
-                    dy, x, mask, weight, bias, mean, var, eps, training, need_dresidual, dy2
-                )
-            finally:
-                del below
-            if need_dresidual and (node := second_gradient.receiver(ctx, 1)) is not None:
-                second_gradient.give(node, dresidual)
-                need_dresidual = False
-        if weight is not None and weight.dtype != dweight.dtype:
-            dweight = dweight.to(weight.dtype)
-        if bias is not None and bias.dtype != dbias.dtype:
-            dbias = dbias.to(bias.dtype)
-        return (
-            dx if need_dx else None,
-            dresidual if need_dresidual else None,
-            dweight if need_dweight else None,
-            dbias if need_dbias else None,
-            None,
-            None,
-        )
+        return *gradients(ctx, dy, second_gradient.taken(ctx)), None, None
 
 
 second_gradient.receives(_Fused)
+
+
+def gradients(ctx: Any, dy: torch.Tensor | None, dy2: torch.Tensor | None) -> tuple[Any, Any, Any, Any]:
+    """In backward: the gradients of x, residual, weight and bias. dy2: as of bn_relu_backward, which adds it to dy."""
+    x, weight, bias, mean, var, mask = ctx.saved_tensors
+    differentiated = torch.is_grad_enabled() or transforms.active()  # these gradients will be, once more
+    if dy is None:
+        if dy2 is None:
+            return None, None, None, None
+        dy, dy2 = plain.spread(dy2, x), None
+    elif dy2 is not None and differentiated:
+        dy, dy2 = dy + plain.spread(dy2, x), None
+    ops, training, _, eps, *_ = ctx.constants
+    need_dx, need_dresidual, need_dweight, need_dbias, *_ = ctx.needs_input_grad
+    if differentiated:
+        passes = None if mask is None else unpack_mask(mask, x)
+        dx, dresidual, dweight, dbias = plain.backward(dy, x, None, weight, bias, mean, var, eps, training, passes)
+    else:
+        below = torch._C._AutoDispatchBelowAutograd()
+        try:
+            dx, dresidual, dweight, dbias = ops.bn_relu_backward.default(
+                dy, x, mask, weight, bias, mean, var, eps, training, need_dresidual, dy2
+            )
+        finally:
+            del below
+        if need_dresidual and (node := second_gradient.receiver(ctx, 1)) is not None:
+            second_gradient.give(node, dresidual)
+            need_dresidual = False
+    if weight is not None and weight.dtype != dweight.dtype:
+        dweight = dweight.to(weight.dtype)
+    if bias is not None and bias.dtype != dbias.dtype:
+        dbias = dbias.to(bias.dtype)
+    return (
+        dx if need_dx else None,
+        dresidual if need_dresidual else None,
+        dweight if need_dweight else None,
+        dbias if need_dbias else None,
+    )
 
 
 def differentiable_statistics(
@@ -320,7 +350,7 @@ def differentiable_statistics(
     return mean, var
 
 
-def _composed(x: Any, residual: Any, weight: Any, bias: Any, constants: _Constants) -> tuple[Any, Any, Any, Any]:
+def composed(x: Any, residual: Any, weight: Any, bias: Any, constants: Constants) -> tuple[Any, Any, Any, Any]:
     """As `_raw`, in torch's own differentiable ops."""
     ops, training, momentum, eps, mean, var, batches = constants
     if training:
@@ -407,14 +437,14 @@ FAKES: dict[str, Callable[..., Any]] = {
 def _ordered(
     ops: Any, x: Any, residual: Any, weight: Any, bias: Any, eps: float, mean: Any = None, var: Any = None,
     batches: Any = None, momentum: float | None = 0.1,
-) -> tuple[tuple[Any, Any, Any, Any], _Constants]:  # fmt: skip
+) -> tuple[tuple[Any, Any, Any, Any], Constants]:  # fmt: skip
     """The arguments of a raw op with batch statistics as those of `_raw`."""
     return (x, residual, weight, bias), (ops, True, momentum, eps, mean, var, batches)
 
 
 def _ordered_apply(
     ops: Any, x: Any, residual: Any, weight: Any, bias: Any, mean: Any, var: Any, eps: float
-) -> tuple[tuple[Any, Any, Any, Any], _Constants]:
+) -> tuple[tuple[Any, Any, Any, Any], Constants]:
     return (x, residual, weight, bias), (ops, False, None, eps, mean, var, None)
 
 
@@ -424,12 +454,12 @@ def register(namespace: str) -> None:
     library = library_of(namespace, FAKES)
 
     def outputs(*which: int) -> Callable[..., Any]:
-        def composed(*given: Any) -> Any:
-            everything = _composed(*given)
+        def chosen(*given: Any) -> Any:
+            everything = composed(*given)
             results = [everything[i] for i in which]
             return results[0] if len(results) == 1 else tuple(results)
 
-        return composed
+        return chosen
 
     forward, apply = ops.bn_relu_forward.default, ops.bn_relu_apply.default
     differentiable(library, forward, lambda x, *rest: _ordered(ops, x, None, *rest), _Fused, outputs(0, 1, 2))

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from ..checks import FLOATS, check_device, check_dtype, check_number, check_shape, check_tensor
+from ..checks import FLOATS, check_bool, check_device, check_dtype, check_number, check_shape, check_tensor
+from ..reference.avgpool_conv1x1 import output_size
 
 
 def check_x(op: str, x: Any) -> None:
@@ -150,6 +151,18 @@ def is_pooled(dy2: torch.Tensor, x: torch.Tensor) -> bool:
         and dy2.shape[:2] == x.shape[:2]
         and all(pooled in (size // 2, (size + 1) // 2) for pooled, size in zip(dy2.shape[2:], x.shape[2:], strict=True))
     )
+
+
+def check_pool(op: str, x: torch.Tensor, ceil_mode: Any) -> None:
+    """Checks what the 2x2 means of an output of the shape of x need."""
+    check_bool(op, "ceil_mode", ceil_mode)
+    if x.dim() != 4:
+        raise ValueError(f"{op}: x has shape {tuple(x.shape)}; accepted: 4 dimensions (N, C, H, W)")
+    if 0 in (size := output_size(x, 2, ceil_mode)):
+        raise ValueError(
+            f"{op}: x has shape {tuple(x.shape)}, so that the pooled output would be {size[0]} x {size[1]}: Output "
+            f"size is too small; accepted: H and W of at least {1 if ceil_mode else 2}"
+        )
 
 
 def check_update(

@@ -123,6 +123,11 @@ def bn_add_relu(
     return apply(x, residual, weight, bias, mean, var, eps)
 
 
+def pool(y: torch.Tensor, ceil_mode: bool) -> torch.Tensor:
+    """The 2x2 means of y; with ceil_mode also of the windows that overhang an odd edge, over their pixels inside."""
+    return F.avg_pool2d(y, 2, ceil_mode=ceil_mode, count_include_pad=False)
+
+
 def spread(dy2: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """A second gradient of y in the shape of x: that of a 2x2 mean goes to the pixels of its window in equal parts."""
     for dim in (2, 3) if dy2.shape != x.shape else ():
