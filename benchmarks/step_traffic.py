@@ -86,6 +86,17 @@ class Metered:
         return Cost(forward, len(planned[0])), Cost(backward, len(planned[1]))
 
     @functools.cache  # noqa: B019
+    def bn_pool(self, shape: tuple[int, ...]) -> Cost:
+        """The forward pass of bn_add_relu with the 2x2 means of its output."""
+
+        def bytes_of(batch: int) -> list[int]:
+            x, z, *_ = inputs(batch, shape, False)
+            moved = None, None, None, None, False
+            return [self.dram(lambda: self.ops.bn_add_relu_pool_forward(x, z, None, None, EPS, *moved))[1]]
+
+        return Cost(self.of_batch(shape, bytes_of)[0], len(self.machine.bn_pool_launches(shape)))
+
+    @functools.cache  # noqa: B019
     def bn_with_second_gradient(self, shape: tuple[int, ...], pooled: bool) -> Cost:
         """The backward pass of bn_add_relu."""
 
@@ -168,21 +179,17 @@ def inputs(batch: int, shape: tuple[int, ...], pooled: bool) -> tuple[torch.Tens
 
 
 def adding(layer: Layer, ops: Metered) -> Passes:
-    """bn_add_relu with a second gradient, and two BatchNorms in one op."""
+    """bn_add_relu with the means of its output and a second gradient, and two BatchNorms in one op."""
     if layer.projection:
         return ops.bn_add_bn(layer.shape, layer.forked, layer.pooled)
     forward, backward = metered(layer, ops)
+    if layer.pooled:
+        forward = ops.bn_pool(layer.shape)
     return forward, ops.bn_with_second_gradient(layer.shape, layer.pooled) if layer.forked else backward
 
 
 def nothing(layer: Layer, ops: Metered) -> Passes:
     return Cost(), Cost()
-
-
-def pooling(layer: Layer, ops: Metered) -> Passes:
-    """The gradient of the means is not spread. That of the weight reads x, not the means; torch's saves these."""
-    again = 0 if ops.machine.left_to_torch(layer) else 0.75 * layer.bytes
-    return metered(layer, ops)[0], Cost(again)
 
 
 def adding_gradients(layer: Layer, ops: Metered) -> Passes:
@@ -194,7 +201,7 @@ def adding_gradients(layer: Layer, ops: Metered) -> Passes:
 ALONG_THE_RESIDUAL: dict[str, Callable[[Layer, Metered], Passes]] = {
     "bn_add_relu": adding,
     "bn": nothing,
-    "pool": pooling,
+    "pool": nothing,
     "fork": adding_gradients,
 }
 
@@ -204,10 +211,8 @@ def along_the_residual(layer: Layer, ops: Metered) -> Passes:
 
 
 def partly_on_chip(layer: Layer, ops: Metered) -> Passes:
-    """Also, bn_add_relu writes the means of y, N/4, while it has y; and what fits into shared memory stays there of the
-    tensors that a pass reads again: x; x and dz; with two BatchNorms also r."""
-    if layer.kind == "pool":
-        return nothing(layer, ops)
+    """Also, what fits into shared memory stays there of the tensors that a pass reads again: x; x and dz; with two
+    BatchNorms also r."""
     forward, backward = along_the_residual(layer, ops)
     if layer.kind not in ("bn_relu", "bn_add_relu"):
         return forward, backward
@@ -216,8 +221,7 @@ def partly_on_chip(layer: Layer, ops: Metered) -> Passes:
     whole = ops.on_chip(layer.shape, layer.kind == "bn_add_relu")  # is one launch already
     tensors = (2, 3) if layer.projection else (1, 2)
     kept = [0 if one else min(k * layer.bytes, room) for one, k in zip(whole, tensors, strict=True)]
-    means = layer.bytes / 4 if layer.pooled else 0
-    return forward + Cost(means - kept[0]), backward + Cost(-kept[1])
+    return forward + Cost(-kept[0]), backward + Cost(-kept[1])
 
 
 # ---- what the graph saves ----

@@ -71,6 +71,38 @@ def test_launches_and_bytes_of_bn_relu_are_those_of_the_op(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("ceil_mode", [False, True], ids=["floor", "ceil"])
+@pytest.mark.parametrize("shape", [(8, 64, 28, 28), (9, 40, 14, 14), (5, 24, 13, 13)], ids=str)
+def test_launches_and_bytes_of_the_pooled_output_are_those_of_the_op(
+    shape: tuple[int, ...], ceil_mode: bool, layout: torch.memory_format
+) -> None:
+    library, ops = emulated.load(), torch.ops.fasttricks_emulated
+    x, z = (torch.randn(shape).half().contiguous(memory_format=layout) for _ in range(2))
+    running = (torch.zeros(shape[1]), torch.ones(shape[1]), None, 0.1)
+    with library.metered() as meter:
+        ops.bn_add_relu_pool_forward(x, z, None, None, 1e-5, *running, ceil_mode)
+    launches = EmulatedMachine(layout == torch.channels_last, 0).bn_pool_launches(shape, 2, ceil_mode)
+    same(launches, meter, shape[1] % 8 == 0 and shape[2] % 2 == 0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("pooled", [False, True], ids=["full", "pooled"])
+def test_launches_and_bytes_with_a_second_gradient_are_those_of_the_op(
+    pooled: bool, layout: torch.memory_format
+) -> None:
+    library, ops, shape = emulated.load(), torch.ops.fasttricks_emulated, (8, 64, 28, 28)
+    x, z, dy, dy2 = (torch.randn(shape).half().contiguous(memory_format=layout) for _ in range(4))
+    for residual in (False, True):
+        _, mean, var, mask = ops.bn_add_relu_forward(x, z, None, None, 1e-5)
+        given = (mask if residual else None, None, None, mean, var, 1e-5, True, residual)
+        second = torch.nn.functional.avg_pool2d(dy2, 2) if pooled else dy2
+        with library.metered() as meter:
+            ops.bn_relu_backward(dy, x, *given, second)
+        launches = EmulatedMachine(layout == torch.channels_last, 0).bn_two_launches(shape, residual, pooled)
+        same(launches, meter, not pooled)  # pixels of a window load its gradient again, from L2
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("shared", [1024, 228 << 10], ids=["tiles", "slab"])
 def test_launches_and_bytes_of_avgpool_conv1x1_are_those_of_the_op(shared: int, layout: torch.memory_format) -> None:
     library, ops = emulated.load(), torch.ops.fasttricks_emulated
@@ -111,7 +143,13 @@ def test_grids_are_the_planners_and_waves_are_whole(card: str, of_resnet: dict[s
     checked = 0
     for row in of_resnet[card]:
         for launch in row.launches:
-            if launch.kernel.split("<")[0] in ("bn_stats", "bn_apply", "bn_backward_reduce", "bn_backward_apply"):
+            if launch.kernel.split("<")[0] in (
+                "bn_stats",
+                "bn_apply",
+                "bn_backward_reduce",
+                "bn_backward_reduce_two",
+                "bn_backward_apply",
+            ):
                 n, c, h, w = row.shape
                 assert (
                     launch.blocks == plans.bn_tile(plans.bn_shape(n, c, h * w, True), launch.resident * sm_count).blocks
@@ -128,10 +166,12 @@ def test_bytes_are_the_formulas(card: str, of_resnet: dict[str, list[predict.Row
             continue
         n = 2 * row.shape[0] * row.shape[1] * row.shape[2] * row.shape[3]
         mask, add = (n / 16, n) if row.op.startswith("bn_add") else (0, 0)
-        once = any("slab" in launch.kernel for launch in row.launches)
+        once, pooled = any("slab" in launch.kernel for launch in row.launches), n / 4 if "pool" in row.op else 0
         assert len(row.launches) == (1 if once else 3) + row.op.endswith("forward")
         if row.op.endswith("forward"):
-            assert row.bytes == (2 if once else 3) * n + add + mask
+            assert row.bytes == (2 if once else 3) * n + add + mask + pooled
+        elif row.op.endswith("dy2"):
+            assert row.bytes == 6 * n + (pooled or n) + mask
         else:
             assert row.bytes == (3 if once else 5) * n + add + (1 if once else 2) * mask
     (optimizer,) = [row for row in of_resnet[card] if row.op == "sgd"]
@@ -179,7 +219,7 @@ def test_output_says_that_it_is_predicted(
     assert "A100, batch 4, NHWC" in said
     rows = json.loads(target.read_text())
     assert {row["predicted"] for row in rows} == {"predicted: no card has run this"}
-    assert {row["op"].split()[0] for row in rows} == {"bn_relu", "bn_add_relu", "avgpool_conv1x1", "sgd"}
+    assert {row["op"].split()[0] for row in rows} == {"bn_relu", "bn_add_relu", "sgd"}
 
 
 def test_an_unknown_card_is_refused_by_name(
