@@ -16,6 +16,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("nothing of Triton is in it", allow_module_level=True)
 
 import emulated
+import predict
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +56,17 @@ def test_no_wave_is_left_unfilled(plans: ModuleType, card: str, nhwc: bool) -> N
         assert max(of_one) - min(of_one) <= max(1, resident)
         if work >= 40 * sm_count:
             assert 1 - work / sm_count / max(of_one) <= 0.05
+
+
+@pytest.mark.parametrize(("card", "nhwc"), SHAPES)
+def test_no_wave_of_the_pooled_output_is_left_unfilled(card: str, nhwc: bool) -> None:
+    """Of the pass that writes y and its means, at the end of the stages of ResNet-50-D."""
+    has = CARDS[card]
+    machine = predict.Machine(predict.Limits(card, has, 1e12, 1e12, 1e12, 1.0, 1e-6), nhwc)
+    for (c, size), n in itertools.product(((256, 56), (512, 28), (1024, 14)), BATCHES):
+        (launch,) = (one for one in machine.bn_pool_launches((n, c, size, size)) if "pool" in one.kernel)
+        assert launch.kernel.startswith("bn_apply_pool_pixels" if nhwc else "bn_apply_pool_lines")
+        assert 0.95 <= launch.waves <= 1, (c, n)
 
 
 def test_blocks_share_tiles_as_the_reduction_expects(plans: ModuleType) -> None:

@@ -114,6 +114,7 @@ __global__ void __launch_bounds__(kBnThreads, sizeof(T) == 8 ? 2 : 3)
                         T* __restrict__ pooled) {
   using A = acc_t<T>;
   constexpr int kVectors = bn_pool_vectors(sizeof(T)), kStep = kBnThreads * kBnColumns, kAtOnce = kStep * kVectors;
+  constexpr int kWords = int(kBnColumns * sizeof(T) / sizeof(uint4));
   constexpr int kPlanes = kAtOnce / kBnPoolLeastPlane + 2;
   FT_SHARED(T, staged, 2 * kAtOnce);
   FT_SHARED(A, numbers, 2 * 4 * kPlanes);
@@ -130,22 +131,24 @@ __global__ void __launch_bounds__(kBnThreads, sizeof(T) == 8 ? 2 : 3)
     const int own = int(threadIdx.x) * kBnColumns;
     const int64_t first = unit * t.unit + own;
     T* const kept = staged + half * kAtOnce;
-    T v[kVectors][kBnColumns], z[kVectors][kBnColumns];
+    uint4 x_words[kVectors][kWords] = {}, residual_words[kVectors][kWords] = {};
     int until[kVectors], slot[kVectors];  // until: how many of the 8 belong to the first plane
     bool skip_x[kVectors];
     const A* const of_planes = numbers + half * 4 * kPlanes;
 #pragma unroll
     for (int u = 0; u < kVectors; ++u) {
       const int64_t e = first + u * kStep, plane = s.by_inner.divide(e), left = (plane + 1) * s.inner - e;
-      const bool inside = own + u * kStep < count;
       until[u] = left < kBnColumns ? int(left) : kBnColumns;
-      slot[u] = inside ? int(plane - plane0) : 0;
+      slot[u] = own + u * kStep < count ? int(plane - plane0) : 0;
       const A* const of_a = of_planes + 3 * kPlanes + slot[u];
-      skip_x[u] = from_x && load_shared(of_a) == A(0) && load_shared(of_a + (until[u] < kBnColumns)) == A(0);
-      memset(v[u], 0, sizeof v[u]);
-      memset(z[u], 0, sizeof z[u]);
-      if (inside) load(residual + e, z[u]);
-      if (inside && !skip_x[u]) load(x + e, v[u]);
+      skip_x[u] = from_x & (load_shared(of_a) + load_shared(of_a + (until[u] < kBnColumns)) == A(0));
+    }
+    // words are made values later, and no branch comes between the loads: all are under way together
+#pragma unroll
+    for (int u = 0; u < kVectors; ++u) {
+      const bool inside = own + u * kStep < count;
+      if (inside) load(reinterpret_cast<const uint4*>(residual + first + u * kStep), residual_words[u]);
+      if (inside & !skip_x[u]) load(reinterpret_cast<const uint4*>(x + first + u * kStep), x_words[u]);
     }
     const int64_t next = unit + units;
     if (next < end) {
@@ -164,14 +167,16 @@ __global__ void __launch_bounds__(kBnThreads, sizeof(T) == 8 ? 2 : 3)
         a[i] = load_shared(of_planes + i * kPlanes + slot[u]);
         b[i] = load_shared(of_planes + i * kPlanes + slot[u] + (until[u] < kBnColumns));
       }
-      const unsigned bits = apply_neighbours(v[u], a, b, until[u], skip_x[u], z[u]);
-      store(y + e, z[u]);
+      T v[kBnColumns], z[kBnColumns];
+      memcpy(v, x_words[u], sizeof v);
+      memcpy(z, residual_words[u], sizeof z);
+      const unsigned bits = apply_neighbours(v, a, b, until[u], skip_x[u], z);
+      store(y + e, z);
       store(mask + e / 8, uint8_t(bits));
-      uint4 words[kBnColumns * sizeof(T) / 16];
-      memcpy(words, z[u], sizeof words);
+      memcpy(residual_words[u], z, sizeof z);
       uint4* const to = reinterpret_cast<uint4*>(kept + own + u * kStep);
 #pragma unroll
-      for (int i = 0; i < int(sizeof words / 16); ++i) store_shared(to + i, words[i]);
+      for (int i = 0; i < kWords; ++i) store_shared(to + i, residual_words[u][i]);
     }
     __syncthreads();
     T* const means = pooled + unit * t.means;
