@@ -233,6 +233,29 @@ class Machine:
         of = (self.plans.bn_shape(n, c, h * w, self.nhwc), self.device, self.resident, element_bytes, residual)
         return self.launches(self.plans.bn_backward_two_launches(*of), lambda kernel: Work(moved[kernel]))
 
+    def bn_add_bn_launches(
+        self, shape: tuple[int, ...], second: str = "", element_bytes: int = ELEMENT
+    ) -> tuple[tuple[Launch, ...], tuple[Launch, ...]]:
+        """Forward and backward; second: "full" or "pooled", if there is a second gradient of y."""
+        n, c, h, w = shape
+        x, mask = element_bytes * n * c * h * w, n * c * h * w / 8
+        more = {"": 0.0, "full": 2.0 * x, "pooled": x + element_bytes * n * c * (h // 2) * (w // 2)}[second]
+        moved = {
+            "bn_stats": x,
+            "bn_add_bn_apply": 3 * x + mask,
+            "bn_add_bn_reduce": 3 * x + mask + more,
+            "bn_add_bn_gradients": 5 * x + (0.0 if second else mask),
+            **dict.fromkeys(("bn_finalize_stats", "bn_finalize_backward", "bn_update_stats"), 0.0),
+        }
+
+        def work(kernel: str) -> Work:
+            return Work(moved[kernel])
+
+        of = (self.plans.bn_shape(n, c, h * w, self.nhwc), self.device, self.resident, element_bytes)
+        forward = self.plans.bn_add_bn_relu_forward_launches(*of)
+        backward = self.plans.bn_add_bn_relu_backward_launches(*of, bool(second))
+        return self.launches(forward, work), self.launches(backward, work)
+
     def bn_rows(self, layer: Layer) -> list[Row]:
         """With what eager does in its pool and its addition of gradients where a pass of ours does it."""
         (forward, backward), (cost, cost_back) = (
@@ -244,8 +267,14 @@ class Machine:
             pool, pool_back = eager(replace(layer, kind="pool"))
             forward, name = self.bn_pool_launches(layer.shape), f"{layer.kind} pool forward"
             cost, cost_back = cost + pool, cost_back + pool_back
-        if layer.forked and not layer.projection:
+        if layer.forked:
             cost_back += eager(replace(layer, kind="fork"))[1]
+        if layer.projection:
+            of_residual = eager(replace(layer, kind="bn"))
+            cost, cost_back = cost + of_residual[0], cost_back + of_residual[1]
+            forward, backward = self.bn_add_bn_launches(layer.shape, "full" if layer.forked else "")
+            name, name_back = "bn_add_bn_relu forward", f"bn_add_bn_relu backward{', dy2' if layer.forked else ''}"
+        elif layer.forked:
             backward = self.bn_two_launches(layer.shape, True, layer.pooled)
             name_back = f"{layer.kind} backward, {'pooled ' if layer.pooled else ''}dy2"
         passes = ((name, forward, cost), (name_back, backward, cost_back))

@@ -69,6 +69,22 @@ def test_no_wave_of_the_pooled_output_is_left_unfilled(card: str, nhwc: bool) ->
         assert 0.95 <= launch.waves <= 1, (c, n)
 
 
+@pytest.mark.parametrize(("card", "nhwc"), SHAPES)
+def test_no_wave_at_the_end_of_a_block_is_left_unfilled(card: str, nhwc: bool) -> None:
+    """Of the passes over two gradients and over two BatchNorms."""
+    machine = predict.Machine(predict.Limits(card, CARDS[card], 1e12, 1e12, 1e12, 1.0, 1e-6), nhwc)
+    for (c, size), n in itertools.product(((256, 56), (512, 28), (1024, 14), (2048, 7)), BATCHES):
+        shape = (n, c, size, size)
+        made = [*machine.bn_two_launches(shape, True, size > 7), *machine.bn_two_launches(shape, False, False)]
+        for second in ("", "full"):
+            made += itertools.chain(*machine.bn_add_bn_launches(shape, second))
+        checked = [one for one in made if not one.kernel.startswith(("bn_finalize", "bn_update"))]
+        assert len(checked) == 2 * 2 + 2 * 5
+        for one in checked:
+            least = 0.95 if c * size * size * n > 3e6 else 0.5
+            assert least <= one.waves <= 1, (one.kernel, shape)
+
+
 def test_blocks_share_tiles_as_the_reduction_expects(plans: ModuleType) -> None:
     """Every unit has one block, and no tile more blocks than it has places for partial results."""
     for _ in range(60):

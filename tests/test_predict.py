@@ -103,6 +103,22 @@ def test_launches_and_bytes_with_a_second_gradient_are_those_of_the_op(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("second", ["", "full", "pooled"])
+def test_launches_and_bytes_of_two_batch_norms_are_those_of_the_op(second: str, layout: torch.memory_format) -> None:
+    library, ops, shape = emulated.load(), torch.ops.fasttricks_emulated, (8, 64, 28, 28)
+    x, z, dy, dy2 = (torch.randn(shape).half().contiguous(memory_format=layout) for _ in range(4))
+    running = [(torch.zeros(64), torch.ones(64), None, 0.1) for _ in range(2)]
+    forward, backward = EmulatedMachine(layout == torch.channels_last, 0).bn_add_bn_launches(shape, second)
+    with library.metered() as meter:
+        _, *four, mask = ops.bn_add_bn_relu_forward(x, z, None, None, None, None, 1e-5, 1e-5, *running[0], *running[1])
+    same(forward, meter)
+    other = {"": None, "full": dy2, "pooled": torch.nn.functional.avg_pool2d(dy2, 2)}[second]
+    with library.metered() as meter:
+        ops.bn_add_bn_relu_backward(dy, x, z, mask, None, None, *four, 1e-5, 1e-5, True, other)
+    same(backward, meter, second != "pooled")  # pixels of a window load its gradient again, from L2
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("shared", [1024, 228 << 10], ids=["tiles", "slab"])
 def test_launches_and_bytes_of_avgpool_conv1x1_are_those_of_the_op(shared: int, layout: torch.memory_format) -> None:
     library, ops = emulated.load(), torch.ops.fasttricks_emulated
@@ -149,6 +165,9 @@ def test_grids_are_the_planners_and_waves_are_whole(card: str, of_resnet: dict[s
                 "bn_backward_reduce",
                 "bn_backward_reduce_two",
                 "bn_backward_apply",
+                "bn_add_bn_apply",
+                "bn_add_bn_reduce",
+                "bn_add_bn_gradients",
             ):
                 n, c, h, w = row.shape
                 assert (
@@ -167,6 +186,11 @@ def test_bytes_are_the_formulas(card: str, of_resnet: dict[str, list[predict.Row
         n = 2 * row.shape[0] * row.shape[1] * row.shape[2] * row.shape[3]
         mask, add = (n / 16, n) if row.op.startswith("bn_add") else (0, 0)
         once, pooled = any("slab" in launch.kernel for launch in row.launches), n / 4 if "pool" in row.op else 0
+        if row.op.startswith("bn_add_bn_relu"):
+            two, forward = row.op.endswith("dy2"), row.op.endswith("forward")
+            assert len(row.launches) == (7 if forward else 4)
+            assert row.bytes == (5 * n + mask if forward else 10 * n + mask if two else 8 * n + 2 * mask)
+            continue
         assert len(row.launches) == (1 if once else 3) + row.op.endswith("forward")
         if row.op.endswith("forward"):
             assert row.bytes == (2 if once else 3) * n + add + mask + pooled
@@ -219,7 +243,7 @@ def test_output_says_that_it_is_predicted(
     assert "A100, batch 4, NHWC" in said
     rows = json.loads(target.read_text())
     assert {row["predicted"] for row in rows} == {"predicted: no card has run this"}
-    assert {row["op"].split()[0] for row in rows} == {"bn_relu", "bn_add_relu", "sgd"}
+    assert {row["op"].split()[0] for row in rows} == {"bn_relu", "bn_add_relu", "bn_add_bn_relu", "sgd"}
 
 
 def test_an_unknown_card_is_refused_by_name(

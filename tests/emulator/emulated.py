@@ -128,8 +128,7 @@ def python_headers() -> list[Path]:
     return [python, Path(pybind11.get_include())]
 
 
-PLANNED = ("bn_relu", "bn_add_relu_pool", "sgd", "avgpool_conv1x1")
-PLANS = Build("plans", ops=(), sources=tuple(HERE / f"{op}_plan.cpp" for op in PLANNED))
+PLANS = Build("plans", ops=(), sources=tuple(HERE / f"{op}_plan.cpp" for op in OPS))
 
 
 @functools.cache
