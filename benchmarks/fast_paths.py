@@ -49,6 +49,45 @@ def bn_errors(n: int, c: int, size: int, memory_format: torch.memory_format, add
         yield name, error(got, want)
 
 
+def pooled_errors(n: int, c: int, size: int, memory_format: torch.memory_format) -> Iterator[tuple[str, float]]:
+    """Of the means of bn_add_relu's output, and of a gradient that comes through them and through the output itself."""
+    x, residual, dy = (
+        torch.randn(n, c, size, size, dtype=torch.float16).contiguous(memory_format=memory_format) for _ in range(3)
+    )
+    weight, bias = torch.rand(c) + 0.5, torch.randn(c)
+    leaves = [t.requires_grad_() for t in (x, residual)]
+    y, means = fasttricks.bn_add_relu(*leaves, weight, bias, pool=True, ceil_mode=True)
+    dmeans = torch.randn_like(means)
+    grads = torch.autograd.grad([y, means], leaves, [dy, dmeans])
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    pre = exact[1] + F.batch_norm(exact[0], None, None, weight.double(), bias.double(), training=True, eps=EPS)
+    wide = pre * ~(y <= 0)
+    pooled = F.avg_pool2d(wide, 2, ceil_mode=True, count_include_pad=False)
+    wanted = torch.autograd.grad([wide, pooled], exact, [dy.double(), dmeans.double()])
+    yield "y", error(y, pre.detach().relu())
+    for name, got, want in zip(("means", "dx", "dresidual"), (means, *grads), (pooled.detach(), *wanted), strict=True):
+        yield name, error(got, want)
+
+
+def projected_errors(n: int, c: int, size: int, memory_format: torch.memory_format) -> Iterator[tuple[str, float]]:
+    """Of two BatchNorms, their sum and the ReLU, and of both gradients."""
+    x, residual, dy = (
+        torch.randn(n, c, size, size, dtype=torch.float16).contiguous(memory_format=memory_format) for _ in range(3)
+    )
+    affine = [torch.rand(c) + 0.5, torch.randn(c), torch.rand(c) + 0.5, torch.randn(c)]
+    leaves = [t.requires_grad_() for t in (x, residual)]
+    y = fasttricks.bn_add_bn_relu(*leaves, *affine[:2], residual_weight=affine[2], residual_bias=affine[3])
+    exact, wide = [t.detach().double().requires_grad_() for t in leaves], [t.double() for t in affine]
+    pre = sum(
+        F.batch_norm(t, None, None, *wide[2 * i : 2 * i + 2], training=True, eps=EPS) for i, t in enumerate(exact)
+    )
+    wanted = torch.autograd.grad(pre, exact, dy.double() * ~(y <= 0))
+    yield "y", error(y, pre.detach().relu())
+    grads = torch.autograd.grad(y, leaves, dy)
+    for name, got, want in zip(("dx", "dresidual"), grads, wanted, strict=True):
+        yield name, error(got, want)
+
+
 def avgpool_errors(
     n: int, c: int, out: int, size: int, memory_format: torch.memory_format
 ) -> Iterator[tuple[str, float]]:
@@ -72,6 +111,8 @@ def check(small: bool) -> int:
     for layout, memory_format in LAYOUTS.items():
         cases = [(f"bn_relu {s}", bn_errors(*s, memory_format, False)) for s in bn]
         cases += [(f"bn_add_relu {s}", bn_errors(*s, memory_format, True)) for s in bn]
+        cases += [(f"bn_add_relu pool {s}", pooled_errors(*s, memory_format)) for s in bn]
+        cases += [(f"bn_add_bn_relu {s}", projected_errors(*s, memory_format)) for s in bn]
         cases += [(f"avgpool_conv1x1 {s}", avgpool_errors(*s, memory_format)) for s in pool]
         for case, errors in cases:
             for name, found in errors:

@@ -21,7 +21,7 @@ import test_triton_aot as aot
 import torch
 import triton
 
-from fasttricks.kernels import avgpool_conv1x1, bn_add_bn_relu, bn_relu
+from fasttricks.kernels import avgpool_conv1x1, bn_add_bn_relu, bn_add_relu_pool, bn_relu
 
 LAYOUTS = {"NHWC": torch.channels_last, "NCHW": torch.contiguous_format}
 # (channels, height = width) of the BatchNorms, and of the shortcuts with a pool, which double the channels
@@ -42,6 +42,7 @@ def step(layout: torch.memory_format) -> None:
         y, mean, var = bn_relu.bn_relu_forward(x, w, b, 1e-5, *running)
         bn_relu.bn_relu_backward(y, x, None, w, b, mean, var, 1e-5, True, False)
         y, mean, var, mask = bn_relu.bn_add_relu_forward(x, x, w, b, 1e-5, *running)
+        bn_add_relu_pool.bn_add_relu_pool_forward(x, x, w, b, 1e-5, *running, 0.1, False)
         pooled = aot.meta((BATCH, channels, size // 2, size // 2), torch.float16, layout)
         for dy2 in (None, x, pooled):  # of no shortcut, an identity, a projection
             bn_relu.bn_relu_backward(y, x, mask, w, b, mean, var, 1e-5, True, True, dy2)

@@ -2,8 +2,9 @@
 
     python benchmarks/predict.py --card h100|a100|b200|l40s --batch 256 --layout NHWC [--json FILE]
 
-For every layer of ResNet-50-D that one of our ops serves, in float16: launches, grids and waves as the ops' own host
-code plans them (tests/emulator), bytes of DRAM by formulas, bytes that a multiprocessor has in flight, and the time:
+For every layer of ResNet-50-D that one of our ops serves, in float16 (a shortcut's pool is part of the block before):
+launches, grids and waves as the ops' own host code plans them (tests/emulator), bytes of DRAM by formulas, bytes that a
+multiprocessor has in flight, and the time:
 
     of a launch   max(bytes of DRAM / bandwidth, bytes through L2 / bandwidth, operations / rate) + launch latency
 
@@ -20,7 +21,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -176,22 +177,23 @@ class Machine:
     # ---- bn_relu and bn_add_relu ----
 
     def bn_launches(
-        self, shape: tuple[int, ...], residual: bool, element_bytes: int = ELEMENT, two: bool = False
+        self, shape: tuple[int, ...], residual: bool, element_bytes: int = ELEMENT, second: str = ""
     ) -> tuple[tuple[Launch, ...], tuple[Launch, ...]]:
-        """Forward and backward; two: with a second gradient of the shape of x."""
+        """Forward and backward; second: the backward pass has one more gradient, "full" or "pooled" (of 2x2 means)."""
         n, c, h, w = shape
         elements = n * c * h * w
         x, mask = element_bytes * elements, elements / 8 if residual else 0.0
+        other = {"": 0, "full": x, "pooled": element_bytes * n * c * (h // 2) * (w // 2)}[second]
         add = x if residual else 0
         moved = {
             "bn_stats": x,
             "bn_apply": 2 * x + add + mask,
             "bn_forward_slab": 3 * x + add + mask,
             "bn_backward_reduce": 2 * x + mask,
-            "bn_backward_reduce_two": 4 * x + mask,
-            "bn_backward_apply": 3 * x + (0 if two else add + mask),
+            "bn_backward_reduce_two": 3 * x + other + mask,
+            "bn_backward_apply": 3 * x + (0 if second else add + mask),
             "bn_backward_slab": 5 * x + add + 2 * mask,
-            "bn_backward_slab_two": 7 * x + mask,
+            "bn_backward_slab_two": 6 * x + other + mask,
             # numbers per channel
             **dict.fromkeys(("bn_finalize_stats", "bn_finalize_backward", "bn_update_stats"), 0.0),
         }
@@ -212,31 +214,89 @@ class Machine:
             return tuple(made)
 
         of = (self.plans.bn_shape(n, c, h * w, self.nhwc), self.device, self.resident, element_bytes, residual)
-        return launched(self.plans.bn_forward_launches(*of), 1), launched(self.plans.bn_backward_launches(*of, two), 2)
+        backward = self.plans.bn_backward_launches(*of, bool(second))
+        return launched(self.plans.bn_forward_launches(*of), 1), launched(backward, 2)
 
     def kept(self, launches: Iterable[Launch], shape: tuple[int, ...], arrays: int) -> float:
         """Bytes of `arrays` float16 tensors that a pass keeps on the chip."""
         taken = sum(launch.dynamic for launch in launches if "slab" in launch.kernel)
         return min(arrays * ELEMENT * math.prod(shape), taken)
 
+    def bn_pool_launches(
+        self, shape: tuple[int, ...], element_bytes: int = ELEMENT, ceil_mode: bool = False
+    ) -> tuple[Launch, ...]:
+        """The forward pass of bn_add_relu with the 2x2 means of its output; the backward pass is bn_relu's."""
+        n, c, h, w = shape
+        out_h, out_w = (math.ceil(h / 2), math.ceil(w / 2)) if ceil_mode else (h // 2, w // 2)
+        x, means = element_bytes * n * c * h * w, element_bytes * n * c * out_h * out_w
+        applied = 3 * x + n * c * h * w / 8
+        moved = {
+            "bn_stats": x,
+            "bn_apply_pool_pixels": applied + means,
+            "bn_apply_pool_lines": applied + means,
+            "bn_apply": applied,
+            "bn_pool_means": x + means,
+            **dict.fromkeys(("bn_finalize_stats", "bn_update_stats"), 0.0),
+        }
+        of = (self.plans.bn_shape(n, c, h * w, self.nhwc), h, w, ceil_mode, self.device, self.resident, element_bytes)
+        return self.launches(self.plans.bn_add_relu_pool_launches(*of), lambda kernel: Work(moved[kernel]))
+
+    def bn_add_bn_launches(
+        self, shape: tuple[int, ...], second: str = "", element_bytes: int = ELEMENT
+    ) -> tuple[tuple[Launch, ...], tuple[Launch, ...]]:
+        """Forward and backward; second: "full" or "pooled", if there is a second gradient of y."""
+        n, c, h, w = shape
+        x, mask = element_bytes * n * c * h * w, n * c * h * w / 8
+        more = {"": 0.0, "full": 2.0 * x, "pooled": x + element_bytes * n * c * (h // 2) * (w // 2)}[second]
+        moved = {
+            "bn_stats": x,
+            "bn_add_bn_apply": 3 * x + mask,
+            "bn_add_bn_reduce": 3 * x + mask + more,
+            "bn_add_bn_gradients": 5 * x + (0.0 if second else mask),
+            **dict.fromkeys(("bn_finalize_stats", "bn_finalize_backward", "bn_update_stats"), 0.0),
+        }
+
+        def work(kernel: str) -> Work:
+            return Work(moved[kernel])
+
+        of = (self.plans.bn_shape(n, c, h * w, self.nhwc), self.device, self.resident, element_bytes)
+        forward = self.plans.bn_add_bn_relu_forward_launches(*of)
+        backward = self.plans.bn_add_bn_relu_backward_launches(*of, bool(second))
+        return self.launches(forward, work), self.launches(backward, work)
+
     def bn_rows(self, layer: Layer) -> list[Row]:
-        passes = zip(
-            ("forward", "backward"),
+        """With what eager does in its pool and its addition of gradients where a pass of ours does it."""
+        (forward, backward), (cost, cost_back) = (
             self.bn_launches(layer.shape, layer.kind == "bn_add_relu"),
             eager(layer),
-            strict=True,
         )
+        name, name_back = f"{layer.kind} forward", f"{layer.kind} backward"
+        if layer.pooled:
+            pool, pool_back = eager(replace(layer, kind="pool"))
+            forward, name = self.bn_pool_launches(layer.shape), f"{layer.kind} pool forward"
+            cost, cost_back = cost + pool, cost_back + pool_back
+        if layer.forked:
+            cost_back += eager(replace(layer, kind="fork"))[1]
+        if layer.projection:
+            of_residual = eager(replace(layer, kind="bn"))
+            cost, cost_back = cost + of_residual[0], cost_back + of_residual[1]
+            forward, backward = self.bn_add_bn_launches(layer.shape, "full" if layer.forked else "")
+            name, name_back = "bn_add_bn_relu forward", f"bn_add_bn_relu backward{', dy2' if layer.forked else ''}"
+        elif layer.forked:
+            backward = self.bn_launches(layer.shape, True, second="pooled" if layer.pooled else "full")[1]
+            name_back = f"{layer.kind} backward, {'pooled ' if layer.pooled else ''}dy2"
+        passes = ((name, forward, cost), (name_back, backward, cost_back))
         return [
             Row(
                 layer.name,
-                f"{layer.kind} {name}",
+                op,
                 layer.shape,
                 launches,
                 cost.bytes,
                 cost.launches,
                 self.eager_seconds(cost.bytes, cost.launches),
             )
-            for name, launches, cost in passes
+            for op, launches, cost in passes
         ]
 
     # ---- avgpool_conv1x1 ----
@@ -283,22 +343,6 @@ class Machine:
             )
         }
 
-    def avgpool_rows(self, layer: Layer) -> list[Row]:
-        """Against eager's pool and its library's product, at the full rate of the tensor cores."""
-        n, c, h, w = layer.shape
-        out, pixels = 2 * c, n * math.ceil(h / 2) * math.ceil(w / 2)
-        product = Work(ELEMENT * (pixels * (c + out) + out * c), 0.0, 2.0 * pixels * c * out)
-        of_product = max(product.seconds(self.limits).values()) + self.limits.launch
-        pools = dict(zip(("forward", "dx"), eager(layer), strict=True))
-        rows = []
-        for name, launches in self.avgpool_launches(layer.shape, out).items():
-            moved, count, seconds = product.dram, 1, of_product
-            if pool := pools.get(name):
-                moved, count = moved + pool.bytes, count + pool.launches
-                seconds += self.eager_seconds(pool.bytes, pool.launches)
-            rows.append(Row(layer.name, f"avgpool_conv1x1 {name}", layer.shape, launches, moved, count, seconds))
-        return rows
-
     # ---- sgd ----
 
     def sgd_launches(self, sizes: list[int], half: bool, check: bool) -> tuple[Launch, ...]:
@@ -321,8 +365,6 @@ def predict(limits: Limits, batch: int, nhwc: bool) -> list[Row]:
     for layer in layers(batch):
         if layer.kind in ("bn_relu", "bn_add_relu"):
             rows += machine.bn_rows(layer)
-        elif layer.kind == "pool" and not machine.left_to_torch(layer):
-            rows += machine.avgpool_rows(layer)
     return rows + machine.sgd_rows(parameter_sizes())
 
 

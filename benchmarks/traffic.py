@@ -10,6 +10,8 @@ that the plan keeps in shared memory (one cooperative launch, CUDA only):
     bn_add_relu  forward (reads + 2) N + E/8,  backward (2 reads + 2) N + reads E/8;  all gammas zero: forward 3 N + E/8
                  backward with a second gradient (2 reads + 3) N + E/8; if that is of 2x2 means, at least 3/4 N less:
                  both rows of pixels of a window read it
+    bn_add_relu with pool=True  forward 4.25 N + E/8,  evaluation 3.25 N + E/8;  all gammas zero: forward 3.25 N + E/8.
+                 Triton in NCHW: if 8 divides the width, else at least that, since another launch reads y
     bn_add_bn_relu  forward 5 N + E/8,  backward 8 N + E/4, with a second gradient 10 N + E/8;  all gammas of x zero:
                  forward 4 N + E/8
     sgd          step 22 per value (gradient 2, fp16 parameter 2 + 2, master 4 + 4, momentum 4 + 4), check 2; fp32: 20
@@ -189,7 +191,17 @@ def block_case(machine: Cuda | Triton, shape: tuple[int, ...], layout: str, dtyp
             machine.name, op, case, moved.bytes, of_formula, moved.rest, moved.launches, moved.dram, bounded=bounded
         )
 
-    mean, var, *_, mask = ops.bn_add_relu_forward(x, z, weight, bias, EPS)[1:]
+    wide = machine.name == "cuda" or layout == "NHWC" or shape[3] % 8 == 0
+    moving = None, None, None, None, False
+    (_, _, mean, var, mask), moved = machine.measured(
+        lambda: ops.bn_add_relu_pool_forward(x, z, weight, bias, EPS, *moving), x, z
+    )
+    yield row("bn_add_relu pool forward", moved, lambda reads: (reads + 2.25) * unit + bits, wide)
+    _, moved = machine.measured(lambda: ops.bn_add_relu_pool_apply(x, z, weight, bias, mean, var, EPS, False), x, z)
+    yield row("bn_add_relu pool evaluation", moved, lambda reads: 3.25 * unit + bits, wide)
+    _, moved = machine.measured(lambda: ops.bn_add_relu_pool_forward(x, z, zero, None, EPS, *moving), x, z)
+    yield row("bn_add_relu pool gamma 0", moved, lambda reads: 3.25 * unit + bits, wide)
+
     given = (None, weight, bias, mean, var, EPS, True, False)
     _, moved = machine.measured(lambda: ops.bn_relu_backward(dy, x, *given, dy2), x, dy, dy2)
     yield row("bn_relu backward, dy2", moved, lambda reads: (3 * reads + 1) * unit)

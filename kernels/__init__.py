@@ -20,6 +20,6 @@ def version() -> tuple[int, int]:
 if version() < OLDEST:
     raise ImportError(f"Triton {triton.__version__} is installed; the kernels need {OLDEST[0]}.{OLDEST[1]} or newer")
 
-from . import avgpool_conv1x1, bn_add_bn_relu, bn_relu, sgd  # noqa: E402
+from . import avgpool_conv1x1, bn_add_bn_relu, bn_add_relu_pool, bn_relu, sgd  # noqa: E402
 
-__all__ = ["OLDEST", "avgpool_conv1x1", "bn_add_bn_relu", "bn_relu", "sgd", "version"]
+__all__ = ["OLDEST", "avgpool_conv1x1", "bn_add_bn_relu", "bn_add_relu_pool", "bn_relu", "sgd", "version"]

@@ -165,7 +165,7 @@ def statistics(x: Tensor, layout: torch.memory_format) -> tuple[Tensor, Tensor]:
     return mean, var
 
 
-def _apply(
+def apply(
     x: Tensor, layout: torch.memory_format, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
     mean: Tensor, var: Tensor, eps: float, skip: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
@@ -198,7 +198,7 @@ def bn_relu_forward(
     check_forward("bn_relu_forward", x, None, weight, bias, eps, *moved)
     x, layout = laid_out(x)
     mean, var = statistics(x, layout)
-    y, _ = _apply(x, layout, None, weight, bias, mean, var, eps, skip=True)
+    y, _ = apply(x, layout, None, weight, bias, mean, var, eps, skip=True)
     update_running(running_mean, running_var, mean, var, values_per_channel(x), num_batches_tracked, momentum)
     return y, mean, var
 
@@ -213,7 +213,7 @@ def bn_add_relu_forward(
     check_forward("bn_add_relu_forward", x, residual, weight, bias, eps, *moved)
     x, layout = laid_out(x)
     mean, var = statistics(x, layout)
-    y, mask = _apply(x, layout, residual, weight, bias, mean, var, eps, skip=True)
+    y, mask = apply(x, layout, residual, weight, bias, mean, var, eps, skip=True)
     assert mask is not None
     update_running(running_mean, running_var, mean, var, values_per_channel(x), num_batches_tracked, momentum)
     return y, mean, var, mask
@@ -224,7 +224,7 @@ def bn_relu_apply(
 ) -> Tensor:
     """y from given statistics; x is always read, since it may hold Inf or NaN that the statistics do not show."""
     check_apply("bn_relu_apply", x, None, weight, bias, mean, var, eps)
-    return _apply(*laid_out(x), None, weight, bias, mean, var, eps, skip=False)[0]
+    return apply(*laid_out(x), None, weight, bias, mean, var, eps, skip=False)[0]
 
 
 def bn_add_relu_apply(
@@ -232,7 +232,7 @@ def bn_add_relu_apply(
 ) -> tuple[Tensor, Tensor]:
     """y and the bit mask from given statistics."""
     check_apply("bn_add_relu_apply", x, residual, weight, bias, mean, var, eps)
-    y, mask = _apply(*laid_out(x), residual, weight, bias, mean, var, eps, skip=False)
+    y, mask = apply(*laid_out(x), residual, weight, bias, mean, var, eps, skip=False)
     assert mask is not None
     return y, mask
 

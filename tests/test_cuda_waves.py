@@ -16,6 +16,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("nothing of Triton is in it", allow_module_level=True)
 
 import emulated
+import predict
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +56,33 @@ def test_no_wave_is_left_unfilled(plans: ModuleType, card: str, nhwc: bool) -> N
         assert max(of_one) - min(of_one) <= max(1, resident)
         if work >= 40 * sm_count:
             assert 1 - work / sm_count / max(of_one) <= 0.05
+
+
+@pytest.mark.parametrize(("card", "nhwc"), SHAPES)
+def test_no_wave_of_the_pooled_output_is_left_unfilled(card: str, nhwc: bool) -> None:
+    """Of the pass that writes y and its means, at the end of the stages of ResNet-50-D."""
+    has = CARDS[card]
+    machine = predict.Machine(predict.Limits(card, has, 1e12, 1e12, 1e12, 1.0, 1e-6), nhwc)
+    for (c, size), n in itertools.product(((256, 56), (512, 28), (1024, 14)), BATCHES):
+        (launch,) = (one for one in machine.bn_pool_launches((n, c, size, size)) if "pool" in one.kernel)
+        assert launch.kernel.startswith("bn_apply_pool_pixels" if nhwc else "bn_apply_pool_lines")
+        assert 0.95 <= launch.waves <= 1, (c, n)
+
+
+@pytest.mark.parametrize(("card", "nhwc"), SHAPES)
+def test_no_wave_at_the_end_of_a_block_is_left_unfilled(card: str, nhwc: bool) -> None:
+    """Of the passes over two gradients and over two BatchNorms."""
+    machine = predict.Machine(predict.Limits(card, CARDS[card], 1e12, 1e12, 1e12, 1.0, 1e-6), nhwc)
+    for (c, size), n in itertools.product(((256, 56), (512, 28), (1024, 14), (2048, 7)), BATCHES):
+        shape = (n, c, size, size)
+        made = [launch for add in (True, False) for launch in machine.bn_launches(shape, add, second="full")[1]]
+        for second in ("", "full"):
+            made += itertools.chain(*machine.bn_add_bn_launches(shape, second))
+        checked = [one for one in made if not one.kernel.startswith(("bn_finalize", "bn_update"))]
+        assert len(checked) in (2 + 2 * 5, 2 * 2 + 2 * 5)  # two gradients in one launch or in two
+        for one in checked:
+            least = 0.95 if c * size * size * n > 3e6 else 0.5
+            assert least <= one.waves <= 1, (one.kernel, shape)
 
 
 def test_blocks_share_tiles_as_the_reduction_expects(plans: ModuleType) -> None:

@@ -68,10 +68,59 @@ def test_launches_and_bytes_of_bn_relu_are_those_of_the_op(
         with library.shared_per_sm(shared), library.metered() as meter:
             ops.bn_relu_backward(dy, x, mask, None, None, mean, var, 1e-5, True, residual)
         same(backward, meter, vectors)
-        of_two = machine.bn_launches(shape, residual, two=True)[1]
+        of_two = machine.bn_launches(shape, residual, second="full")[1]
         with library.shared_per_sm(shared), library.metered() as meter:
             ops.bn_relu_backward(dy, x, mask, None, None, mean, var, 1e-5, True, residual, z)
         same(of_two, meter, vectors)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("ceil_mode", [False, True], ids=["floor", "ceil"])
+@pytest.mark.parametrize("shape", [(8, 64, 28, 28), (9, 40, 14, 14), (5, 24, 13, 13)], ids=str)
+def test_launches_and_bytes_of_the_pooled_output_are_those_of_the_op(
+    shape: tuple[int, ...], ceil_mode: bool, layout: torch.memory_format
+) -> None:
+    library, ops = emulated.load(), torch.ops.fasttricks_emulated
+    x, z = (torch.randn(shape).half().contiguous(memory_format=layout) for _ in range(2))
+    running = (torch.zeros(shape[1]), torch.ones(shape[1]), None, 0.1)
+    with library.metered() as meter:
+        ops.bn_add_relu_pool_forward(x, z, None, None, 1e-5, *running, ceil_mode)
+    launches = EmulatedMachine(layout == torch.channels_last, 0).bn_pool_launches(shape, 2, ceil_mode)
+    same(launches, meter, shape[1] % 8 == 0 and shape[2] % 2 == 0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("pooled", [False, True], ids=["full", "pooled"])
+def test_launches_and_bytes_with_a_second_gradient_are_those_of_the_op(
+    pooled: bool, layout: torch.memory_format
+) -> None:
+    library, ops, shape = emulated.load(), torch.ops.fasttricks_emulated, (8, 64, 28, 28)
+    x, z, dy, dy2 = (torch.randn(shape).half().contiguous(memory_format=layout) for _ in range(4))
+    for residual in (False, True):
+        _, mean, var, mask = ops.bn_add_relu_forward(x, z, None, None, 1e-5)
+        given = (mask if residual else None, None, None, mean, var, 1e-5, True, residual)
+        second = torch.nn.functional.avg_pool2d(dy2, 2) if pooled else dy2
+        with library.shared_per_sm(1024), library.metered() as meter:
+            ops.bn_relu_backward(dy, x, *given, second)
+        machine = EmulatedMachine(layout == torch.channels_last, 1024)
+        launches = machine.bn_launches(shape, residual, second="pooled" if pooled else "full")[1]
+        same(launches, meter, not pooled)  # pixels of a window load its gradient again, from L2
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("second", ["", "full", "pooled"])
+def test_launches_and_bytes_of_two_batch_norms_are_those_of_the_op(second: str, layout: torch.memory_format) -> None:
+    library, ops, shape = emulated.load(), torch.ops.fasttricks_emulated, (8, 64, 28, 28)
+    x, z, dy, dy2 = (torch.randn(shape).half().contiguous(memory_format=layout) for _ in range(4))
+    running = [(torch.zeros(64), torch.ones(64), None, 0.1) for _ in range(2)]
+    forward, backward = EmulatedMachine(layout == torch.channels_last, 0).bn_add_bn_launches(shape, second)
+    with library.metered() as meter:
+        _, *four, mask = ops.bn_add_bn_relu_forward(x, z, None, None, None, None, 1e-5, 1e-5, *running[0], *running[1])
+    same(forward, meter)
+    other = {"": None, "full": dy2, "pooled": torch.nn.functional.avg_pool2d(dy2, 2)}[second]
+    with library.metered() as meter:
+        ops.bn_add_bn_relu_backward(dy, x, z, mask, None, None, *four, 1e-5, 1e-5, True, other)
+    same(backward, meter, second != "pooled")  # pixels of a window load its gradient again, from L2
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
@@ -116,7 +165,8 @@ def test_grids_are_the_planners_and_waves_are_whole(card: str, of_resnet: dict[s
     for row in of_resnet[card]:
         for launch in row.launches:
             name = launch.kernel.split("<")[0]
-            if name.startswith("bn_") and not name.startswith(("bn_finalize", "bn_update")):
+            others = ("bn_finalize", "bn_update", "bn_apply_pool", "bn_pool")
+            if name.startswith("bn_") and not name.startswith(others):
                 n, c, h, w = row.shape
                 assert (
                     launch.blocks == plans.bn_tile(plans.bn_shape(n, c, h * w, True), launch.resident * sm_count).blocks
@@ -133,11 +183,18 @@ def test_bytes_are_the_formulas(card: str, of_resnet: dict[str, list[predict.Row
             continue
         n = 2 * row.shape[0] * row.shape[1] * row.shape[2] * row.shape[3]
         mask, add = (n / 16, n) if row.op.startswith("bn_add") else (0, 0)
-        forward = row.op.endswith("forward")
+        pooled, forward = n / 4 if "pool" in row.op else 0, row.op.endswith("forward")
+        if row.op.startswith("bn_add_bn_relu"):
+            assert len(row.launches) == (7 if forward else 4)
+            two = row.op.endswith("dy2")
+            assert row.bytes == (5 * n + mask if forward else 10 * n + mask if two else 8 * n + 2 * mask)
+            continue
         taken = [launch.dynamic for launch in row.launches if "slab" in launch.kernel]
         assert len(row.launches) == (1 if taken else 3) + forward
         if forward:
-            assert row.bytes == 3 * n + add + mask - min(n, sum(taken))
+            assert row.bytes == 3 * n + add + mask + pooled - min(n, sum(taken))
+        elif row.op.endswith("dy2"):
+            assert row.bytes == 6 * n + (pooled or n) + mask - min(2 * n, sum(taken))
         else:
             kept = min(2 * n, sum(taken))
             assert row.bytes == pytest.approx(5 * n + add - kept + (2 - kept / (2 * n)) * mask)
@@ -186,7 +243,7 @@ def test_output_says_that_it_is_predicted(
     assert "A100, batch 4, NHWC" in said
     rows = json.loads(target.read_text())
     assert {row["predicted"] for row in rows} == {"predicted: no card has run this"}
-    assert {row["op"].split()[0] for row in rows} == {"bn_relu", "bn_add_relu", "avgpool_conv1x1", "sgd"}
+    assert {row["op"].split()[0] for row in rows} == {"bn_relu", "bn_add_relu", "bn_add_bn_relu", "sgd"}
 
 
 def test_an_unknown_card_is_refused_by_name(

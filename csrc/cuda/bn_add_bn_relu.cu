@@ -1,7 +1,6 @@
-// bn_add_bn_relu on CUDA tensors: statistics of both, then apply; backward one reduction for all sums, then dx and
-// dresidual in one pass.
-#include "bn_add_bn_relu.cuh"
+// bn_add_bn_relu on CUDA tensors: checks, allocation and registration; bn_add_bn_relu_run.cuh launches.
 #include "bn_add_bn_relu_call.h"
+#include "bn_add_bn_relu_run.cuh"
 #include "bn_call.cuh"
 
 namespace fasttricks::cuda::ops {
@@ -15,14 +14,9 @@ std::tuple<Tensor, Tensor> apply(const PairCall& call, bool from_x) {
   if (main.empty()) return {y, mask};
   with_type(main.x.scalar_type(), [&](auto of) {
     using T = decltype(of);
-    T* const to = static_cast<T*>(y.mutable_data_ptr());
-    const bool vector = bn_vectors_fit(main.shape) && aligned16({main.data<T>(), other.data<T>(), to});
-    const BnShape shape = vector ? main.shape : bn_flat(main.shape);
-    const auto kernel = vector ? &bn_add_bn_apply<T, true> : &bn_add_bn_apply<T, false>;
-    const BnTiling t = bn_wave(kernel, shape, main.on.device);
-    launch(kernel, dim3(unsigned(t.blocks)), kBnThreads, 0, main.on.stream, main.data<T>(), other.data<T>(),
-           main.params<acc_t<T>>(), other.params<acc_t<T>>(), from_x, shape, t, to,
-           static_cast<uint8_t*>(mask.mutable_data_ptr()));
+    bn_add_bn_apply_run(main.data<T>(), other.data<T>(), main.params<acc_t<T>>(), other.params<acc_t<T>>(), from_x,
+                        main.shape, main.on.device, static_cast<T*>(y.mutable_data_ptr()),
+                        static_cast<uint8_t*>(mask.mutable_data_ptr()), main.on.stream);
   });
   return {y, mask};
 }
@@ -76,31 +70,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bn_add_bn_relu_backward(
   with_type(main.x.scalar_type(), [&](auto of) {
     using T = decltype(of);
     using A = acc_t<T>;
-    const BnSecondGradient<T> extra = main.on_device<T>(second);
     const auto at = [](Tensor& made) { return static_cast<A*>(made.mutable_data_ptr()); };
-    T* const to = static_cast<T*>(dx.mutable_data_ptr());
-    T* const other_to = static_cast<T*>(dresidual.mutable_data_ptr());
-    // dz may be where dresidual will be: every element is read before its gradient is written
-    T* const dz = extra.data ? other_to : nullptr;
-    const T* g = static_cast<const T*>(given);
-    const bool vector =
-        bn_vectors_fit(main.shape) && extra.vectors_fit() && aligned16({g, main.data<T>(), other.data<T>(), dz});
-    const auto kernel = vector ? &bn_add_bn_reduce<T, true> : &bn_add_bn_reduce<T, false>;
-    const BnTiling t = bn_wave(kernel, main.shape, main.on.device);
-    launch(kernel, dim3(unsigned(t.blocks)), kBnThreads, 0, main.on.stream, g, extra, main.data<T>(), other.data<T>(),
-           bits, main.params<A>(), other.params<A>(), main.shape, t, at(partial), at(other_partial), dz);
-    bn_finalize_backward_run<A>(at(other_partial), main.shape, t, other.params<A>(), at(dresidual_weight), at(zeros),
-                                main.on.stream);
-    bn_finalize_backward_run<A>(at(partial), main.shape, t, main.params<A>(), at(dweight), at(dbias), main.on.stream);
-    if (dz) g = dz, bits = nullptr;
-    const A inv_count = training ? A(1) / A(main.values) : A(0);
-    const bool wide = bn_vectors_fit(main.shape) && aligned16({g, main.data<T>(), other.data<T>(), to, other_to});
-    const BnShape shape = wide ? main.shape : bn_flat(main.shape);
-    const auto gradients = wide ? &bn_add_bn_gradients<T, true> : &bn_add_bn_gradients<T, false>;
-    const BnTiling tiling = bn_wave(gradients, shape, main.on.device);
-    launch(gradients, dim3(unsigned(tiling.blocks)), kBnThreads, 0, main.on.stream, g, main.data<T>(), other.data<T>(),
-           bits, main.params<A>(), other.params<A>(), at(dweight), at(dresidual_weight), at(dbias), inv_count, shape,
-           tiling, to, other_to);
+    bn_add_bn_backward_run(static_cast<const T*>(given), main.on_device<T>(second), main.data<T>(), other.data<T>(),
+                           bits, main.params<A>(), other.params<A>(), training ? main.values : 0, main.shape,
+                           main.on.device, at(partial), at(other_partial), at(dweight), at(dresidual_weight), at(dbias),
+                           at(zeros), static_cast<T*>(dx.mutable_data_ptr()),
+                           static_cast<T*>(dresidual.mutable_data_ptr()), main.on.stream);
   });
   return {dx, dresidual, dweight, dresidual_weight, dbias};
 }

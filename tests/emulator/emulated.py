@@ -37,7 +37,7 @@ from fasttricks import backends
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-OPS = ("bn_relu", "bn_add_bn_relu", "sgd", "avgpool_conv1x1")
+OPS = ("bn_relu", "bn_add_relu_pool", "bn_add_bn_relu", "sgd", "avgpool_conv1x1")
 
 # under the sanitizers avgpool_conv1x1 takes several launches above 1400 pixels, which leaves the forward product of the
 # larger case enough tiles for blocks that go through several; elsewhere only above 2^31
@@ -128,7 +128,7 @@ def python_headers() -> list[Path]:
     return [python, Path(pybind11.get_include())]
 
 
-PLANS = Build("plans", ops=(), sources=tuple(HERE / f"{op}_plan.cpp" for op in ("bn_relu", "sgd", "avgpool_conv1x1")))
+PLANS = Build("plans", ops=(), sources=tuple(HERE / f"{op}_plan.cpp" for op in OPS))
 
 
 @functools.cache

@@ -101,6 +101,20 @@ BUDGETS: dict[str, Budget] = {
     ),
     r"bn_add_bn_gradients<(Half|BFloat16|float), false>": Budget(256, registers=128, blocks=2, shared=10_752),
     r"bn_add_bn_gradients<double, (true|false)>": Budget(256, registers=255, blocks=1, shared=21_504),
+    # y and its 2x2 means: all pixels of a window under way, or 4 vectors of memory
+    r"bn_apply_pool_pixels<(Half|BFloat16|float)>": Budget(
+        256, registers=128, blocks=2, shared=6_400, wide=("LDG", "STG"), in_flight=6
+    ),
+    r"bn_apply_pool_pixels<double>": Budget(
+        256, registers=255, blocks=1, shared=12_800, wide=("LDG", "STG"), in_flight=8
+    ),
+    r"bn_apply_pool_lines<(Half|BFloat16|float)>": Budget(
+        256, registers=80, blocks=3, shared=24_832, wide=("LDG", "STG", "STS"), in_flight=4
+    ),
+    r"bn_apply_pool_lines<double>": Budget(
+        256, registers=128, blocks=2, shared=41_216, wide=("LDG", "STG", "STS"), in_flight=8
+    ),
+    r"bn_pool_means<.*>": Budget(256, registers=48, blocks=5),
     # one launch: the dynamic part is what the planner finds free
     r"bn_(forward|backward)_slab<.*>": Budget(
         256, registers=128, blocks=2, shared=16_384, wide=("LDG", "STG", "LDS", "STS"), in_flight=4

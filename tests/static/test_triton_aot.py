@@ -26,6 +26,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from fasttricks.kernels import (  # noqa: E402
     avgpool_conv1x1,
     bn_add_bn_relu,
+    bn_add_relu_pool,
     bn_relu,
     launch,
     sgd,
@@ -50,6 +51,8 @@ REGISTERS = {
     "bn_stats_kernel": 96,
     "bn_merge_kernel": 40,
     "bn_apply_kernel": 64,
+    "bn_apply_pool_kernel": 128,
+    "bn_pool_means_kernel": 48,
     "bn_backward_reduce_kernel": 104,
     "bn_sum_kernel": 40,
     "bn_backward_apply_kernel": 80,
@@ -70,8 +73,9 @@ REGISTERS = {
 }
 # activations and parameters are read, or written, 128 bits at a time in these
 WIDE_LOADS = (
-    "bn_stats_kernel", "bn_apply_kernel", "bn_backward_reduce_kernel", "bn_backward_apply_kernel",
-    "bn_add_bn_apply_kernel", "bn_add_bn_backward_reduce_kernel", "bn_add_bn_backward_apply_kernel",
+    "bn_stats_kernel", "bn_apply_kernel", "bn_apply_pool_kernel", "bn_backward_reduce_kernel",
+    "bn_backward_apply_kernel", "bn_add_bn_apply_kernel", "bn_add_bn_backward_reduce_kernel",
+    "bn_add_bn_backward_apply_kernel",
     "sgd_check_kernel", "sgd_step_kernel", "avgpool_conv1x1_forward_kernel", "avgpool_conv1x1_input_kernel",
     "avgpool_conv1x1_weight_kernel", "avgpool_conv1x1_bias_kernel",
 )  # fmt: skip
@@ -100,6 +104,13 @@ def bn_launches(dtype: torch.dtype, layout: torch.memory_format, shape: tuple[in
     bn_relu.bn_relu_forward(x, w, b, EPS)
     mask = bn_relu.bn_add_relu_forward(x, x, w, b, EPS)[3]
     bn_relu.bn_relu_apply(x, w, b, mean, var, EPS)
+    # the means with y, and in a pass of their own
+    for each in (
+        x,
+        meta((*shape[:2], 8, 8), dtype, layout),
+        meta((*shape[:2], 12, 12), dtype, torch.contiguous_format),
+    ):
+        bn_add_relu_pool.bn_add_relu_pool_forward(each, each, w, b, EPS, None, None, None, None, True)
     bn_relu.bn_relu_backward(x, x, None, w, b, mean, var, EPS, True, False)
     bn_relu.bn_relu_backward(x, x, mask, w, b, mean, var, EPS, True, True)
     bn_add_bn_relu.bn_add_bn_relu_forward(x, x, w, b, w, b, EPS, EPS)

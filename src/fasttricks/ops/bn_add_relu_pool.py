@@ -183,5 +183,4 @@ def register(namespace: str) -> None:
 
 
 for loaded in loaded_namespaces():
-    if hasattr(getattr(torch.ops, loaded), "bn_add_relu_pool_forward"):
-        register(loaded)
+    register(loaded)
