@@ -188,7 +188,7 @@ def test_bytes_are_the_formulas(card: str, of_resnet: dict[str, list[predict.Row
         once, pooled = any("slab" in launch.kernel for launch in row.launches), n / 4 if "pool" in row.op else 0
         if row.op.startswith("bn_add_bn_relu"):
             two, forward = row.op.endswith("dy2"), row.op.endswith("forward")
-            assert len(row.launches) == (7 if forward else 4)
+            assert len(row.launches) == (7 if forward else 3)
             assert row.bytes == (5 * n + mask if forward else 10 * n + mask if two else 8 * n + 2 * mask)
             continue
         assert len(row.launches) == (1 if once else 3) + row.op.endswith("forward")
