@@ -253,7 +253,7 @@ class Machine:
             "bn_add_bn_apply": 3 * x + mask,
             "bn_add_bn_reduce": 3 * x + mask + more,
             "bn_add_bn_gradients": 5 * x + (0.0 if second else mask),
-            **dict.fromkeys(("bn_finalize_stats", "bn_finalize_backward", "bn_update_stats"), 0.0),
+            **dict.fromkeys(("bn_finalize_stats", "bn_add_bn_finalize", "bn_update_stats"), 0.0),
         }
 
         def work(kernel: str) -> Work:

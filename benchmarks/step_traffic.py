@@ -151,7 +151,7 @@ class Metered:
             return [forward, backward]
 
         forward, backward = self.of_batch(shape, bytes_of)
-        return Cost(forward, 7), Cost(backward, 4)
+        return Cost(forward, 7), Cost(backward, 3)
 
     @functools.cache  # noqa: B019
     def avgpool_conv1x1(self, shape: tuple[int, ...]) -> Passes:

@@ -12,7 +12,7 @@ def launches(row: Row) -> tuple[int, ...]:
     if row.op.startswith("bn"):
         one_pass = row.backend == "cuda"  # if the tensor fits in shared memory
         if row.op.startswith("bn_add_bn_relu"):
-            return (5,) if "backward" not in row.op else (4,) if one_pass else (3,)
+            return (3,) if "backward" in row.op else (5,)
         if "pool" in row.op and "dy2" not in row.op:
             several = not row.bounded  # the means in a launch of their own
             return (1 + several,) if "evaluation" in row.op else (3 + several,)

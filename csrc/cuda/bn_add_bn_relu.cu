@@ -66,7 +66,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bn_add_bn_relu_backward(
   Tensor dweight = main.new_per_channel(), dresidual_weight = main.new_per_channel(), dbias = main.new_per_channel();
   Tensor dx = main.new_like_x(), dresidual = main.new_like_x();
   if (main.empty()) return {dx, dresidual, dweight, dresidual_weight, dbias};
-  Tensor partial = main.new_partial(), other_partial = main.new_partial(), zeros = main.new_per_channel();
+  Tensor partial = main.new_partial(), other_partial = main.new_partial();
   with_type(main.x.scalar_type(), [&](auto of) {
     using T = decltype(of);
     using A = acc_t<T>;
@@ -74,8 +74,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bn_add_bn_relu_backward(
     bn_add_bn_backward_run(static_cast<const T*>(given), main.on_device<T>(second), main.data<T>(), other.data<T>(),
                            bits, main.params<A>(), other.params<A>(), training ? main.values : 0, main.shape,
                            main.on.device, at(partial), at(other_partial), at(dweight), at(dresidual_weight), at(dbias),
-                           at(zeros), static_cast<T*>(dx.mutable_data_ptr()),
-                           static_cast<T*>(dresidual.mutable_data_ptr()), main.on.stream);
+                           static_cast<T*>(dx.mutable_data_ptr()), static_cast<T*>(dresidual.mutable_data_ptr()),
+                           main.on.stream);
   });
   return {dx, dresidual, dweight, dresidual_weight, dbias};
 }

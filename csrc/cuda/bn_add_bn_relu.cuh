@@ -87,6 +87,31 @@ __global__ void __launch_bounds__(kBnThreads, kBnBlocksOf<T, kVector, 2>)
   }
 }
 
+// dbias = sum dz, of both; dweight and dresidual_weight as in bn_finalize_backward. One warp per channel.
+template <typename A>
+__global__ void __launch_bounds__(kBnThreads)
+    bn_add_bn_finalize(const A* __restrict__ partial, const A* __restrict__ other_partial, BnShape s, BnTiling t,
+                       BnParams<A> p, BnParams<A> q, A* __restrict__ dweight, A* __restrict__ dresidual_weight,
+                       A* __restrict__ dbias) {
+  const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
+  const int c = int(blockIdx.x) * (kBnThreads / 32) + warp;
+  if (c >= s.channels) return;
+  const ChannelParts parts(s, t, c);
+  A sum_dz = 0, sum_dz_x = 0, sum_dz_z = 0;
+  parts.for_each(partial, lane, [&](int64_t, const A(&pair)[2]) {
+    sum_dz += pair[0];
+    sum_dz_x += pair[1];
+  });
+  parts.for_each(other_partial, lane, [&](int64_t, const A(&pair)[2]) { sum_dz_z += pair[1]; });
+  sum_dz = sum_over_lanes<32>(sum_dz);
+  sum_dz_x = sum_over_lanes<32>(sum_dz_x);
+  sum_dz_z = sum_over_lanes<32>(sum_dz_z);
+  if (lane != 0) return;
+  store(dbias + c, sum_dz);
+  store(dweight + c, sum_dz_x * bn_rstd(load(p.var + c), p.eps));
+  store(dresidual_weight + c, sum_dz_z * bn_rstd(load(q.var + c), q.eps));
+}
+
 // dx and dresidual, each as in bn_backward_apply: dz is read once for both. mask null: dy is dz already, and may lie
 // where dresidual goes: a thread writes what it alone has read.
 template <typename T, bool kVector>

@@ -19,13 +19,13 @@ void bn_add_bn_apply_run(const T* x, const T* residual, const BnParams<acc_t<T>>
 }
 
 // One reduction for all sums, then dx and dresidual in one pass. count: values of a channel; 0 where the statistics are
-// constants. Each partial has bn_most_partials(...) values; zeros: workspace of a number per channel.
+// constants. Each partial has bn_most_partials(...) values.
 template <typename T>
 void bn_add_bn_backward_run(const T* dy, const BnSecondGradient<T>& extra, const T* x, const T* residual,
                             const uint8_t* mask, const BnParams<acc_t<T>>& p, const BnParams<acc_t<T>>& q,
                             int64_t count, const BnShape& s, const Device& d, acc_t<T>* partial,
                             acc_t<T>* other_partial, acc_t<T>* dweight, acc_t<T>* dresidual_weight, acc_t<T>* dbias,
-                            acc_t<T>* zeros, T* dx, T* dresidual, cudaStream_t stream) {
+                            T* dx, T* dresidual, cudaStream_t stream) {
   using A = acc_t<T>;
   // dz may be where dresidual will be: every element is read before its gradient is written
   T* const dz = extra.data ? dresidual : nullptr;
@@ -34,8 +34,9 @@ void bn_add_bn_backward_run(const T* dy, const BnSecondGradient<T>& extra, const
   const BnTiling t = bn_wave(reduce, s, d);
   launch(reduce, dim3(unsigned(t.blocks)), kBnThreads, 0, stream, dy, extra, x, residual, mask, p, q, s, t, partial,
          other_partial, dz);
-  bn_finalize_backward_run<A>(other_partial, s, t, q, dresidual_weight, zeros, stream);
-  bn_finalize_backward_run<A>(partial, s, t, p, dweight, dbias, stream);
+  launch(&bn_add_bn_finalize<A>, dim3(unsigned(ceil_div(s.channels, kBnThreads / 32))), kBnThreads, 0, stream,
+         static_cast<const A*>(partial), static_cast<const A*>(other_partial), s, t, p, q, dweight, dresidual_weight,
+         dbias);
   if (dz) dy = dz, mask = nullptr;
   const A inv_count = count ? A(1) / A(count) : A(0);
   const bool wide = bn_vectors_fit(s) && aligned16({dy, x, residual, dx, dresidual});

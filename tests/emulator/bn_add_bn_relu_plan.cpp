@@ -35,8 +35,7 @@ std::vector<emu::Launch> backward_launches(const BnShape& s, const Device& devic
       if (second) extra.data = somewhere<T>();
       bn_add_bn_backward_run<T>(somewhere<T>(), extra, somewhere<T>(), somewhere<T>(), somewhere<uint8_t>(),
                                 params<A>(), params<A>(), 1, s, device, somewhere<A>(), somewhere<A>(), somewhere<A>(),
-                                somewhere<A>(), somewhere<A>(), somewhere<A>(), somewhere<T>(), somewhere<T>(),
-                                nullptr);
+                                somewhere<A>(), somewhere<A>(), somewhere<T>(), somewhere<T>(), nullptr);
     });
   });
 }

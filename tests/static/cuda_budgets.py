@@ -122,7 +122,7 @@ BUDGETS: dict[str, Budget] = {
     r"bn_backward_slab_two<.*>": Budget(
         256, registers=128, blocks=2, shared=16_384, wide=("LDG", "STG", "LDS", "STS"), in_flight=4
     ),
-    r"bn_finalize_(stats|backward)<.*>": Budget(256, registers=80, blocks=3),
+    r"bn_(add_bn_finalize|finalize_(stats|backward))<.*>": Budget(256, registers=80, blocks=3),
     r"bn_update_stats<512>": Budget(512, registers=64, blocks=2),
     # sgd. A block's scalars and the partial sums of its warps are shared
     r"sgd_step": Budget(256, registers=80, blocks=3, shared=256, wide=("LDG", "STG"), in_flight=4),
