@@ -15,7 +15,7 @@ template <typename T>
 constexpr int kAvgPoolVector = AvgPoolTile<sizeof(T)>::kVector;
 
 // Vectors as they were loaded. Those of 16-bit values are taken apart when they are settled, not before: of arrays of
-// 16-bit values the compiler makes moves right behind the loads, which wait for them.
+// 16-bit values the compiler makes moves right after the loads, which wait for them.
 template <typename T, int kCount>
 struct AvgPoolRaw {
   using Vector = std::conditional_t<sizeof(T) == 2, uint4[1], T[kAvgPoolVector<T>]>;

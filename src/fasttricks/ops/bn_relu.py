@@ -108,7 +108,7 @@ def bn_add_relu(
             than x both are cast to the dtype that torch promotes them to, which is then that of y; gradients have the
             dtype of their tensor.
         pool: whether to return (y, pooled): pooled (N, C, H', W') are the means of the 2x2 windows of y, computed while
-            y is written. A shortcut of ResNet-D (He et al. 2019, section 4.2) behind y is then a 1x1 convolution of
+            y is written. A shortcut of ResNet-D (He et al. 2019, section 4.2) that reads y is then a 1x1 convolution of
             pooled, and the gradient of pooled is spread while the backward pass reads it. x must be (N, C, H, W).
         ceil_mode: of the pool, with odd H or W: True keeps the window that overhangs the edge and takes the mean of its
             pixels inside (H' = ceil(H / 2)); False drops the last row or column (floor(H / 2)).

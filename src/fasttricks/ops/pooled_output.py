@@ -50,7 +50,7 @@ def taken(y: torch.Tensor, ceil_mode: bool, weight: torch.Tensor) -> torch.Tenso
 
 
 class _Means(torch.autograd.Function):
-    """The means as a function of y. weight: that of the convolution behind, by which `receiver` knows the call."""
+    """The means as a function of y. weight: that of the convolution after it, by which `receiver` knows the call."""
 
     @staticmethod
     def forward(ctx: Any, y: torch.Tensor, means: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
