@@ -35,7 +35,8 @@ def test_ops_move_what_their_formulas_say(ops: Metered) -> None:
         forward, backward = metered(layer, ops)
         assert forward.bytes == pytest.approx((reads[0] + 1) * layer.bytes + add + mask, rel=0.02)
         assert backward.bytes == pytest.approx((2 * reads[1] + 1) * layer.bytes + add + reads[1] * mask, rel=0.02)
-        assert (forward.launches, backward.launches) == tuple(1 if share else 3 for share in kept)
+        # also that of the running statistics
+        assert (forward.launches, backward.launches) == (2 if kept[0] else 4, 1 if kept[1] else 3)
         checked.add(tuple("all" if share == 1 else "part" if share else "none" for share in kept))
     assert checked == {("all", "all"), ("all", "part"), ("part", "part")}, "all variants are in it"
 
@@ -53,8 +54,8 @@ def test_a_second_gradient_keeps_as_much(ops: Metered) -> None:
 def test_bytes_of_a_step(made: dict[str, Step]) -> None:
     """The goal of ops along the residual is 55% of eager's bytes."""
     share = {side: step.bytes / made["eager"].bytes for side, step in made.items()}
-    assert share["each op by itself"] <= 0.69
-    assert share["along the residual"] <= 0.58
+    assert share["each op by itself"] <= 0.67
+    assert share["along the residual"] <= 0.56
     assert share["and what is not there yet"] <= 0.55
     normalised = sum(layer.bytes for layer in layers(BATCH) if layer.kind.startswith("bn"))
     assert 13 * normalised < made["eager"].bytes < 16 * normalised + 3e9
@@ -84,10 +85,10 @@ def test_every_layer_moves_less_along_the_residual(ops: Metered) -> None:
             moved = sum(cost.bytes for cost in passes(layer, ops))
             of_kind[layer.kind] = of_kind.get(layer.kind, 0.0) + moved
         shares.append(of_kind)
-    alone, along, on_chip = shares
-    assert along["bn_relu"] == alone["bn_relu"] > on_chip["bn_relu"]
+    alone, along, to_come = shares
+    assert along["bn_relu"] == alone["bn_relu"] == to_come["bn_relu"]
     for kind in ("bn", "fork", "pool"):
-        assert on_chip[kind] <= along[kind] < alone[kind]
+        assert to_come[kind] <= along[kind] < alone[kind]
     joined = ("bn_add_relu", "bn", "fork")
     assert sum(along[kind] for kind in joined) < 0.8 * sum(alone[kind] for kind in joined)
 

@@ -111,9 +111,10 @@ inline BnSlabPlan bn_slab_plan(const BnShape& s, int64_t max_blocks, int element
 }
 
 // Whether one launch that keeps a part is taken. It saves the bytes of that part and two launches; it has 32 KB of
-// loads per multiprocessor in flight, where three launches have 48 to 64 KB. By Little's law an H100 needs about 18 KB
-// (3.35 TB/s, 700 ns, 132 multiprocessors), so that both stream at full speed. Below a 32nd of the tensors the saving
-// is at most 1.3% of a pass, less than what this estimate is good for. Predicted: no card has run it.
+// loads per multiprocessor in flight, where three launches have 48 to 64 KB. By Little's law, at 700 ns, an H100 needs
+// 18 KB (3.35 TB/s, 132 multiprocessors), so that both stream at full speed; a B200 needs 38 KB (8 TB/s, 148). Below a
+// 32nd of the tensors the saving is at most 1.3% of a pass, less than what this estimate is good for. Predicted: no
+// card has run it.
 inline bool bn_slab_saves(const BnSlabPlan& plan) { return plan.kept_rows * int64_t{32} >= plan.rows; }
 
 }  // namespace fasttricks::cuda
