@@ -75,7 +75,7 @@ class Metered:
 
     def kept(self, shape: tuple[int, ...], residual: bool, two: bool = False) -> list[float]:
         """The shares of x that the forward pass keeps on the chip, and of x and dz that the backward pass keeps."""
-        planned = self.machine.bn_launches(shape, residual, two=two)
+        planned = self.machine.bn_launches(shape, residual, second="full" if two else "")
         size = ELEMENT * math.prod(shape)
         return [
             self.machine.kept(launches, shape, arrays) / (arrays * size)
@@ -127,7 +127,8 @@ class Metered:
     @functools.cache  # noqa: B019
     def bn_with_second_gradient(self, shape: tuple[int, ...], pooled: bool) -> Cost:
         """The backward pass of bn_add_relu."""
-        planned, kept = self.machine.bn_launches(shape, True, two=True)[1], self.kept(shape, True, two=True)[1]
+        planned = self.machine.bn_launches(shape, True, second="pooled" if pooled else "full")[1]
+        kept = self.kept(shape, True, two=True)[1]
 
         def bytes_of(batch: int) -> list[int]:
             x, z, dy, second = inputs(batch, shape, pooled)
