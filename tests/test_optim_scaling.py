@@ -126,7 +126,7 @@ def test_unscaled_half_gradients_are_on_the_masters() -> None:
     torch.testing.assert_close(masters[0], 1 - expected, rtol=0, atol=0)
     assert masters[0].grad is None
     other = torch.optim.SGD([p], lr=1.0)
-    with pytest.raises(ValueError, match="fp16 or bf16 gradients"):
+    with pytest.raises(ValueError, match="half gradients of SGD; accepted: those of FusedSGD"):
         LossScaler().unscale_(other)
 
 
