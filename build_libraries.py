@@ -201,29 +201,16 @@ def find_cuda(torch: Torch) -> Cuda | str:
     return reason
 
 
-def _targets(archs: tuple[str, ...]) -> list[str]:
-    """nvcc's options: code for each architecture, made from the PTX of the oldest one, and that PTX for "+PTX".
-
-    The source is the same for all of them, so that it need not be compiled once for each. Those with a letter (9.0a)
-    accept no other's PTX.
-    """
-    numbers = {arch: arch.removesuffix("+PTX").replace(".", "") for arch in archs}
-    groups: dict[str, list[str]] = {}
-    oldest = min((n for n in numbers.values() if n.isdigit()), key=int, default="")
-    for arch, number in numbers.items():
-        codes = groups.setdefault(oldest if number.isdigit() else number, [])
-        codes.append(f"sm_{number}")
-        if arch.endswith("+PTX"):
-            codes.append(f"compute_{oldest if number.isdigit() else number}")
-    options = (f"arch=compute_{number},code=[{','.join(codes)}]" for number, codes in groups.items())
-    return [part for option in options for part in ("-gencode", option)]
-
-
 def cuda_steps(torch: Torch, cuda: Cuda, objects: Path, library: Path, debug: bool) -> list[Step]:
     nvcc = [str(cuda.nvcc)]
     if chosen := os.environ.get("CXX"):
         nvcc += ["-ccbin", shlex.split(chosen)[0]]
-    targets = _targets(cuda.archs)
+    targets: list[str] = []
+    for arch in cuda.archs:
+        number = arch.removesuffix("+PTX").replace(".", "")
+        targets += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
+        if arch.endswith("+PTX"):
+            targets += ["-gencode", f"arch=compute_{number},code=compute_{number}"]
     common = [
         *nvcc,
         *targets,
