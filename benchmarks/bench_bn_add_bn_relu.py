@@ -10,7 +10,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from bench_bn_relu import ADD_SHAPES, LAYOUTS, compare
+from bench_bn_relu import ROUNDS, draw, formula
+from shapes import RESNET50_ENDS
+from sides import LAYOUTS, compare
 from torch import nn
 
 from fasttricks.nn import BatchNormAddReLU2d
@@ -41,8 +43,8 @@ class Eager(nn.Module):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("c", "size"), ADD_SHAPES)
+@pytest.mark.parametrize(("c", "size"), RESNET50_ENDS)
 def test_bn_add_bn_relu(benchmark, c: int, size: int, layout: str) -> None:
     torch._dynamo.reset()
     peers = {"eager": Eager(c), "compiled": torch.compile(Eager(c)), "apart": Ours(c, apart=True)}
-    compare(benchmark, Ours(c), peers, 2, c, size, layout, 13)
+    compare(benchmark, Ours(c), peers, lambda: draw(2, c, size, layout), ROUNDS, formula(13, c, size))

@@ -1,30 +1,35 @@
-"""bn_relu against eager relu(bn(x)) and torch.compile of it, bn_add_relu against relu(bn(x) + r): float32, batch 32.
+"""bn_relu against eager relu(bn(x)) and torch.compile of it, bn_add_relu against relu(bn(x) + r), on a CPU.
 
-    pytest benchmarks/bench_bn_relu.py --benchmark-only -s
+    pytest benchmarks/bench_bn_relu.py --benchmark-only -s -m "not more"
 
-The shapes are those of ResNet-50's BatchNorms. All sides run in turn in one process, so that ratios compare equal
-conditions. Prints the best round, the ratios, and the bytes of the formula (forward 3N or 4N, backward 5N or 6N) per
-second.
+The shapes are those of ResNet-50's BatchNorms at batch 32 in float32; marked `more`: MobileNet, Inception-V3 and
+DenseNet-121, batches of 1, 8 and 32, and bfloat16. Bytes of the formula: forward 3 N or 4 N, backward 5 N or 6 N.
 """
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
+from shapes import OTHERS, RESNET50, RESNET50_ENDS
+from sides import LAYOUTS, Inputs, compare
 from torch import nn
 
 from fasttricks.nn import BatchNormAddReLU2d, BatchNormReLU2d
 
-THREADS, BATCH, ROUNDS = 2, 32, 7
-RELU_SHAPES = ((64, 112), (64, 56), (128, 56), (128, 28), (256, 28), (256, 14), (512, 14), (512, 7))
-ADD_SHAPES = ((256, 56), (512, 28), (1024, 14), (2048, 7))
-LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
+BATCH, ROUNDS = 32, 7
 ratios: dict[str, dict[str, float]] = {"eager": {}, "compiled": {}, "eager, add": {}, "compiled, add": {}}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+MORE = [
+    (name, c, size, batch, dtype)
+    for name, shapes in {"ResNet-50": RESNET50, **OTHERS}.items()
+    for c, size in shapes
+    for batch in (1, 8, 32)
+    for dtype in DTYPES
+    if name != "ResNet-50" or batch != BATCH or dtype != "float32"
+]
 
 
 class Eager(nn.BatchNorm2d):
@@ -33,73 +38,38 @@ class Eager(nn.BatchNorm2d):
         return F.relu(y if residual is None else y + residual, inplace=True)
 
 
-def step(module: Callable[..., torch.Tensor], inputs: list[torch.Tensor], dy: torch.Tensor) -> None:
-    y = module(*inputs)
-    torch.autograd.grad(y, inputs, dy)
-
-
-def compare(
-    benchmark,
-    ours: nn.Module,
-    peers: dict[str, nn.Module],
-    arguments: int,
-    c: int,
-    size: int,
-    layout: str,
-    tensors: int,
-) -> dict[str, float]:
-    """How many times as long each peer takes; tensors: how many activations the formula of bytes moves."""
-    torch.set_num_threads(THREADS)
-
-    def dense() -> torch.Tensor:
-        return torch.randn(BATCH, c, size, size).contiguous(memory_format=LAYOUTS[layout])
-
-    inputs = [dense().requires_grad_() for _ in range(arguments)]
-    dy = dense()
-    for module in (ours, *peers.values()):
-        step(module, inputs, dy)
-    times: dict[str, list[float]] = {name: [] for name in peers}
-
-    def peers_round() -> tuple[tuple, dict]:
-        for name, module in peers.items():
-            step(module, inputs, dy)  # not timed: each timed step then finds the caches as its own side left them
-            start = time.perf_counter()
-            step(module, inputs, dy)
-            times[name].append(time.perf_counter() - start)
-        step(ours, inputs, dy)
-        return (ours, inputs, dy), {}
-
-    benchmark.pedantic(step, setup=peers_round, rounds=ROUNDS, iterations=1)
-    best = min(benchmark.stats.stats.data)
-    speed = tensors * dy.numel() * dy.element_size() / best / 1e9
-    text = (
-        f"\n{len(inputs)} x {c}x{size}x{size} {layout}: {best * 1e3:.2f} ms ({speed:.1f} GB/s of the formula's bytes)"
+def draw(
+    tensors: int, c: int, size: int, layout: str, batch: int = BATCH, dtype: torch.dtype = torch.float32
+) -> Inputs:
+    """Activations, and the gradient of one."""
+    *inputs, dy = (
+        torch.randn(batch, c, size, size, dtype=dtype).contiguous(memory_format=LAYOUTS[layout])
+        for _ in range(tensors + 1)
     )
-    found = {name: min(seen) / best for name, seen in times.items()}
-    for name, ratio in found.items():
-        benchmark.extra_info[name] = ratio
-        text += f", {name} {min(times[name]) * 1e3:.2f} ms: {ratio:.2f}x"
-    print(text)
-    return found
+    return [x.requires_grad_() for x in inputs], dy
+
+
+def formula(copies: int, c: int, size: int, batch: int = BATCH, bytes_of_element: int = 4) -> int:
+    return copies * batch * c * size * size * bytes_of_element
 
 
 def measure(benchmark, c: int, size: int, layout: str, add: bool) -> None:
     torch._dynamo.reset()
     ours = BatchNormAddReLU2d(c) if add else BatchNormReLU2d(c)
     peers = {"eager": Eager(c), "compiled": torch.compile(Eager(c))}
-    found = compare(benchmark, ours, peers, 1 + add, c, size, layout, 10 if add else 8)
-    for name, ratio in found.items():
+    moved = formula(10 if add else 8, c, size)
+    for name, ratio in compare(benchmark, ours, peers, lambda: draw(1 + add, c, size, layout), ROUNDS, moved).items():
         ratios[f"{name}, add" if add else name][f"{c}x{size}x{size} {layout}"] = ratio
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("c", "size"), RELU_SHAPES)
+@pytest.mark.parametrize(("c", "size"), RESNET50)
 def test_bn_relu(benchmark, c: int, size: int, layout: str) -> None:
     measure(benchmark, c, size, layout, add=False)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("c", "size"), ADD_SHAPES)
+@pytest.mark.parametrize(("c", "size"), RESNET50_ENDS)
 def test_bn_add_relu(benchmark, c: int, size: int, layout: str) -> None:
     measure(benchmark, c, size, layout, add=True)
 
@@ -111,3 +81,25 @@ def test_geometric_mean(benchmark, peer: str) -> None:
     mean = benchmark(lambda: math.exp(sum(map(math.log, seen.values())) / len(seen)))
     benchmark.extra_info["geometric_mean"] = mean
     print(f"\ngeometric mean over {len(seen)} cases: {mean:.2f}x {peer}")
+
+
+@pytest.mark.more
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("network", "c", "size", "batch", "dtype"), MORE)
+def test_network(benchmark, network: str, c: int, size: int, batch: int, dtype: str, layout: str) -> None:
+    kind = DTYPES[dtype]
+    ours, eager = BatchNormReLU2d(c), Eager(c)
+    moved = formula(8, c, size, batch, kind.itemsize)
+    compare(benchmark, ours, {"eager": eager}, lambda: draw(1, c, size, layout, batch, kind), ROUNDS, moved)
+
+
+@pytest.mark.more
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch", [1, 8, 32])
+@pytest.mark.parametrize(("c", "size"), RESNET50_ENDS)
+def test_block_end(benchmark, c: int, size: int, batch: int, dtype: str, layout: str) -> None:
+    kind = DTYPES[dtype]
+    ours, eager = BatchNormAddReLU2d(c), Eager(c)
+    moved = formula(10, c, size, batch, kind.itemsize)
+    compare(benchmark, ours, {"eager": eager}, lambda: draw(2, c, size, layout, batch, kind), ROUNDS, moved)

@@ -5,10 +5,10 @@
     python benchmarks/report.py --runs RUN...            the same, after storing the curves of runs in digits.json
     python benchmarks/report.py --ablations RUN...       the same, after storing ablations in ablations.json
 
-A condensed file has for each case the best time in milliseconds and the figures that the case recorded (ratios to its
-peers, bytes or FLOP per second), and for the machine the processor, the cores and torch's version. A table is the text
-between ``<!-- NAME -->`` and ``<!-- /NAME -->`` in a page. A picture contains the digest of the file that it was drawn
-from. tests/test_docs.py checks that both are up to date.
+A condensed file has for each case the best and the median time in milliseconds and the figures that the case recorded
+(ratios to its peers, bytes or FLOP per second: see sides.py), and for the machine the processor, the cores and torch's
+version. A table is the text between ``<!-- NAME -->`` and ``<!-- /NAME -->`` in a page. A picture contains the digest
+of the file that it was drawn from. tests/test_docs.py checks that both are up to date.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ def condense(raw: dict) -> dict:
     cases = {
         case["fullname"].removeprefix("benchmarks/"): {
             "best_ms": round(case["stats"]["min"] * 1e3, 4),
+            "median_ms": round(case["stats"]["median"] * 1e3, 4),
             **{name: round(value, 4) for name, value in case["extra_info"].items()},
         }
         for case in raw["benchmarks"]
@@ -96,7 +97,7 @@ def comparisons(cases: dict[str, dict[str, float]]) -> list[Comparison]:
 
     def of(test: str, figure: str) -> dict[str, float]:
         found = {
-            match[1]: figures[figure]
+            match[1]: figures[figure] if figure in figures else figures["ratio"]
             for name, figures in cases.items()
             if (match := re.fullmatch(rf"{re.escape(test)}\[(.+)\]", name))
         }
@@ -117,7 +118,7 @@ def comparisons(cases: dict[str, dict[str, float]]) -> list[Comparison]:
         Comparison(
             "avgpool_conv1x1",
             "eager `conv2d(avg_pool2d(x))`",
-            of("bench_avgpool_conv1x1.py::test_forward_backward", "ratio"),
+            of("bench_avgpool_conv1x1.py::test_forward_backward", "eager"),
         ),
         Comparison(
             "FusedSGD, LossScaler, fp16",
