@@ -157,7 +157,7 @@ def test_bank_conflicts(shape: tuple[int, ...], second: str, layout: torch.memor
 
 # ---- other builds ----
 
-BUILD = ("bn_relu", "bn_add_bn_relu")
+BUILD = ("bn_relu", "bn_add_bn_relu")  # bn_relu.cu defines what the calls of both share
 
 
 @pytest.mark.parametrize("kind", ["plain", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("asan", "tsan"))])
