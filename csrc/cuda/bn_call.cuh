@@ -82,17 +82,8 @@ struct Call : BnCall {
     return torch::stable::new_empty(x, {bn_most_partials(shape, on.device.sm_count)}, statistics_type);
   }
 
-  // The following are defined in bn_relu.cu, the only source that compiles their kernels.
-
-  // Computes y, mean, var and, with a residual, the mask.
-  std::tuple<Tensor, Tensor, Tensor, Tensor> launch_forward(const MaybeTensor& residual, BnRunningStatistics running);
+  // Mean and biased variance of x. Defined in bn_relu.cu, the only source that compiles their kernels.
   std::tuple<Tensor, Tensor> launch_stats();
-  // Computes y from given statistics and, with a residual, the mask.
-  std::tuple<Tensor, Tensor> launch_apply(const MaybeTensor& residual);
-  std::tuple<Tensor, Tensor> launch_backward_reduce(const void* dy, const uint8_t* bits);
-  // Computes dx and dresidual from the sums. count: values per channel over all replicas; 0 for constant statistics.
-  std::tuple<Tensor, Tensor> launch_backward_apply(const void* dy, const uint8_t* bits, const void* dweight,
-                                                   const void* dbias, int64_t count, bool need_dresidual);
 };
 
 }  // namespace fasttricks::cuda::ops

@@ -24,32 +24,6 @@ void move_statistics(BnRunningStatistics& running, const Tensor& mean, const Ten
   if (channels || update.batches) bn_update_stats_run(update, channels, stream);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> Call::launch_forward(const MaybeTensor& residual,
-                                                                BnRunningStatistics running) {
-  const void* z = residual.has_value() ? like_x("residual", *residual) : nullptr;
-  running.check(*this);
-  check_several_values(*this);
-  Tensor mean = new_per_channel(), var = new_per_channel();
-  mean_data = mean.const_data_ptr();
-  var_data = var.const_data_ptr();
-  Tensor y = new_like_x(), mask = torch::stable::new_empty(x, {z ? mask_bytes() : 0}, ScalarType::Byte);
-  if (empty()) {
-    move_statistics(running, mean, var, nullptr, 0, on.stream);
-    return {y, mean, var, mask};
-  }
-  Tensor partial = new_partial();
-  with_type(x.scalar_type(), [&](auto t) {
-    using T = decltype(t);
-    using A = acc_t<T>;
-    bn_forward_run(data<T>(), static_cast<const T*>(z), params<A>(), shape, on.device,
-                   static_cast<A*>(partial.mutable_data_ptr()), static_cast<A*>(mean.mutable_data_ptr()),
-                   static_cast<A*>(var.mutable_data_ptr()), static_cast<T*>(y.mutable_data_ptr()),
-                   z ? static_cast<uint8_t*>(mask.mutable_data_ptr()) : nullptr, on.stream);
-  });
-  move_statistics(running, mean, var, nullptr, values, on.stream);
-  return {y, mean, var, mask};
-}
-
 std::tuple<Tensor, Tensor> Call::launch_stats() {
   Tensor mean = new_per_channel(), var = new_per_channel();
   mean_data = mean.const_data_ptr();
@@ -64,54 +38,59 @@ std::tuple<Tensor, Tensor> Call::launch_stats() {
   return {mean, var};
 }
 
-std::tuple<Tensor, Tensor> Call::launch_apply(const MaybeTensor& residual) {
-  const void* z = residual.has_value() ? like_x("residual", *residual) : nullptr;
-  Tensor y = new_like_x(), mask = torch::stable::new_empty(x, {z ? mask_bytes() : 0}, ScalarType::Byte);
-  if (empty()) return {y, mask};
-  with_type(x.scalar_type(), [&](auto t) {
-    using T = decltype(t);
-    bn_apply_run(data<T>(), static_cast<const T*>(z), params<acc_t<T>>(), false, shape, on.device,
-                 static_cast<T*>(y.mutable_data_ptr()), z ? static_cast<uint8_t*>(mask.mutable_data_ptr()) : nullptr,
-                 on.stream);
-  });
-  return {y, mask};
-}
-
-std::tuple<Tensor, Tensor> Call::launch_backward_reduce(const void* dy, const uint8_t* bits) {
-  Tensor dweight = new_per_channel(), dbias = new_per_channel();
-  if (empty()) return {dweight, dbias};
-  Tensor partial = new_partial();
-  with_type(x.scalar_type(), [&](auto t) {
-    using T = decltype(t);
-    using A = acc_t<T>;
-    bn_backward_reduce_run(static_cast<const T*>(dy), data<T>(), bits, params<A>(), shape, on.device,
-                           static_cast<A*>(partial.mutable_data_ptr()), static_cast<A*>(dweight.mutable_data_ptr()),
-                           static_cast<A*>(dbias.mutable_data_ptr()), on.stream);
-  });
-  return {dweight, dbias};
-}
-
-std::tuple<Tensor, Tensor> Call::launch_backward_apply(const void* dy, const uint8_t* bits, const void* dweight,
-                                                       const void* dbias, int64_t count, bool need_dresidual) {
-  Tensor dx = new_like_x(), dresidual = need_dresidual ? new_like_x() : torch::stable::new_empty(x, {0});
-  if (empty()) return {dx, dresidual};
-  with_type(x.scalar_type(), [&](auto t) {
-    using T = decltype(t);
-    using A = acc_t<T>;
-    bn_backward_apply_run(static_cast<const T*>(dy), data<T>(), bits, params<A>(), static_cast<const A*>(dweight),
-                          static_cast<const A*>(dbias), count, shape, on.device, static_cast<T*>(dx.mutable_data_ptr()),
-                          need_dresidual ? static_cast<T*>(dresidual.mutable_data_ptr()) : nullptr, on.stream);
-  });
-  return {dx, dresidual};
-}
-
 namespace {
+
+// Both ops, and what they share; without a residual there is no mask.
+struct ForwardCall : Call {
+  ForwardCall(const char* op, const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias, double eps)
+      : Call(op, x, eps) {
+    affine(weight, bias);
+  }
+
+  std::tuple<Tensor, Tensor, Tensor, Tensor> launch_forward(const MaybeTensor& residual, BnRunningStatistics running) {
+    const void* z = residual.has_value() ? like_x("residual", *residual) : nullptr;
+    running.check(*this);
+    check_several_values(*this);
+    Tensor mean = new_per_channel(), var = new_per_channel();
+    mean_data = mean.const_data_ptr();
+    var_data = var.const_data_ptr();
+    Tensor y = new_like_x(), mask = torch::stable::new_empty(x, {z ? mask_bytes() : 0}, ScalarType::Byte);
+    if (empty()) {
+      move_statistics(running, mean, var, nullptr, 0, on.stream);
+      return {y, mean, var, mask};
+    }
+    Tensor partial = new_partial();
+    with_type(x.scalar_type(), [&](auto t) {
+      using T = decltype(t);
+      using A = acc_t<T>;
+      bn_forward_run(data<T>(), static_cast<const T*>(z), params<A>(), shape, on.device,
+                     static_cast<A*>(partial.mutable_data_ptr()), static_cast<A*>(mean.mutable_data_ptr()),
+                     static_cast<A*>(var.mutable_data_ptr()), static_cast<T*>(y.mutable_data_ptr()),
+                     z ? static_cast<uint8_t*>(mask.mutable_data_ptr()) : nullptr, on.stream);
+    });
+    move_statistics(running, mean, var, nullptr, values, on.stream);
+    return {y, mean, var, mask};
+  }
+
+  // From given statistics.
+  std::tuple<Tensor, Tensor> launch_apply(const MaybeTensor& residual) {
+    const void* z = residual.has_value() ? like_x("residual", *residual) : nullptr;
+    Tensor y = new_like_x(), mask = torch::stable::new_empty(x, {z ? mask_bytes() : 0}, ScalarType::Byte);
+    if (empty()) return {y, mask};
+    with_type(x.scalar_type(), [&](auto t) {
+      using T = decltype(t);
+      bn_apply_run(data<T>(), static_cast<const T*>(z), params<acc_t<T>>(), false, shape, on.device,
+                   static_cast<T*>(y.mutable_data_ptr()), z ? static_cast<uint8_t*>(mask.mutable_data_ptr()) : nullptr,
+                   on.stream);
+    });
+    return {y, mask};
+  }
+};
 
 std::tuple<Tensor, Tensor, Tensor> bn_relu_forward(Tensor x, MaybeTensor weight, MaybeTensor bias, double eps,
                                                    MaybeTensor running_mean, MaybeTensor running_var,
                                                    MaybeTensor num_batches_tracked, std::optional<double> momentum) {
-  Call call("bn_relu_forward", x, eps);
-  call.affine(weight, bias);
+  ForwardCall call("bn_relu_forward", x, weight, bias, eps);
   auto [y, mean, var, mask] =
       call.launch_forward(std::nullopt, {running_mean, running_var, num_batches_tracked, momentum});
   return {y, mean, var};
@@ -121,22 +100,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_relu_forward(Tensor x, Tensor 
                                                                MaybeTensor bias, double eps, MaybeTensor running_mean,
                                                                MaybeTensor running_var, MaybeTensor num_batches_tracked,
                                                                std::optional<double> momentum) {
-  Call call("bn_add_relu_forward", x, eps);
-  call.affine(weight, bias);
+  ForwardCall call("bn_add_relu_forward", x, weight, bias, eps);
   return call.launch_forward(residual, {running_mean, running_var, num_batches_tracked, momentum});
 }
 
 Tensor bn_relu_apply(Tensor x, MaybeTensor weight, MaybeTensor bias, Tensor mean, Tensor var, double eps) {
-  Call call("bn_relu_apply", x, eps);
-  call.affine(weight, bias);
+  ForwardCall call("bn_relu_apply", x, weight, bias, eps);
   call.statistics(mean, var);
   return std::get<0>(call.launch_apply(std::nullopt));
 }
 
 std::tuple<Tensor, Tensor> bn_add_relu_apply(Tensor x, Tensor residual, MaybeTensor weight, MaybeTensor bias,
                                              Tensor mean, Tensor var, double eps) {
-  Call call("bn_add_relu_apply", x, eps);
-  call.affine(weight, bias);
+  ForwardCall call("bn_add_relu_apply", x, weight, bias, eps);
   call.statistics(mean, var);
   return call.launch_apply(residual);
 }
@@ -153,6 +129,36 @@ struct BackwardCall : Call {
       : Call(op, x, eps), dy(like_x("dy", dy_)), bits(mask(mask_)) {
     affine(weight, bias);
     statistics(mean, var);
+  }
+
+  std::tuple<Tensor, Tensor> launch_backward_reduce() {
+    Tensor dweight = new_per_channel(), dbias = new_per_channel();
+    if (empty()) return {dweight, dbias};
+    Tensor partial = new_partial();
+    with_type(x.scalar_type(), [&](auto t) {
+      using T = decltype(t);
+      using A = acc_t<T>;
+      bn_backward_reduce_run(static_cast<const T*>(dy), data<T>(), bits, params<A>(), shape, on.device,
+                             static_cast<A*>(partial.mutable_data_ptr()), static_cast<A*>(dweight.mutable_data_ptr()),
+                             static_cast<A*>(dbias.mutable_data_ptr()), on.stream);
+    });
+    return {dweight, dbias};
+  }
+
+  // dx and dresidual from the sums. count: values per channel over all replicas; 0 for constant statistics.
+  std::tuple<Tensor, Tensor> launch_backward_apply(const void* dweight, const void* dbias, int64_t count,
+                                                   bool need_dresidual) {
+    Tensor dx = new_like_x(), dresidual = need_dresidual ? new_like_x() : torch::stable::new_empty(x, {0});
+    if (empty()) return {dx, dresidual};
+    with_type(x.scalar_type(), [&](auto t) {
+      using T = decltype(t);
+      using A = acc_t<T>;
+      bn_backward_apply_run(static_cast<const T*>(dy), data<T>(), bits, params<A>(), static_cast<const A*>(dweight),
+                            static_cast<const A*>(dbias), count, shape, on.device,
+                            static_cast<T*>(dx.mutable_data_ptr()),
+                            need_dresidual ? static_cast<T*>(dresidual.mutable_data_ptr()) : nullptr, on.stream);
+    });
+    return {dx, dresidual};
   }
 };
 
@@ -188,7 +194,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_relu_backward(Tensor dy, Tensor x,
 std::tuple<Tensor, Tensor> bn_relu_backward_reduce(Tensor dy, Tensor x, MaybeTensor mask, MaybeTensor weight,
                                                    MaybeTensor bias, Tensor mean, Tensor var, double eps) {
   BackwardCall call("bn_relu_backward_reduce", dy, x, mask, weight, bias, mean, var, eps);
-  return call.launch_backward_reduce(call.dy, call.bits);
+  return call.launch_backward_reduce();
 }
 
 std::tuple<Tensor, Tensor> bn_relu_backward_apply(Tensor dy, Tensor x, MaybeTensor mask, MaybeTensor weight,
@@ -198,7 +204,7 @@ std::tuple<Tensor, Tensor> bn_relu_backward_apply(Tensor dy, Tensor x, MaybeTens
   call.check_need_dresidual(need_dresidual, mask);
   const void* dweight_data = call.per_channel("mean_dweight", mean_dweight);
   const void* dbias_data = call.per_channel("mean_dbias", mean_dbias);
-  return call.launch_backward_apply(call.dy, call.bits, dweight_data, dbias_data, 1, need_dresidual);
+  return call.launch_backward_apply(dweight_data, dbias_data, 1, need_dresidual);
 }
 
 void bn_update_stats_(Tensor running_mean, Tensor running_var, Tensor mean, Tensor var, Tensor count,

@@ -12,25 +12,32 @@
 
 namespace fasttricks::cuda {
 
-// partial = (mean, M2) of the block's elements of each channel.
-template <typename T, bool kVector>
-__global__ void __launch_bounds__(kBnThreads, kBnBlocksOf<T, kVector, 4>)
-    bn_stats(const T* __restrict__ x, BnShape s, BnTiling t, acc_t<T>* __restrict__ partial) {
-  using A = acc_t<T>;
-  FT_SHARED(A, means, kBnThreads * kBnColumns);
-  FT_SHARED(A, m2s, kBnThreads * kBnColumns);
+// partial = (mean, M2) of the block's elements of each channel. keep(row of x) is called for each row.
+template <typename T, bool kVector, typename Keep>
+FT_DEVICE void reduce_moments(const T* __restrict__ x, const BnShape& s, const BnTiling& t,
+                              acc_t<T>* __restrict__ partial, acc_t<T>* means, acc_t<T>* m2s, Keep keep) {
 #pragma unroll 1
   for (BnTile tile(s, t); tile.more(); tile.next()) {
-    ColumnMoments<A> sums;
+    ColumnMoments<acc_t<T>> sums;
     tile.for_rows<kBnChunkOf<T>>([&](int64_t at, auto rows) {
       constexpr int kRows = decltype(rows)::value;
       T v[kRows][kBnColumns];
 #pragma unroll
       for (int u = 0; u < kRows; ++u) tile.template load<kVector>(x, at + u * tile.step(), v[u]);
+#pragma unroll
+      for (int u = 0; u < kRows; ++u) keep(v[u]);
       sums.template add<T, kRows>(v);
     });
     tile.again().store_moments(sums, means, m2s, partial);
   }
+}
+
+template <typename T, bool kVector>
+__global__ void __launch_bounds__(kBnThreads, kBnBlocksOf<T, kVector, 4>)
+    bn_stats(const T* __restrict__ x, BnShape s, BnTiling t, acc_t<T>* __restrict__ partial) {
+  FT_SHARED(acc_t<T>, means, kBnThreads * kBnColumns);
+  FT_SHARED(acc_t<T>, m2s, kBnThreads * kBnColumns);
+  reduce_moments<T, kVector>(x, s, t, partial, means, m2s, [](const T(&)[kBnColumns]) {});
 }
 
 // mean and biased variance of every channel; one warp per channel.
@@ -50,7 +57,7 @@ FT_DEVICE void keep_passing(unsigned bits, T (&g)[kBnColumns]) {
 }
 
 // partial = (sum dz, sum dz * (x - mean)) of the block's elements of each channel; dz = dy where the forward's output
-// passes. join(tile, e, row of dy, bits) may change a row before its mask is applied, or use it.
+// passes. join(tile, e, row of dy, row of x, bits) may change a row of dy before its mask is applied, or use both.
 template <typename T, bool kVector, bool kResidual, int kChunk, typename Join>
 FT_DEVICE void reduce_gradients(const T* __restrict__ dy, const T* __restrict__ x, const uint8_t* __restrict__ mask,
                                 const BnParams<acc_t<T>>& p, const BnShape& s, const BnTiling& t,
@@ -75,7 +82,7 @@ FT_DEVICE void reduce_gradients(const T* __restrict__ dy, const T* __restrict__ 
 #pragma unroll
       for (int u = 0; u < kRows; ++u) {
         if constexpr (!kResidual) bits[u] = passing<T>(v[u], mean, scale, bias);
-        join(tile, at + u * tile.step(), g[u], bits[u]);
+        join(tile, at + u * tile.step(), g[u], v[u], bits[u]);
 #pragma unroll
         for (int j = 0; j < kBnColumns; ++j) {
           const A dz = bits[u] >> j & 1 ? A(g[u][j]) : A(0);
@@ -95,7 +102,8 @@ __global__ void __launch_bounds__(kBnThreads, kBnBlocksOf<T, kVector, kResidual 
   FT_SHARED(acc_t<T>, first, kBnThreads * kBnColumns);
   FT_SHARED(acc_t<T>, second, kBnThreads * kBnColumns);
   reduce_gradients<T, kVector, kResidual, kBnGradientChunk<T, kVector, kResidual>>(
-      dy, x, mask, p, s, t, partial, first, second, [](const BnTile&, int64_t, T(&)[kBnColumns], unsigned) {});
+      dy, x, mask, p, s, t, partial, first, second,
+      [](const BnTile&, int64_t, T(&)[kBnColumns], const T(&)[kBnColumns], unsigned) {});
 }
 
 // bn_backward_reduce with two gradients of y; dz, of their sum, is also written.
@@ -108,7 +116,7 @@ __global__ void __launch_bounds__(kBnThreads, kBnBlocksOf<T, kVector, 2>)
   FT_SHARED(acc_t<T>, second, kBnThreads * kBnColumns);
   reduce_gradients<T, kVector, kResidual, kBnChunkOf<T> / 2>(
       dy, x, mask, p, s, t, partial, first, second,
-      [&](const BnTile& tile, int64_t e, T(&g)[kBnColumns], unsigned bits) {
+      [&](const BnTile& tile, int64_t e, T(&g)[kBnColumns], const T(&)[kBnColumns], unsigned bits) {
         other.template add_to<kVector>(tile, e, g);
         keep_passing(bits, g);
         tile.template store<kVector>(dz, e, g);

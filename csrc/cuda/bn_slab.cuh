@@ -84,21 +84,7 @@ __global__ void __launch_bounds__(kBnThreads, 2)
   FT_DYNAMIC_SHARED(memory);
   const BnSlab<T> slab{reinterpret_cast<uint4*>(memory), kept_rows};
   int row = 0;
-#pragma unroll 1
-  for (BnTile tile(s, t); tile.more(); tile.next()) {
-    ColumnMoments<A> sums;
-    tile.for_rows<kBnChunkOf<T>>([&](int64_t at, auto rows) {
-      constexpr int kRows = decltype(rows)::value;
-      T v[kRows][kBnColumns];
-#pragma unroll
-      for (int u = 0; u < kRows; ++u) tile.template load<true>(x, at + u * tile.step(), v[u]);
-#pragma unroll
-      for (int u = 0; u < kRows; ++u) slab.put(row + u, v[u]);
-      row += kRows;
-      sums.template add<T, kRows>(v);
-    });
-    tile.again().store_moments(sums, first, second, partial);
-  }
+  reduce_moments<T, true>(x, s, t, partial, first, second, [&](const T(&v)[kBnColumns]) { slab.put(row++, v); });
   FT_GRID_BARRIER();
   for_channels_of_grid(s, [&](int c, int lane) { finalize_moments(partial, s, t, c, lane, mean_out, var_out); });
   FT_GRID_BARRIER();
@@ -142,41 +128,16 @@ FT_DEVICE void backward_slab(const T* __restrict__ dy, const T* __restrict__ x, 
   const BnSlab<T> x_slab{reinterpret_cast<uint4*>(memory), kept_rows};
   const BnSlab<T> dz_slab{x_slab.vectors + kept_rows * BnSlab<T>::kVectors * kBnThreads, kept_rows};
   int row = 0;
-#pragma unroll 1
-  for (BnTile tile(s, t); tile.more(); tile.next()) {
-    A mean[kBnColumns], scale[kBnColumns], bias[kBnColumns];
-    tile.channel_params(p, first, mean, scale, bias);
-    A sum_dz[kBnColumns] = {}, sum_dz_x[kBnColumns] = {};
-    tile.for_rows<kBnChunkOf<T> / 2>([&](int64_t at, auto rows) {
-      constexpr int kRows = decltype(rows)::value;
-      T g[kRows][kBnColumns], v[kRows][kBnColumns];
-      unsigned bits[kRows];
-#pragma unroll
-      for (int u = 0; u < kRows; ++u) {
-        const int64_t e = at + u * tile.step();
-        tile.template load<true>(dy, e, g[u]);
-        tile.template load<true>(x, e, v[u]);
-        if constexpr (kResidual) bits[u] = tile.template load_bits<true>(mask, e);
-      }
-#pragma unroll
-      for (int u = 0; u < kRows; ++u) {
-        const int64_t e = at + u * tile.step();
-        if constexpr (!kResidual) bits[u] = passing<T>(v[u], mean, scale, bias);
-        add(tile, e, g[u]);
-        keep_passing(bits[u], g[u]);
+  reduce_gradients<T, true, kResidual, kBnChunkOf<T> / 2>(
+      dy, x, mask, p, s, t, partial, first, second,
+      [&](const BnTile& tile, int64_t e, T(&g)[kBnColumns], const T(&v)[kBnColumns], unsigned bits) {
+        add(tile, e, g);
+        keep_passing(bits, g);
         if constexpr (kTwo)
-          if (need_dz || !dz_slab.has(row)) tile.template store<true>(dz, e, g[u]);
-        dz_slab.put(row, g[u]);
-        x_slab.put(row++, v[u]);
-#pragma unroll
-        for (int j = 0; j < kBnColumns; ++j) {
-          sum_dz[j] += A(g[u][j]);
-          sum_dz_x[j] += A(g[u][j]) * (A(v[u][j]) - mean[j]);
-        }
-      }
-    });
-    tile.again().store_sums(sum_dz, sum_dz_x, first, second, partial);
-  }
+          if (need_dz || !dz_slab.has(row)) tile.template store<true>(dz, e, g);
+        dz_slab.put(row, g);
+        x_slab.put(row++, v);
+      });
   FT_GRID_BARRIER();
   for_channels_of_grid(s,
                        [&](int c, int lane) { finalize_sums(partial, s, t, c, lane, p.var, p.eps, dweight, dbias); });
