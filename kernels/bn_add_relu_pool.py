@@ -17,11 +17,9 @@ from .bn_relu import (
     APPLY_GROUPS,
     WARPS,
     apply,
-    dense,
+    apply_tensors,
     empty_like_x,
-    in_sums_dtype,
     laid_out,
-    like_x,
     statistics,
     update_running,
 )
@@ -53,17 +51,8 @@ def _apply_pool(
     mask = torch.empty(x.numel() // 8, dtype=torch.uint8, device=x.device)
     units = (c if nhwc else width) // 8
     groups = n * cdiv(height, 2) * units * (cdiv(width, 2) if nhwc else c)
-    tensors = {
-        "x": x,
-        "residual": like_x(residual, layout),
-        "weight": dense(weight),
-        "bias": dense(bias),
-        "mean": in_sums_dtype(mean, x),
-        "var": in_sums_dtype(var, x),
-        "y": y,
-        "mask": mask,
-        "pooled": pooled,
-    }
+    read = apply_tensors(x, layout, residual, weight, bias, mean, var)
+    tensors = {**read, "y": y, "mask": mask, "pooled": pooled}
     arguments = {**tensors, "groups": groups, "units": units, "channels": c, **sizes}
     constants = {"EPS": eps, "NHWC": nhwc, "SKIP": skip and weight is not None, "WIDE": wide, "GROUPS": APPLY_GROUPS}
     launching.launch(kernels.bn_apply_pool_kernel, (cdiv(groups, APPLY_GROUPS),), arguments, constants, WARPS)

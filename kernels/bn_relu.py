@@ -165,6 +165,21 @@ def statistics(x: Tensor, layout: torch.memory_format) -> tuple[Tensor, Tensor]:
     return mean, var
 
 
+def apply_tensors(
+    x: Tensor, layout: torch.memory_format, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    mean: Tensor, var: Tensor,
+) -> dict[str, Tensor | None]:  # fmt: skip
+    """What a kernel that writes y reads, by the names of its arguments."""
+    return {
+        "x": x,
+        "residual": None if residual is None else like_x(residual, layout),
+        "weight": dense(weight),
+        "bias": dense(bias),
+        "mean": in_sums_dtype(mean, x),
+        "var": in_sums_dtype(var, x),
+    }
+
+
 def apply(
     x: Tensor, layout: torch.memory_format, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
     mean: Tensor, var: Tensor, eps: float, skip: bool,
@@ -174,16 +189,7 @@ def apply(
     if x.numel() == 0:
         return y, mask
     grid, arguments, constants = Shape.of(x, layout).elementwise(launching.programs(x.device))
-    tensors = {
-        "x": x,
-        "residual": None if residual is None else like_x(residual, layout),
-        "weight": dense(weight),
-        "bias": dense(bias),
-        "mean": in_sums_dtype(mean, x),
-        "var": in_sums_dtype(var, x),
-        "y": y,
-        "mask": mask,
-    }
+    tensors = {**apply_tensors(x, layout, residual, weight, bias, mean, var), "y": y, "mask": mask}
     constants = {**constants, "EPS": eps, "SKIP": skip and weight is not None}
     launching.launch(kernels.bn_apply_kernel, grid, {**tensors, **arguments}, constants, WARPS)
     return y, mask

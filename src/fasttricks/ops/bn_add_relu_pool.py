@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,12 +10,11 @@ import torch
 from .. import transforms
 from ..backends import loaded_namespaces, ops_for
 from ..checks import check_bool
-from ..recomputation import current
 from ..reference.bn_relu import pool, spread
 from . import second_gradient
 from .bn_outputs import empty_like_x, mask_of, means_of, per_channel_of
 from .bn_relu import call as call_without_pool
-from .bn_relu import check_call, composed, compute_again, gradients
+from .bn_relu import check_call, composed, gradients, run_forward
 from .bn_relu_checks import check_apply, check_forward, check_pool
 from .registration import differentiable, library_of
 
@@ -94,23 +92,7 @@ class _FusedPool(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Any, residual: Any, weight: Any, bias: Any, constants: Constants, whole: bool) -> Any:
-        below = torch._C._AutoDispatchBelowAutograd()
-        try:  # as a context manager it costs twice the time
-            y, pooled, mean, var, mask = _raw(x, residual, weight, bias, constants)
-        finally:
-            del below
-        ctx.save_for_backward(x, weight, bias, mean, var, mask)
-        ctx.constants = constants
-        ctx.set_materialize_grads(False)
-        second_gradient.prepare(ctx, y)
-        if not whole:
-            if (outputs := current()) is not None:
-                again = functools.partial(compute_again, constants[0], constants[3])
-                outputs.add(y, again, (x, residual), (weight, bias), (mean, var))
-            return y, pooled
-        others = (mean, var, mask) if constants[1] else (mask,)
-        ctx.mark_non_differentiable(*others)
-        return y, pooled, *others
+        return run_forward(ctx, _raw, x, residual, weight, bias, constants, whole)
 
     @staticmethod
     def backward(ctx: Any, dy: Any, dpooled: Any, *unused: Any) -> tuple[Any, ...]:

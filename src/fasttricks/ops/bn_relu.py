@@ -273,23 +273,8 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Any, residual: Any, weight: Any, bias: Any, constants: Constants, whole: bool) -> Any:
-        below = torch._C._AutoDispatchBelowAutograd()
-        try:  # as a context manager it costs twice the time
-            y, mean, var, mask = _raw(x, residual, weight, bias, constants)
-        finally:
-            del below
-        ctx.save_for_backward(x, weight, bias, mean, var, mask)
-        ctx.constants = constants
-        ctx.set_materialize_grads(False)
-        second_gradient.prepare(ctx, y)
-        if not whole:
-            if (outputs := current()) is not None:
-                again = functools.partial(compute_again, constants[0], constants[3])
-                outputs.add(y, again, (x, residual), (weight, bias), (mean, var))
-            return y
-        others = [t for t in ((mean, var, mask) if constants[1] else (mask,)) if t is not None]
-        ctx.mark_non_differentiable(*others)
-        return (y, *others) if others else y
+        outputs = run_forward(ctx, _raw, x, residual, weight, bias, constants, whole)
+        return outputs if len(outputs) > 1 else outputs[0]
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor | None, *unused: Any) -> tuple[Any, ...]:
@@ -297,6 +282,30 @@ class _Fused(torch.autograd.Function):
 
 
 second_gradient.receives(_Fused)
+
+
+def run_forward(
+    ctx: Any, raw: Any, x: Any, residual: Any, weight: Any, bias: Any, constants: Any, whole: bool
+) -> tuple[Any, ...]:
+    """In forward: what the node returns. raw: makes y, perhaps more that has derivatives, then mean, var and mask."""
+    below = torch._C._AutoDispatchBelowAutograd()
+    try:  # as a context manager it costs twice the time
+        *results, mean, var, mask = raw(x, residual, weight, bias, constants)
+    finally:
+        del below
+    y = results[0]
+    ctx.save_for_backward(x, weight, bias, mean, var, mask)
+    ctx.constants = constants
+    ctx.set_materialize_grads(False)
+    second_gradient.prepare(ctx, y)
+    if not whole:
+        if (outputs := current()) is not None:
+            again = functools.partial(compute_again, constants[0], constants[3])
+            outputs.add(y, again, (x, residual), (weight, bias), (mean, var))
+        return tuple(results)
+    others = [t for t in ((mean, var, mask) if constants[1] else (mask,)) if t is not None]
+    ctx.mark_non_differentiable(*others)
+    return *results, *others
 
 
 def gradients(ctx: Any, dy: torch.Tensor | None, dy2: torch.Tensor | None) -> tuple[Any, Any, Any, Any]:

@@ -14,6 +14,7 @@ import torch
 
 from .. import transforms
 from ..backends import hands_means_on
+from ..reference.avgpool_conv1x1 import output_size
 from ..reference.bn_relu import spread
 from . import second_gradient
 
@@ -23,7 +24,7 @@ def wanted(x: torch.Tensor, ceil_mode: bool) -> bool:
     return not (
         torch.compiler.is_compiling()
         or transforms.active()
-        or min(x.shape[2:]) < (1 if ceil_mode else 2)  # the reader's error, if there is one
+        or 0 in output_size(x, 2, ceil_mode)  # the reader's error, if there is one
         or not hands_means_on("bn_add_relu", x.device, x.dtype)
     )
 
