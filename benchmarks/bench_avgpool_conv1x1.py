@@ -11,18 +11,18 @@ import math
 
 import pytest
 import torch
+from shapes import SHORTCUTS
 from sides import LAYOUTS, Inputs, compare
 
 from fasttricks.ops.avgpool_conv1x1 import avgpool_conv1x1
 from fasttricks.reference.avgpool_conv1x1 import avgpool_conv1x1 as eager
 
 BATCH, ROUNDS = 32, 5
-SHAPES = ((256, 512, 56), (512, 1024, 28), (1024, 2048, 14))
 ratios: dict[str, float] = {}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("c", "o", "size"), SHAPES)
+@pytest.mark.parametrize(("c", "o", "size"), SHORTCUTS)
 def test_forward_backward(benchmark, c: int, o: int, size: int, layout: str) -> None:
     def draw() -> Inputs:
         x, weight = torch.randn(BATCH, c, size, size), torch.randn(o, c, 1, 1)

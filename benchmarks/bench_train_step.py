@@ -13,13 +13,13 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
+from sides import LAYOUTS, THREADS
 from torch import nn
 
 from fasttricks.models import build
 from fasttricks.optim import FusedSGD
 
-THREADS, BATCH, ROUNDS = 2, 32, 3
-LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
+BATCH, ROUNDS = 32, 3
 
 
 class Side:

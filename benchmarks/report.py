@@ -97,7 +97,7 @@ def comparisons(cases: dict[str, dict[str, float]]) -> list[Comparison]:
 
     def of(test: str, figure: str) -> dict[str, float]:
         found = {
-            match[1]: figures[figure] if figure in figures else figures["ratio"]
+            match[1]: figures[figure]
             for name, figures in cases.items()
             if (match := re.fullmatch(rf"{re.escape(test)}\[(.+)\]", name))
         }
@@ -183,8 +183,7 @@ def cases() -> Iterator[Case]:
         if match is not None:
             op = "avgpool_conv1x1" if match[1] == "forward_backward" else match[1]
             *channels, size = match[2].split("-")
-            eager = figures.get("eager", figures.get("ratio"))
-            yield Case(op, channels, size, match[3], figures["best_ms"], eager, figures.get("compiled"))
+            yield Case(op, channels, size, match[3], figures["best_ms"], figures["eager"], figures.get("compiled"))
 
 
 def case_table() -> str:

@@ -12,3 +12,6 @@ OTHERS: dict[str, Shapes] = {
     "Inception-V3": ((32, 149), (64, 147), (80, 73), (192, 71), (96, 35), (288, 35), (192, 17), (448, 8), (320, 8)),
     "DenseNet-121": ((64, 56), (224, 56), (128, 28), (480, 28), (256, 14), (992, 14), (512, 7), (992, 7)),
 }
+
+# input channels, output channels and size of ResNet-50-D's shortcuts that pool
+SHORTCUTS = ((256, 512, 56), (512, 1024, 28), (1024, 2048, 14))

@@ -118,7 +118,7 @@ def compare(
     found = {name: min(times[name]) / best for name in peers}
     first_peer = next(iter(peers))
     extra = {**found, "median": statistics.median(times[first_peer]) / middle, "spread": spread(own)}
-    text = f"{best * 1e3:.2f} ms, spread {extra['spread']:.0%}"
+    text = f"{benchmark.name}: {best * 1e3:.2f} ms, spread {extra['spread']:.0%}"
     if moved is not None:
         extra["gb_s"] = moved / best / 1e9
         extra["of_copy"] = extra["gb_s"] / (2 * source.numel() / min(times["copy"]) / 1e9)

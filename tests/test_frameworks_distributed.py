@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -195,11 +196,11 @@ ALL = (
 )
 
 
-def checked(name: str) -> None:
+def quietly(check: Callable[[], None]) -> None:
     warnings.simplefilter("ignore", FutureWarning)  # broadcast_buffers has a new name in some versions
-    next(check for check in ALL if check.__name__ == name)()
+    check()
 
 
-@pytest.mark.parametrize("name", [check.__name__ for check in ALL])
-def test_two_processes(name: str, ranks: Ranks) -> None:
-    ranks.run(checked, name)
+@pytest.mark.parametrize("check", ALL, ids=lambda check: check.__name__)
+def test_two_processes(check: Callable[[], None], ranks: Ranks) -> None:
+    ranks.run(quietly, check)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -248,13 +249,12 @@ def with_own_group(rank: int, model: nn.Module) -> None:
 
 
 ALL = (with_ddp, with_zero, with_zero_clipping, with_unscale_and_no_parameters, with_fsdp, with_partial_gradients)
-CASES = {f.__name__: f for f in (*ALL, with_own_group)}
 
 
-def check(name: str) -> None:
-    CASES[name](dist.get_rank(), make_model())
+def on_a_model(check: Callable[[int, nn.Module], None]) -> None:
+    check(dist.get_rank(), make_model())
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_two_processes(name: str, ranks: Ranks) -> None:
-    ranks.run(check, name)
+@pytest.mark.parametrize("check", [*ALL, with_own_group], ids=lambda check: check.__name__)
+def test_two_processes(check: Callable[[int, nn.Module], None], ranks: Ranks) -> None:
+    ranks.run(on_a_model, check)

@@ -170,6 +170,15 @@ def judge(wrong: Callable[[Library, str, dict], str]) -> NoReturn:
     os._exit(0)  # torch's destructors, which ThreadSanitizer has something to say on, are not what is judged
 
 
+def judge_dtypes(wrong: Callable[[Library, dict, torch.dtype], str]) -> NoReturn:
+    """As `judge`, of wrong(library, schedule, dtype) for each dtype that the kind of build asks for."""
+
+    def of_all(library: Library, kind: str, schedule: dict) -> str:
+        return next(filter(None, (wrong(library, schedule, dtype) for dtype in dtypes_of(kind))), "")
+
+    judge(of_all)
+
+
 def dtypes_of(kind: str) -> tuple[torch.dtype, ...]:
     """What a script judges under a kind of build: for ThreadSanitizer one type, since the barriers are the same."""
     return (torch.float16,) if kind == "tsan" else (torch.float16, torch.float32)

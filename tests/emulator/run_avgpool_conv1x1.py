@@ -43,12 +43,5 @@ def wrong(library: emulated.Library, schedule: dict, dtype: torch.dtype) -> str:
     return ""
 
 
-def judged(library: emulated.Library, kind: str, schedule: dict) -> str:
-    for dtype in emulated.dtypes_of(kind):
-        if said := wrong(library, schedule, dtype):
-            return said
-    return ""
-
-
 if __name__ == "__main__":
-    emulated.judge(judged)
+    emulated.judge_dtypes(wrong)

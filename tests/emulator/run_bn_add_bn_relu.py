@@ -53,13 +53,6 @@ def wrong(library: emulated.Library, schedule: dict, dtype: torch.dtype) -> str:
     return ""
 
 
-def judged(library: emulated.Library, kind: str, schedule: dict) -> str:
-    for dtype in emulated.dtypes_of(kind):
-        if said := wrong(library, schedule, dtype):
-            return said
-    return ""
-
-
 if __name__ == "__main__":
     torch.manual_seed(0)
-    emulated.judge(judged)
+    emulated.judge_dtypes(wrong)
