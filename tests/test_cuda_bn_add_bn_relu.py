@@ -51,16 +51,23 @@ class Call:
         return self.ops.bn_add_bn_relu_backward(self.dy, self.x, self.z, *given, self.dy2)
 
 
+# room for a row of x, of the residual and of dz of a thread in each of two blocks on a multiprocessor
+ONE_ROW = 2 * ((17 << 10) + (12 << 10))
+ALL = 228 << 10
+
+
 @layouts
 @pytest.mark.parametrize("second", SECONDS)
-@pytest.mark.parametrize("shape", [(6, 40, 8, 8), (7, 13, 9, 5)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "shared"), [((6, 40, 8, 8), ALL), ((6, 40, 8, 8), 0), ((7, 13, 9, 5), ALL), ((17, 72, 8, 8), ONE_ROW)]
+)
 def test_every_order_of_threads_gives_the_same_bits(
-    shape: tuple[int, ...], second: str, layout: torch.memory_format
+    shape: tuple[int, ...], shared: int, second: str, layout: torch.memory_format
 ) -> None:
     library, results = emulated.load(), []
     call = Call(shape, layout, second)
     for schedule in emulated.SCHEDULES:
-        with library.schedule(**schedule):
+        with library.schedule(**schedule), library.shared_per_sm(shared):
             saved = call.forward()
             results.append([*saved, *call.backward(saved), *call.one(False)(), *call.one(True)()])
     for others in results[1:]:
@@ -88,24 +95,81 @@ def test_misaligned_tensors_give_the_same_values(second: str, layout: torch.memo
         torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3)
 
 
-SHAPE = (4, 64, 56, 56)  # exceeds the shared memory of the emulated card
+@layouts
+@pytest.mark.parametrize("second", SECONDS)
+def test_refused_cooperative_launches(second: str, layout: torch.memory_format) -> None:
+    """The same values in several launches, where one would have done on a whole card."""
+    library, call = emulated.load(), Call((6, 40, 8, 8), layout, second)
+    with library.metered() as meter:
+        saved = call.forward()
+        expected = [*saved, *call.backward(saved)]
+    assert (meter.launches, meter.cooperative_launches) == (0, 2)
+    with library.refused_cooperative_launches(), library.metered() as meter:
+        saved = call.forward()
+        results = [*saved, *call.backward(saved)]
+    assert (meter.launches, meter.cooperative_launches) == (5 + 3, 0)
+    for a, b in zip(results, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3)
 
 
 @layouts
 @pytest.mark.parametrize("second", SECONDS)
-def test_bytes_of_two_batch_norms_are_within_5_percent_of_the_formula(second: str, layout: torch.memory_format) -> None:
-    """Forward 5 N; backward 8 N, with a second gradient 10 N; bytes of DRAM, where a mean's gradient is read once."""
-    library, call = emulated.load(), Call(SHAPE, layout, second)
-    unit, bits = 2 * call.x.numel(), call.x.numel() / 8
-    with library.metered() as meter:
+def test_constant_statistics_with_a_part_on_the_chip(second: str, layout: torch.memory_format) -> None:
+    """dx and dresidual do not depend on the sums, and so not on the number of launches; nor does what is not read."""
+    library, call, made = emulated.load(), Call((17, 72, 8, 8), layout, second), []
+    weight, statistics = torch.rand(72) - 0.5, [torch.randn(72), torch.rand(72) + 0.5] * 2
+    call.x[0, 0] = torch.inf
+    weight[0] = 0
+    mask = torch.randint(256, (call.x.numel() // 8,), dtype=torch.uint8)
+    given = mask, weight, weight, *statistics, EPS, EPS, False, call.dy2
+    for shared in (0, ONE_ROW):
+        with library.shared_per_sm(shared), library.metered() as meter:
+            made.append(call.ops.bn_add_bn_relu_backward(call.dy, call.x, call.z, *given))
+        assert (meter.cooperative_launches > 0) == (shared > 0)
+    assert all(torch.equal(a, b) for a, b in zip(made[0][:2], made[1][:2], strict=True))
+    torch.testing.assert_close(made[0][2:], made[1][2:], rtol=1e-4, atol=1e-3, equal_nan=True)
+
+
+SHAPE = (8, 64, 28, 28)  # exceeds the shared memory of the emulated card
+ROW = 4 * 2 * (4 << 10)  # bytes of a tensor that one row of all threads has, of two blocks on each multiprocessor
+# shape, shared memory of a multiprocessor, bytes that are kept of each tensor; None: everything
+PLACES = {
+    "nothing": (SHAPE, 0, 0),
+    "a part": (SHAPE, ONE_ROW, ROW),
+    "everything": ((64, 32, 7, 7), ALL, None),
+}
+
+
+@layouts
+@pytest.mark.parametrize("second", SECONDS)
+@pytest.mark.parametrize("kept", PLACES)
+def test_bytes_of_two_batch_norms_are_within_5_percent_of_the_formula(
+    kept: str, second: str, layout: torch.memory_format
+) -> None:
+    """Forward 5 N; backward 8 N, with a second gradient 10 N; bytes of DRAM, where a mean's gradient is read once.
+
+    Less what stays on the chip: that is not read again, and of two gradients' dz not written. Parameters, statistics
+    and partial sums add at most 320 bytes per channel.
+    """
+    shape, shared, part = PLACES[kept]
+    library, call = emulated.load(), Call(shape, layout, second)
+    unit, bits, channel = 2 * call.x.numel(), call.x.numel() / 8, 320 * shape[1]
+    taken = [arrays * (unit if part is None else part) for arrays in (2, 3)]
+    assert [emulated.kept_bytes(call.x, arrays, shared, pair=True) for arrays in (2, 3)] == taken
+    with library.shared_per_sm(shared), library.metered() as meter:
         saved = call.forward()
-    assert (meter.launches, meter.cooperative_launches) == (5, 0)
-    assert 5 * unit + bits <= meter.moved <= 1.05 * (5 * unit + bits)
-    with library.metered() as meter:
+    assert (meter.launches, meter.cooperative_launches) == ((0, 1) if shared else (5, 0))
+    formula = 5 * unit + bits - taken[0]
+    assert formula <= meter.moved <= 1.05 * formula + channel
+    with library.shared_per_sm(shared), library.metered() as meter:
         call.backward(saved)
-    assert (meter.launches, meter.cooperative_launches) == (3, 0)
-    formula = {"none": 8 * unit + 2 * bits, "full": 10 * unit + bits, "pooled": 9.25 * unit + bits}[second]
-    assert formula <= meter.dram <= 1.05 * formula
+    assert (meter.launches, meter.cooperative_launches) == ((0, 1) if shared else (3, 0))
+    pooled = call.dy2.nbytes if call.dy2 is not None else 0
+    if second == "none":
+        formula = 8 * unit + bits - taken[1] + (1 - taken[1] / (3 * unit)) * bits
+    else:
+        formula = 9 * unit + pooled + bits - 4 / 3 * taken[1]
+    assert formula <= meter.dram <= 1.05 * formula + channel
 
 
 @layouts
@@ -128,26 +192,28 @@ def test_bytes_with_a_second_gradient_are_within_5_percent_of_the_formula(
 
 
 @layouts
-def test_zero_gamma_does_not_read_x_again(layout: torch.memory_format) -> None:
-    """If all weights of x are zero: forward 4 N, backward 7 N with dx = 0."""
+@pytest.mark.parametrize("shared", [0, ONE_ROW], ids=["nothing kept", "a part"])
+def test_zero_gamma_does_not_read_x_again(shared: int, layout: torch.memory_format) -> None:
+    """If all weights of x are zero: forward 4 N, backward 7 N with dx = 0, less what is kept of the others."""
     library, call, weight = emulated.load(), Call(SHAPE, layout), torch.zeros(SHAPE[1])
-    unit, bits = 2 * call.x.numel(), call.x.numel() / 8
-    with library.metered() as meter:
+    unit, bits, kept = 2 * call.x.numel(), call.x.numel() / 8, ROW if shared else 0
+    with library.shared_per_sm(shared), library.metered() as meter:
         saved = call.forward(weight)
-    assert meter.moved <= 1.05 * (4 * unit + bits)
-    with library.metered() as meter:
+    assert meter.moved <= 1.05 * (4 * unit + bits - kept)
+    with library.shared_per_sm(shared), library.metered() as meter:
         dx, dresidual, *_ = call.backward(saved, weight)
-    assert meter.moved <= 1.05 * (7 * unit + 2 * bits)
+    assert meter.moved <= 1.05 * (7 * unit + 2 * bits - 2 * kept)
     assert (dx == 0).all()
     assert (dresidual != 0).any()
 
 
 @pytest.mark.parametrize("second", ["full", "pooled"])
 @pytest.mark.parametrize("shape", [(6, 64, 14, 14), (5, 24, 8, 6), (40, 512, 2, 2)], ids=str)
+@pytest.mark.parametrize("shared", [0, ALL, 64 << 10], ids=["several launches", "one", "a part on the chip"])
 @layouts
-def test_bank_conflicts(shape: tuple[int, ...], second: str, layout: torch.memory_format) -> None:
+def test_bank_conflicts(shape: tuple[int, ...], shared: int, second: str, layout: torch.memory_format) -> None:
     library, call = emulated.load(), Call(shape, layout, second)
-    with library.metered(conflicts=True) as meter:
+    with library.shared_per_sm(shared), library.metered(conflicts=True) as meter:
         saved = call.forward()
         call.backward(saved)
         call.one(True)()
@@ -183,8 +249,8 @@ FAULTS = {
     ),
     "barrier removed before the parameters of the residual are staged": (
         "bn_add_bn_relu.cuh",
-        "tile.channel_params(p, staged, mean, scale, bias) && from_x;\n    __syncthreads();\n",
-        "tile.channel_params(p, staged, mean, scale, bias) && from_x;\n",
+        "skip_x = tile.channel_params(p, staged, mean, scale, bias) && from_x;\n    __syncthreads();\n",
+        "skip_x = tile.channel_params(p, staged, mean, scale, bias) && from_x;\n",
         "tsan",
         "data race",
     ),
@@ -197,10 +263,38 @@ FAULTS = {
     ),
     "dz not masked": (
         "bn_add_bn_relu.cuh",
-        "      keep_passing(bits, g);\n      if (dz)",
-        "      (void)bits;\n      if (dz)",
+        "keep_passing(bits[u], g[u]);\n        keep(",
+        "(void)bits[u];\n        keep(",
         "plain",
         "wrong d",
+    ),
+    "grid barrier removed before the statistics are computed": (
+        "bn_add_bn_slab.cuh",
+        "  FT_GRID_BARRIER();\n  for_channels_of_grid(s, [&](int c, int lane) {\n    finalize_moments(of_x",
+        "  for_channels_of_grid(s, [&](int c, int lane) {\n    finalize_moments(of_x",
+        "tsan",
+        "data race",
+    ),
+    "the first row of the residual that is not kept taken for one that is": (
+        "bn_add_bn_slab.cuh",
+        "load_row_last(residual, e, z[u], !kept);",
+        "load_row_last(residual, e, z[u], !z_slab.has(row + kRows - 2 - u));",
+        "plain",
+        "wrong y",
+    ),
+    "the first row of dz that is not kept never written": (
+        "bn_add_bn_slab.cuh",
+        "if (other.data && !dz_slab.has(row))",
+        "if (other.data && !dz_slab.has(row - 1))",
+        "plain",
+        "wrong d",
+    ),
+    "what is kept of one tensor where the other's begins": (
+        "bn_slab.cuh",
+        "vectors + rows * kVectors * kBnThreads, rows",
+        "vectors + (rows - 1) * kVectors * kBnThreads, rows",
+        "plain",
+        "wrong",
     ),
 }
 

@@ -8,17 +8,41 @@ namespace {
 
 using PairCall = BnAddBnCall<Call>;
 
-std::tuple<Tensor, Tensor> apply(const PairCall& call, bool from_x) {
+std::tuple<Tensor, Tensor> new_outputs(const Call& main) {
+  return {main.new_like_x(), torch::stable::new_empty(main.x, {main.mask_bytes()}, ScalarType::Byte)};
+}
+
+void launch_apply(const PairCall& call, bool from_x, Tensor& y, Tensor& mask) {
   const Call &main = call.main, &other = call.residual;
-  Tensor y = main.new_like_x(), mask = torch::stable::new_empty(main.x, {main.mask_bytes()}, ScalarType::Byte);
-  if (main.empty()) return {y, mask};
+  if (main.empty()) return;
   with_type(main.x.scalar_type(), [&](auto of) {
     using T = decltype(of);
     bn_add_bn_apply_run(main.data<T>(), other.data<T>(), main.params<acc_t<T>>(), other.params<acc_t<T>>(), from_x,
                         main.shape, main.on.device, static_cast<T*>(y.mutable_data_ptr()),
                         static_cast<uint8_t*>(mask.mutable_data_ptr()), main.on.stream);
   });
-  return {y, mask};
+}
+
+// Everything in one launch; returns whether there is one.
+bool launch_forward(const PairCall& call, Call::Statistics& of_x, Call::Statistics& of_residual, Tensor& y,
+                    Tensor& mask) {
+  const Call &main = call.main, &other = call.residual;
+  if (main.empty()) return false;
+  Tensor partial = main.new_partial(), other_partial = main.new_partial();
+  bool launched = false;
+  with_type(main.x.scalar_type(), [&](auto of) {
+    using T = decltype(of);
+    using A = acc_t<T>;
+    const auto to = [](Tensor& parts, Call::Statistics& made) {
+      const auto at = [](Tensor& t) { return static_cast<A*>(t.mutable_data_ptr()); };
+      return BnStatistics<A>{at(parts), at(made.mean), at(made.var)};
+    };
+    launched = bn_add_bn_forward_slab_run(main.data<T>(), other.data<T>(), main.params<A>(), other.params<A>(),
+                                          main.shape, main.on.device, to(partial, of_x), to(other_partial, of_residual),
+                                          static_cast<T*>(y.mutable_data_ptr()),
+                                          static_cast<uint8_t*>(mask.mutable_data_ptr()), main.on.stream);
+  });
+  return launched;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_add_bn_relu_forward(
@@ -33,13 +57,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_add_bn_relu_forwar
                                        residual_momentum};
   call.affine(weight, bias, residual_weight, residual_bias);
   call.check_training(running, residual_running);
-  auto [mean, var] = call.main.launch_stats();
-  auto [residual_mean, residual_var] = call.residual.launch_stats();
-  auto [y, mask] = apply(call, true);
+  Call::Statistics of_x = call.main.new_statistics(), of_residual = call.residual.new_statistics();
+  auto [y, mask] = new_outputs(call.main);
+  if (!launch_forward(call, of_x, of_residual, y, mask)) {
+    call.main.launch_stats(of_x);
+    call.residual.launch_stats(of_residual);
+    launch_apply(call, true, y, mask);
+  }
   const int64_t values = call.main.empty() ? 0 : call.main.values;
-  move_statistics(running, mean, var, nullptr, values, call.main.on.stream);
-  move_statistics(residual_running, residual_mean, residual_var, nullptr, values, call.main.on.stream);
-  return {y, mean, var, residual_mean, residual_var, mask};
+  move_statistics(running, of_x.mean, of_x.var, nullptr, values, call.main.on.stream);
+  move_statistics(residual_running, of_residual.mean, of_residual.var, nullptr, values, call.main.on.stream);
+  return {y, of_x.mean, of_x.var, of_residual.mean, of_residual.var, mask};
 }
 
 std::tuple<Tensor, Tensor> bn_add_bn_relu_apply(Tensor x, Tensor residual, MaybeTensor weight, MaybeTensor bias,
@@ -49,7 +77,9 @@ std::tuple<Tensor, Tensor> bn_add_bn_relu_apply(Tensor x, Tensor residual, Maybe
   PairCall call("bn_add_bn_relu_apply", x, residual, eps, residual_eps);
   call.affine(weight, bias, residual_weight, residual_bias);
   call.statistics(mean, var, residual_mean, residual_var);
-  return apply(call, false);
+  auto [y, mask] = new_outputs(call.main);
+  launch_apply(call, false, y, mask);
+  return {y, mask};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bn_add_bn_relu_backward(

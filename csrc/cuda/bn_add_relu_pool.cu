@@ -41,10 +41,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bn_add_relu_pool_forward(
   BnRunningStatistics running{running_mean, running_var, num_batches_tracked, momentum};
   running.check(call);
   check_several_values(call);
-  auto [mean, var] = call.launch_stats();
+  Call::Statistics made = call.new_statistics();
+  call.launch_stats(made);
   auto [y, pooled, mask] = call.launch_apply_pool(true);
-  move_statistics(running, mean, var, nullptr, call.values, call.on.stream);
-  return {y, pooled, mean, var, mask};
+  move_statistics(running, made.mean, made.var, nullptr, call.values, call.on.stream);
+  return {y, pooled, made.mean, made.var, mask};
 }
 
 std::tuple<Tensor, Tensor, Tensor> bn_add_relu_pool_apply(Tensor x, Tensor residual, MaybeTensor weight,

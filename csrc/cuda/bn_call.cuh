@@ -82,8 +82,18 @@ struct Call : BnCall {
     return torch::stable::new_empty(x, {bn_most_partials(shape, on.device.sm_count)}, statistics_type);
   }
 
-  // Mean and biased variance of x. Defined in bn_relu.cu, the only source that compiles their kernels.
-  std::tuple<Tensor, Tensor> launch_stats();
+  // Mean and biased variance of x, for a kernel to write and others to read.
+  struct Statistics {
+    Tensor mean, var;
+  };
+  Statistics new_statistics() {
+    Statistics made{new_per_channel(), new_per_channel()};
+    mean_data = made.mean.const_data_ptr();
+    var_data = made.var.const_data_ptr();
+    return made;
+  }
+  // Computes them. Defined in bn_relu.cu, the only source that compiles their kernels.
+  void launch_stats(Statistics& to) const;
 };
 
 }  // namespace fasttricks::cuda::ops

@@ -24,18 +24,14 @@ void move_statistics(BnRunningStatistics& running, const Tensor& mean, const Ten
   if (channels || update.batches) bn_update_stats_run(update, channels, stream);
 }
 
-std::tuple<Tensor, Tensor> Call::launch_stats() {
-  Tensor mean = new_per_channel(), var = new_per_channel();
-  mean_data = mean.const_data_ptr();
-  var_data = var.const_data_ptr();
-  if (empty()) return {mean, var};
+void Call::launch_stats(Statistics& to) const {
+  if (empty()) return;
   Tensor partial = new_partial();
   with_type(x.scalar_type(), [&](auto t) {
     using A = acc_t<decltype(t)>;
     bn_stats_run(data<decltype(t)>(), shape, on.device, static_cast<A*>(partial.mutable_data_ptr()),
-                 static_cast<A*>(mean.mutable_data_ptr()), static_cast<A*>(var.mutable_data_ptr()), on.stream);
+                 static_cast<A*>(to.mean.mutable_data_ptr()), static_cast<A*>(to.var.mutable_data_ptr()), on.stream);
   });
-  return {mean, var};
 }
 
 namespace {
@@ -51,25 +47,23 @@ struct ForwardCall : Call {
     const void* z = residual.has_value() ? like_x("residual", *residual) : nullptr;
     running.check(*this);
     check_several_values(*this);
-    Tensor mean = new_per_channel(), var = new_per_channel();
-    mean_data = mean.const_data_ptr();
-    var_data = var.const_data_ptr();
+    Statistics made = new_statistics();
     Tensor y = new_like_x(), mask = torch::stable::new_empty(x, {z ? mask_bytes() : 0}, ScalarType::Byte);
     if (empty()) {
-      move_statistics(running, mean, var, nullptr, 0, on.stream);
-      return {y, mean, var, mask};
+      move_statistics(running, made.mean, made.var, nullptr, 0, on.stream);
+      return {y, made.mean, made.var, mask};
     }
     Tensor partial = new_partial();
     with_type(x.scalar_type(), [&](auto t) {
       using T = decltype(t);
       using A = acc_t<T>;
       bn_forward_run(data<T>(), static_cast<const T*>(z), params<A>(), shape, on.device,
-                     static_cast<A*>(partial.mutable_data_ptr()), static_cast<A*>(mean.mutable_data_ptr()),
-                     static_cast<A*>(var.mutable_data_ptr()), static_cast<T*>(y.mutable_data_ptr()),
+                     static_cast<A*>(partial.mutable_data_ptr()), static_cast<A*>(made.mean.mutable_data_ptr()),
+                     static_cast<A*>(made.var.mutable_data_ptr()), static_cast<T*>(y.mutable_data_ptr()),
                      z ? static_cast<uint8_t*>(mask.mutable_data_ptr()) : nullptr, on.stream);
     });
-    move_statistics(running, mean, var, nullptr, values, on.stream);
-    return {y, mean, var, mask};
+    move_statistics(running, made.mean, made.var, nullptr, values, on.stream);
+    return {y, made.mean, made.var, mask};
   }
 
   // From given statistics.
@@ -117,7 +111,12 @@ std::tuple<Tensor, Tensor> bn_add_relu_apply(Tensor x, Tensor residual, MaybeTen
   return call.launch_apply(residual);
 }
 
-std::tuple<Tensor, Tensor> bn_stats(Tensor x) { return Call("bn_stats", x, 0.0).launch_stats(); }
+std::tuple<Tensor, Tensor> bn_stats(Tensor x) {
+  Call call("bn_stats", x, 0.0);
+  Call::Statistics made = call.new_statistics();
+  call.launch_stats(made);
+  return {made.mean, made.var};
+}
 
 // The arguments that all backward ops share.
 struct BackwardCall : Call {

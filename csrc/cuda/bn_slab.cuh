@@ -1,5 +1,6 @@
-// bn_relu and bn_add_relu in one cooperative launch. A thread keeps its first rows in shared memory from the reduction
-// to the last pass, and loads the others again there, from the last one to the first: what L2 still has comes first.
+// bn_relu and bn_add_relu in one cooperative launch (bn_add_bn_slab.cuh: bn_add_bn_relu). A thread keeps its first rows
+// in shared memory from the reduction to the last pass, and loads the others again there, from the last one to the
+// first: what L2 still has comes first.
 #pragma once
 
 #include "bn_relu.cuh"
@@ -14,6 +15,8 @@ struct BnSlab {
   int rows;
 
   FT_DEVICE bool has(int row) const { return row < rows; }
+  // The slab of another tensor, in the memory after this one.
+  FT_DEVICE BnSlab after() const { return {vectors + rows * kVectors * kBnThreads, rows}; }
   FT_DEVICE void put(int row, const T (&v)[kBnColumns]) const {
     if (!has(row)) return;
     uint4 u[kVectors];
@@ -125,8 +128,7 @@ FT_DEVICE void backward_slab(const T* __restrict__ dy, const T* __restrict__ x, 
                              T* __restrict__ dx, T* dz, bool need_dz, acc_t<T>* first, unsigned char* memory, Add add) {
   using A = acc_t<T>;
   A* const second = first + kBnThreads * kBnColumns;
-  const BnSlab<T> x_slab{reinterpret_cast<uint4*>(memory), kept_rows};
-  const BnSlab<T> dz_slab{x_slab.vectors + kept_rows * BnSlab<T>::kVectors * kBnThreads, kept_rows};
+  const BnSlab<T> x_slab{reinterpret_cast<uint4*>(memory), kept_rows}, dz_slab = x_slab.after();
   int row = 0;
   reduce_gradients<T, true, kResidual, kBnChunkOf<T> / 2>(
       dy, x, mask, p, s, t, partial, first, second,

@@ -137,8 +137,11 @@ def plans() -> ModuleType:
     return module_of(PLANS.make())
 
 
-def kept_bytes(x: torch.Tensor, arrays: int, shared: int = 228 << 10) -> int:
-    """Bytes of x (1 array: forward), or of x and dz (2: backward), that stay in the emulated card's shared memory."""
+def kept_bytes(x: torch.Tensor, arrays: int, shared: int = 228 << 10, pair: bool = False) -> int:
+    """Bytes of x (1 array: forward), or of x and dz (2: backward), that stay in the emulated card's shared memory.
+
+    pair: of bn_add_bn_relu, and so of the residual, too (2 and 3 arrays).
+    """
     n, c, h, w = x.shape
     plan = plans()
     nhwc = x.is_contiguous(memory_format=torch.channels_last)
@@ -147,8 +150,14 @@ def kept_bytes(x: torch.Tensor, arrays: int, shared: int = 228 << 10) -> int:
     def resident(kernel: str, threads: int, dynamic_bytes: int) -> int:  # as csrc/cuda/launch.cuh
         return min(3, shared // (dynamic_bytes + (17 << 10))) if dynamic_bytes else 3
 
-    of = (plan.bn_shape(n, c, h * w, nhwc), card, resident, x.element_size(), False)
-    launches = plan.bn_forward_launches(*of) if arrays == 1 else plan.bn_backward_launches(*of, False)
+    of: tuple = (plan.bn_shape(n, c, h * w, nhwc), card, resident, x.element_size())
+    forward = arrays == 1 + pair
+    if pair:
+        passes = plan.bn_add_bn_relu_forward_launches, plan.bn_add_bn_relu_backward_launches
+    else:
+        passes = plan.bn_forward_launches, plan.bn_backward_launches
+        of = (*of, False)  # without a residual
+    launches = passes[0](*of) if forward else passes[1](*of, False)
     return min(arrays * x.nbytes, sum(one.dynamic_bytes * one.grid[0] for one in launches if one.cooperative))
 
 

@@ -18,11 +18,15 @@ from fasttricks.reference import bn_add_bn_relu as exact
 EPS, RESIDUAL_EPS = 1e-5, 1e-2
 # one block and several, of columns and of rows; 16-byte and single accesses; odd edges
 SHAPES = ((4, 24, 8, 8), (3, 7, 9, 5), (40, 16, 4, 4))
+# of which a part stays on the chip: unequal shares, several tiles per block (NCHW), threads without columns (NHWC)
+LARGER = ((17, 72, 8, 8),)
 
 
-def wrong(library: emulated.Library, schedule: dict, dtype: torch.dtype) -> str:
+def wrong(
+    library: emulated.Library, schedule: dict, dtype: torch.dtype, shapes: tuple[tuple[int, ...], ...] = SHAPES
+) -> str:
     ops = torch.ops.fasttricks_emulated
-    for shape, layout, second in itertools.product(SHAPES, LAYOUTS, (None, *BN_SECONDS)):
+    for shape, layout, second in itertools.product(shapes, LAYOUTS, (None, *BN_SECONDS)):
         x, z, dy = (torch.randn(shape).to(dtype).contiguous(memory_format=layout) for _ in range(3))
         dy2 = None if second is None else torch.randn(bn_second_shape(shape, second)).to(dtype)
         weight, bias, residual_weight, residual_bias = (torch.rand(shape[1]) + 0.5 for _ in range(4))
@@ -53,6 +57,19 @@ def wrong(library: emulated.Library, schedule: dict, dtype: torch.dtype) -> str:
     return ""
 
 
+def judged(library: emulated.Library, kind: str, schedule: dict) -> str:
+    for dtype in emulated.dtypes_of(kind):
+        for shared in (228 << 10, 0):  # one launch; several
+            with library.shared_per_sm(shared):
+                if said := wrong(library, schedule, dtype):
+                    return f"{said}, {shared} bytes of shared memory"
+        # room for a row of a thread in each of two blocks
+        with library.shared_per_sm(2 * ((17 << 10) + 3 * 256 * 8 * dtype.itemsize)):
+            if said := wrong(library, schedule, dtype, LARGER):
+                return f"{said}, a part on the chip"
+    return ""
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
-    emulated.judge_dtypes(wrong)
+    emulated.judge(judged)

@@ -92,7 +92,7 @@ BUDGETS: dict[str, Budget] = {
     r"bn_add_bn_apply<(Half|BFloat16|float), false>": Budget(256, registers=128, blocks=2, shared=6_400),
     r"bn_add_bn_apply<double, (true|false)>": Budget(256, registers=255, blocks=1, shared=12_800),
     r"bn_add_bn_reduce<(Half|BFloat16|float), true>": Budget(
-        256, registers=128, blocks=2, shared=16_384, wide=("LDG", "STG"), in_flight=3
+        256, registers=128, blocks=2, shared=16_384, wide=("LDG", "STG"), in_flight=6
     ),
     r"bn_add_bn_reduce<(Half|BFloat16|float), false>": Budget(256, registers=128, blocks=2, shared=16_384),
     r"bn_add_bn_reduce<double, (true|false)>": Budget(256, registers=255, blocks=1, shared=32_768),
@@ -116,8 +116,11 @@ BUDGETS: dict[str, Budget] = {
     ),
     r"bn_pool_means<.*>": Budget(256, registers=48, blocks=5),
     # one launch: the dynamic part is what the planner finds free
-    r"bn_(forward|backward)_slab<.*>": Budget(
+    r"bn_((add_bn_)?forward|backward)_slab<.*>": Budget(
         256, registers=128, blocks=2, shared=16_384, wide=("LDG", "STG", "LDS", "STS"), in_flight=4
+    ),
+    r"bn_add_bn_backward_slab<.*>": Budget(
+        256, registers=128, blocks=2, shared=16_384, wide=("LDG", "STG", "LDS", "STS"), in_flight=6
     ),
     r"bn_backward_slab_two<.*>": Budget(
         256, registers=128, blocks=2, shared=16_384, wide=("LDG", "STG", "LDS", "STS"), in_flight=4
