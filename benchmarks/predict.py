@@ -96,6 +96,14 @@ class Work:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """What one launch keeps on the chip: at most so many bytes, each of which saves so many of DRAM."""
+
+    most: float
+    saved: float = 1.0
+
+
+@dataclass(frozen=True)
 class Launch:
     kernel: str
     blocks: int
@@ -171,6 +179,20 @@ class Machine:
         """work: of a kernel, by its name without template arguments."""
         return tuple(self.launch(one, work(short_name(one.kernel).split("<")[0])) for one in planned)
 
+    def bn_passes(
+        self, planned: tuple[Iterable[Any], Iterable[Any]], moved: dict[str, float], kept: dict[str, Kept]
+    ) -> tuple[tuple[Launch, ...], tuple[Launch, ...]]:
+        """Forward and backward. moved: bytes by kernel, if nothing stays on the chip."""
+
+        def launched(one: Any) -> Launch:
+            kernel = short_name(one.kernel).split("<")[0]
+            of = kept.get(kernel, Kept(0.0))
+            taken = min(of.most, math.prod(one.grid) * one.dynamic_bytes)
+            return self.launch(one, Work(moved[kernel] - of.saved * taken))
+
+        forward, backward = (tuple(map(launched, launches)) for launches in planned)
+        return forward, backward
+
     def eager_seconds(self, bytes_moved: float, launches: int) -> float:
         return bytes_moved / self.limits.dram + launches * self.limits.launch
 
@@ -197,25 +219,16 @@ class Machine:
             # numbers per channel
             **dict.fromkeys(("bn_finalize_stats", "bn_finalize_backward", "bn_update_stats"), 0.0),
         }
-        # what is kept is not read again: of the backward pass x and dz, in place of which it reads dy and the mask; and
-        # without a residual dz is workspace, of which only the rest is written
-        saved = {
-            "bn_forward_slab": 1.0,
-            "bn_backward_slab": 1 + mask / (2 * x),
-            "bn_backward_slab_two": 1 if residual else 1.5,
+        # of the backward pass x and dz, in place of which it reads dy and the mask; and without a residual dz is
+        # workspace, of which only the rest is written
+        kept = {
+            "bn_forward_slab": Kept(x),
+            "bn_backward_slab": Kept(2 * x, 1 + mask / (2 * x)),
+            "bn_backward_slab_two": Kept(2 * x, 1 if residual else 1.5),
         }
-
-        def launched(planned: Iterable[Any], arrays: int) -> tuple[Launch, ...]:
-            made = []
-            for one in planned:
-                kernel = short_name(one.kernel).split("<")[0]
-                kept = min(arrays * x, math.prod(one.grid) * one.dynamic_bytes)
-                made.append(self.launch(one, Work(moved[kernel] - saved.get(kernel, 0.0) * kept)))
-            return tuple(made)
-
         of = (self.plans.bn_shape(n, c, h * w, self.nhwc), self.device, self.resident, element_bytes, residual)
-        backward = self.plans.bn_backward_launches(*of, bool(second))
-        return launched(self.plans.bn_forward_launches(*of), 1), launched(backward, 2)
+        planned = self.plans.bn_forward_launches(*of), self.plans.bn_backward_launches(*of, bool(second))
+        return self.bn_passes(planned, moved, kept)
 
     def kept(self, launches: Iterable[Launch], shape: tuple[int, ...], arrays: int) -> float:
         """Bytes of `arrays` float16 tensors that a pass keeps on the chip."""
@@ -253,16 +266,22 @@ class Machine:
             "bn_add_bn_apply": 3 * x + mask,
             "bn_add_bn_reduce": 3 * x + mask + more,
             "bn_add_bn_gradients": 5 * x + (0.0 if second else mask),
+            "bn_add_bn_forward_slab": 5 * x + mask,
+            "bn_add_bn_backward_slab": 8 * x + more + (mask if second else 2 * mask),
             **dict.fromkeys(("bn_finalize_stats", "bn_add_bn_finalize", "bn_update_stats"), 0.0),
         }
-
-        def work(kernel: str) -> Work:
-            return Work(moved[kernel])
-
+        # of the backward pass x, the residual and dz, in place of which it reads dy and the mask; of two gradients dz
+        # is written for the rest only
+        kept = {
+            "bn_add_bn_forward_slab": Kept(2 * x),
+            "bn_add_bn_backward_slab": Kept(3 * x, 4 / 3 if second else 1 + mask / (3 * x)),
+        }
         of = (self.plans.bn_shape(n, c, h * w, self.nhwc), self.device, self.resident, element_bytes)
-        forward = self.plans.bn_add_bn_relu_forward_launches(*of)
-        backward = self.plans.bn_add_bn_relu_backward_launches(*of, bool(second))
-        return self.launches(forward, work), self.launches(backward, work)
+        planned = (
+            self.plans.bn_add_bn_relu_forward_launches(*of),
+            self.plans.bn_add_bn_relu_backward_launches(*of, bool(second)),
+        )
+        return self.bn_passes(planned, moved, kept)
 
     def bn_rows(self, layer: Layer) -> list[Row]:
         """With what eager does in its pool and its addition of gradients where a pass of ours does it."""

@@ -2,8 +2,8 @@
 
 The CUDA kernels run in the emulator, the Triton kernels in Triton's interpreter (in a process of its own); both count
 every load and store (tests/emulator, tests/triton_meter.py). Writes results/traffic.json. The formulas, where N is the
-bytes of an activation, E its elements, and reads is how often x (backward: x and dz) is read: 2, less the share of it
-that the plan keeps in shared memory (one cooperative launch, CUDA only):
+bytes of an activation, E its elements, and reads is how often x (backward: x and dz; two BatchNorms: the residual, too)
+is read: 2, less the share of it that the plan keeps in shared memory (one cooperative launch, CUDA only):
 
     bn_relu      forward (reads + 1) N,  backward (2 reads + 1) N, with a second gradient (3 reads + 1) N;
                  evaluation 2 N
@@ -12,8 +12,8 @@ that the plan keeps in shared memory (one cooperative launch, CUDA only):
                  both rows of pixels of a window read it
     bn_add_relu with pool=True  forward 4.25 N + E/8,  evaluation 3.25 N + E/8;  all gammas zero: forward 3.25 N + E/8.
                  Triton in NCHW: if 8 divides the width, else at least that, since another launch reads y
-    bn_add_bn_relu  forward 5 N + E/8,  backward 8 N + E/4, with a second gradient 10 N + E/8;  all gammas of x zero:
-                 forward 4 N + E/8
+    bn_add_bn_relu  forward (2 reads + 1) N + E/8,  backward (3 reads + 2) N + reads E/8, with a second gradient
+                 (4 reads + 2) N + E/8;  all gammas of x zero: forward (reads + 2) N + E/8
     sgd          step 22 per value (gradient 2, fp16 parameter 2 + 2, master 4 + 4, momentum 4 + 4), check 2; fp32: 20
     avgpool      each tensor once, a lower bound for any kernel. Tiles are read again, mostly from the L2 cache: see
                  tests/test_cuda_avgpool_conv1x1.py and test_triton_avgpool_conv1x1.py for formulas with tiles
@@ -97,8 +97,8 @@ class Cuda:
     def nothing_on_chip(self) -> AbstractContextManager[None]:
         return self.library.shared_per_sm(0)
 
-    def reads(self, x: torch.Tensor, arrays: int) -> float:
-        return 2 - self.kept_bytes(x, arrays) / (arrays * x.nbytes)
+    def reads(self, x: torch.Tensor, arrays: int, pair: bool = False) -> float:
+        return 2 - self.kept_bytes(x, arrays, pair=pair) / (arrays * x.nbytes)
 
     def measured(self, run: Callable[[], Any], *tensors: torch.Tensor) -> tuple[Any, Moved]:
         """The result of `run`, and the bytes that it moved."""
@@ -126,7 +126,7 @@ class Triton:
     def nothing_on_chip(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def reads(self, x: torch.Tensor, arrays: int) -> float:
+    def reads(self, x: torch.Tensor, arrays: int, pair: bool = False) -> float:
         return 2
 
     def measured(self, run: Callable[[], Any], *tensors: torch.Tensor) -> tuple[Any, Moved]:
@@ -186,7 +186,9 @@ def block_case(machine: Cuda | Triton, shape: tuple[int, ...], layout: str, dtyp
     case = f"{'x'.join(map(str, shape))} {layout} {dtype_name(dtype)}"
 
     def row(op: str, moved: Moved, formula: Callable[[float], float], bounded: bool = True) -> Row:
-        of_formula = int(formula(machine.reads(x, 2) if moved.cooperative else 2))
+        pair = op.startswith("bn_add_bn")
+        arrays = 3 if pair and "backward" in op else 2
+        of_formula = int(formula(machine.reads(x, arrays, pair) if moved.cooperative else 2))
         return Row(
             machine.name, op, case, moved.bytes, of_formula, moved.rest, moved.launches, moved.dram, bounded=bounded
         )
@@ -214,15 +216,15 @@ def block_case(machine: Cuda | Triton, shape: tuple[int, ...], layout: str, dtyp
 
     affine = weight, bias, weight, bias, EPS, EPS
     (_, *four, mask), moved = machine.measured(lambda: ops.bn_add_bn_relu_forward(x, z, *affine), x, z)
-    yield row("bn_add_bn_relu forward", moved, lambda reads: 5 * unit + bits)
+    yield row("bn_add_bn_relu forward", moved, lambda reads: (2 * reads + 1) * unit + bits)
     given = (mask, weight, weight, *four, EPS, EPS, True)
     _, moved = machine.measured(lambda: ops.bn_add_bn_relu_backward(dy, x, z, *given), x, z, dy, mask)
-    yield row("bn_add_bn_relu backward", moved, lambda reads: 8 * unit + 2 * bits)
+    yield row("bn_add_bn_relu backward", moved, lambda reads: (3 * reads + 2) * unit + reads * bits)
     _, moved = machine.measured(lambda: ops.bn_add_bn_relu_backward(dy, x, z, *given, dy2), x, z, dy, dy2, mask)
-    yield row("bn_add_bn_relu backward, dy2", moved, lambda reads: 10 * unit + bits)
+    yield row("bn_add_bn_relu backward, dy2", moved, lambda reads: (4 * reads + 2) * unit + bits)
     affine = zero, bias, weight, bias, EPS, EPS
     _, moved = machine.measured(lambda: ops.bn_add_bn_relu_forward(x, z, *affine), x, z)
-    yield row("bn_add_bn_relu gamma 0", moved, lambda reads: 4 * unit + bits)
+    yield row("bn_add_bn_relu gamma 0", moved, lambda reads: (reads + 2) * unit + bits)
 
 
 def bn_rows(machine: Cuda | Triton) -> Iterator[Row]:

@@ -79,7 +79,8 @@ def test_no_wave_at_the_end_of_a_block_is_left_unfilled(card: str, nhwc: bool) -
         for second in ("", "full"):
             made += itertools.chain(*machine.bn_add_bn_launches(shape, second))
         checked = [one for one in made if not one.kernel.startswith(("bn_finalize", "bn_add_bn_finalize", "bn_update"))]
-        assert len(checked) in (2 + 2 * 5, 2 * 2 + 2 * 5)  # two gradients in one launch or in two
+        # two gradients: one launch or two; two BatchNorms: forward one or three, backward one or two
+        assert 2 + 2 * 2 <= len(checked) <= 2 * 2 + 2 * 5
         for one in checked:
             least = 0.95 if c * size * size * n > 3e6 else 0.5
             assert least <= one.waves <= 1, (one.kernel, shape)
@@ -118,7 +119,7 @@ def test_what_stays_on_the_chip(plans: ModuleType) -> None:
     of_h100 = set()
     for (card, has), (c, size), n, nhwc in itertools.product(CARDS.items(), BATCH_NORMS, BATCHES, (False, True)):
         taken, shape = 2 * n * c * size * size, plans.bn_shape(n, c, size * size, nhwc)
-        for arrays in (1, 2):
+        for arrays in (1, 2, 3):
             # a thread of one block has a row more than one of another; the last rows of a tile need not be whole units
             room = has.shared_per_block - plans.BN_SLAB_STATIC
             plan = plans.bn_slab_plan(shape, has.sm_count, 2, arrays, room)

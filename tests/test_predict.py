@@ -109,16 +109,20 @@ def test_launches_and_bytes_with_a_second_gradient_are_those_of_the_op(
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("second", ["", "full", "pooled"])
-def test_launches_and_bytes_of_two_batch_norms_are_those_of_the_op(second: str, layout: torch.memory_format) -> None:
-    library, ops, shape = emulated.load(), torch.ops.fasttricks_emulated, (8, 64, 28, 28)
+@pytest.mark.parametrize("shared", [0, 228 << 10, 60 << 10], ids=["several launches", "one", "a part on the chip"])
+@pytest.mark.parametrize("shape", [(8, 64, 28, 28), (8, 64, 14, 14)], ids=str)
+def test_launches_and_bytes_of_two_batch_norms_are_those_of_the_op(
+    shape: tuple[int, ...], shared: int, second: str, layout: torch.memory_format
+) -> None:
+    library, ops = emulated.load(), torch.ops.fasttricks_emulated
     x, z, dy, dy2 = (torch.randn(shape).half().contiguous(memory_format=layout) for _ in range(4))
     running = [(torch.zeros(64), torch.ones(64), None, 0.1) for _ in range(2)]
-    forward, backward = EmulatedMachine(layout == torch.channels_last, 0).bn_add_bn_launches(shape, second)
-    with library.metered() as meter:
+    forward, backward = EmulatedMachine(layout == torch.channels_last, shared).bn_add_bn_launches(shape, second)
+    with library.shared_per_sm(shared), library.metered() as meter:
         _, *four, mask = ops.bn_add_bn_relu_forward(x, z, None, None, None, None, 1e-5, 1e-5, *running[0], *running[1])
     same(forward, meter)
     other = {"": None, "full": dy2, "pooled": torch.nn.functional.avg_pool2d(dy2, 2)}[second]
-    with library.metered() as meter:
+    with library.shared_per_sm(shared), library.metered() as meter:
         ops.bn_add_bn_relu_backward(dy, x, z, mask, None, None, *four, 1e-5, 1e-5, True, other)
     same(backward, meter, second != "pooled")  # pixels of a window load its gradient again, from L2
 
@@ -184,12 +188,17 @@ def test_bytes_are_the_formulas(card: str, of_resnet: dict[str, list[predict.Row
         n = 2 * row.shape[0] * row.shape[1] * row.shape[2] * row.shape[3]
         mask, add = (n / 16, n) if row.op.startswith("bn_add") else (0, 0)
         pooled, forward = n / 4 if "pool" in row.op else 0, row.op.endswith("forward")
-        if row.op.startswith("bn_add_bn_relu"):
-            assert len(row.launches) == (7 if forward else 3)
-            two = row.op.endswith("dy2")
-            assert row.bytes == (5 * n + mask if forward else 10 * n + mask if two else 8 * n + 2 * mask)
-            continue
         taken = [launch.dynamic for launch in row.launches if "slab" in launch.kernel]
+        if row.op.startswith("bn_add_bn_relu"):
+            assert len(row.launches) == ((1 if taken else 5) + 2 if forward else 1 if taken else 3)
+            kept = min((2 if forward else 3) * n, sum(taken))
+            if forward:
+                assert row.bytes == 5 * n + mask - kept
+            elif row.op.endswith("dy2"):
+                assert row.bytes == pytest.approx(10 * n + mask - 4 * kept / 3)
+            else:
+                assert row.bytes == pytest.approx(8 * n - kept + (2 - kept / (3 * n)) * mask)
+            continue
         assert len(row.launches) == (1 if taken else 3) + forward
         if forward:
             assert row.bytes == 3 * n + add + mask + pooled - min(n, sum(taken))

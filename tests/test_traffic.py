@@ -12,7 +12,8 @@ def launches(row: Row) -> tuple[int, ...]:
     if row.op.startswith("bn"):
         one_pass = row.backend == "cuda"  # if the tensor fits in shared memory
         if row.op.startswith("bn_add_bn_relu"):
-            return (3,) if "backward" in row.op else (5,)
+            several = 3 if "backward" in row.op else 5
+            return (1, several) if one_pass else (several,)
         if "pool" in row.op and "dy2" not in row.op:
             several = not row.bounded  # the means in a launch of their own
             return (1 + several,) if "evaluation" in row.op else (3 + several,)
