@@ -227,7 +227,7 @@ def step_table() -> str:
     steps = load("step_traffic.json")
     rows = [
         [
-            f"{step['side']}{' (predicted)' if step['predicted'] else ''}",
+            step["side"],
             f"{step['bytes'] / 1e9:.1f}",
             f"{step['bytes'] / steps[0]['bytes']:.1%}",
             str(step["launches"]),

@@ -11,8 +11,6 @@ emulated card also keeps one, the same at both batches, and what the real card k
 read again. Where no op of ours runs, torch's formula is taken. The operands of avgpool_conv1x1's products belong to a
 convolution and are subtracted.
 
-What is not there yet has formulas, in `partly_on_chip`; whoever builds it meters it here.
-
 Saved bytes: the tensors that nodes of the autograd graph save which are no convolutions, parameters left out.
 """
 
@@ -21,7 +19,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -51,10 +49,11 @@ class Metered:
     def few(self, shape: tuple[int, ...]) -> int:
         return max(1, 100_000 // math.prod(shape[1:]))
 
-    def room(self, shape: tuple[int, ...]) -> int:
-        """Bytes that an emulated block keeps of a part: rows of 256 threads with 8 columns of x and dz, one of 24."""
+    def room(self, shape: tuple[int, ...], arrays: int) -> int:
+        """Bytes that an emulated block keeps of a part of so many tensors: one of 24 rows of 256 threads with 8
+        columns."""
         rows = 2 * self.few(shape) * math.prod(shape[1:]) / (BLOCKS * 256 * 8)
-        return 2 * ELEMENT * 256 * 8 * math.ceil(rows / 24)
+        return arrays * ELEMENT * 256 * 8 * math.ceil(rows / 24)
 
     def of_batch(self, shape: tuple[int, ...], bytes_of: Callable[[int], list[int]]) -> list[float]:
         """Of BATCH images, from those of a few and of twice as many, which are enough for all the emulated blocks."""
@@ -76,24 +75,34 @@ class Metered:
     def kept(self, shape: tuple[int, ...], residual: bool, two: bool = False) -> list[float]:
         """The shares of x that the forward pass keeps on the chip, and of x and dz that the backward pass keeps."""
         planned = self.machine.bn_launches(shape, residual, second="full" if two else "")
+        return self.shares(planned, shape, (1, 2))
+
+    def kept_of_pair(self, shape: tuple[int, ...], second: str) -> list[float]:
+        """As kept, of two BatchNorms: x and the residual, and dz."""
+        return self.shares(self.machine.bn_add_bn_launches(shape, second), shape, (2, 3))
+
+    def shares(self, planned: Iterable[Any], shape: tuple[int, ...], arrays: tuple[int, ...]) -> list[float]:
         size = ELEMENT * math.prod(shape)
         return [
-            self.machine.kept(launches, shape, arrays) / (arrays * size)
-            for launches, arrays in zip(planned, (1, 2), strict=True)
+            self.machine.kept(launches, shape, count) / (count * size)
+            for launches, count in zip(planned, arrays, strict=True)
         ]
 
-    def on_the_card(self, moved: float, shape: tuple[int, ...], kept: float, arrays: int) -> float:
-        """Bytes of a pass of BATCH images, from those of a card that keeps what the emulated one does."""
-        return moved - (kept * arrays * ELEMENT * math.prod(shape) - BLOCKS * self.room(shape) if 0 < kept < 1 else 0)
+    def on_the_card(self, moved: float, shape: tuple[int, ...], kept: float, arrays: int, saved: float = 1.0) -> float:
+        """Bytes of a pass of BATCH images, from those of a card that keeps what the emulated one does. saved: bytes of
+        DRAM for each that is kept."""
+        if not 0 < kept < 1:
+            return moved
+        return moved - saved * (kept * arrays * ELEMENT * math.prod(shape) - BLOCKS * self.room(shape, arrays))
 
     @functools.cache  # noqa: B019
     def bn(self, shape: tuple[int, ...], residual: bool) -> Passes:
-        planned, kept = self.machine.bn_launches(shape, residual), self.kept(shape, residual)
-        c, room = shape[1], self.room(shape)
+        planned, kept, c = self.machine.bn_launches(shape, residual), self.kept(shape, residual), shape[1]
 
         def bytes_of(batch: int) -> list[int]:
             x, z, dy = (torch.randn(batch, *shape[1:]).half().contiguous(memory_format=NHWC) for _ in range(3))
             weight, bias = torch.rand(c) + 0.5, torch.rand(c)
+            room = self.room(shape, 1)
             if residual:
                 (_, mean, var, mask), forward = self.dram(
                     lambda: self.ops.bn_add_relu_forward(x, z, weight, bias, EPS), kept[0], room
@@ -104,8 +113,8 @@ class Metered:
                 )
                 mask = None
             given = (weight, bias, mean, var, EPS, True, residual)
-            _, backward = self.dram(lambda: self.ops.bn_relu_backward(dy, x, mask, *given), kept[1], room)
-            return [forward, backward]
+            run = functools.partial(self.ops.bn_relu_backward, dy, x, mask, *given)
+            return [forward, self.dram(run, kept[1], self.room(shape, 2))[1]]
 
         forward, backward = (
             self.on_the_card(moved, shape, share, arrays)
@@ -135,24 +144,30 @@ class Metered:
             (_, mean, var, mask), _ = self.dram(lambda: self.ops.bn_add_relu_forward(x, z, None, None, EPS))
             given = (None, None, mean, var, EPS, True, True)
             run = functools.partial(self.ops.bn_relu_backward, dy, x, mask, *given, second)
-            return [self.dram(run, kept, self.room(shape))[1]]
+            return [self.dram(run, kept, self.room(shape, 2))[1]]
 
         return Cost(self.on_the_card(self.of_batch(shape, bytes_of)[0], shape, kept, 2), len(planned))
 
     @functools.cache  # noqa: B019
-    def bn_add_bn(self, shape: tuple[int, ...], second: bool, pooled: bool) -> Passes:
+    def bn_add_bn(self, shape: tuple[int, ...], second: str) -> Passes:
+        """second: "full" or "pooled", if there is a second gradient of y."""
+        planned, kept = self.machine.bn_add_bn_launches(shape, second), self.kept_of_pair(shape, second)
+
         def bytes_of(batch: int) -> list[int]:
-            x, z, dy, other = inputs(batch, shape, pooled)
+            x, z, dy, other = inputs(batch, shape, second == "pooled")
             affine = [torch.rand(shape[1]) for _ in range(4)]
             (_, *statistics, mask), forward = self.dram(
-                lambda: self.ops.bn_add_bn_relu_forward(x, z, *affine, EPS, EPS)
+                lambda: self.ops.bn_add_bn_relu_forward(x, z, *affine, EPS, EPS), kept[0], self.room(shape, 2)
             )
             given = (affine[0], affine[2], *statistics, EPS, EPS, True, other if second else None)
-            _, backward = self.dram(lambda: self.ops.bn_add_bn_relu_backward(dy, x, z, mask, *given))
-            return [forward, backward]
+            run = functools.partial(self.ops.bn_add_bn_relu_backward, dy, x, z, mask, *given)
+            return [forward, self.dram(run, kept[1], self.room(shape, 3))[1]]
 
         forward, backward = self.of_batch(shape, bytes_of)
-        return Cost(forward, 7), Cost(backward, 3)
+        forward = self.on_the_card(forward, shape, kept[0], 2)
+        # of dz that is kept, the sum with a second gradient is not written either
+        backward = self.on_the_card(backward, shape, kept[1], 3, saved=4 / 3 if second else 1.0)
+        return Cost(forward, len(planned[0])), Cost(backward, len(planned[1]))
 
     @functools.cache  # noqa: B019
     def avgpool_conv1x1(self, shape: tuple[int, ...]) -> Passes:
@@ -212,7 +227,7 @@ def inputs(batch: int, shape: tuple[int, ...], pooled: bool) -> tuple[torch.Tens
 def adding(layer: Layer, ops: Metered) -> Passes:
     """bn_add_relu with the means of its output and a second gradient, and two BatchNorms in one op."""
     if layer.projection:
-        return ops.bn_add_bn(layer.shape, layer.forked, layer.pooled)
+        return ops.bn_add_bn(layer.shape, ("pooled" if layer.pooled else "full") if layer.forked else "")
     forward, backward = metered(layer, ops)
     if layer.pooled:
         forward = ops.bn_pool(layer.shape)
@@ -239,18 +254,6 @@ ALONG_THE_RESIDUAL: dict[str, Callable[[Layer, Metered], Passes]] = {
 
 def along_the_residual(layer: Layer, ops: Metered) -> Passes:
     return ALONG_THE_RESIDUAL.get(layer.kind, metered)(layer, ops)
-
-
-def partly_on_chip(layer: Layer, ops: Metered) -> Passes:
-    """Also, with two BatchNorms, what fits into shared memory stays there of the tensors that a pass reads again: x and
-    r; x, r and dz."""
-    forward, backward = along_the_residual(layer, ops)
-    if layer.kind != "bn_add_relu":
-        return forward, backward
-    card = ops.machine.limits.geometry
-    room = card.sm_count * (card.shared_per_block - ops.machine.plans.BN_SLAB_STATIC)
-    kept = [min(k * layer.bytes, room) if layer.projection else 0 for k in (2, 3)]
-    return forward + Cost(-kept[0]), backward + Cost(-kept[1])
 
 
 # ---- what the graph saves ----
@@ -291,12 +294,11 @@ def saved_bytes(fused: bool, batch: int = BATCH) -> int:
 # ---- the lines ----
 
 
-# by side, what a layer moves; and whether no card or emulator has run it
-SIDES: dict[str, tuple[Callable[[Layer, Metered], Passes], bool]] = {
-    "eager": (lambda layer, ops: eager(layer), False),
-    "each op by itself": (metered, False),
-    "along the residual": (along_the_residual, False),
-    "and two BatchNorms partly on the chip": (partly_on_chip, True),
+# by side, what a layer moves
+SIDES: dict[str, Callable[[Layer, Metered], Passes]] = {
+    "eager": lambda layer, ops: eager(layer),
+    "each op by itself": metered,
+    "along the residual": along_the_residual,
 }
 
 
@@ -306,7 +308,6 @@ class Step:
     bytes: float
     launches: int
     saved: int
-    predicted: bool
 
 
 def steps(card: str = "h100") -> list[Step]:
@@ -314,10 +315,10 @@ def steps(card: str = "h100") -> list[Step]:
     optimizers = {True: eager_optimizer(sizes), False: ops.optimizer(sizes)}
     saved = {True: saved_bytes(fused=False), False: saved_bytes(fused=True)}
     made = []
-    for side, (passes, predicted) in SIDES.items():
+    for side, passes in SIDES.items():
         is_eager = side == "eager"
         cost = sum((one for layer in of_model for one in passes(layer, ops)), optimizers[is_eager])
-        made.append(Step(side, cost.bytes, cost.launches, saved[is_eager], predicted))
+        made.append(Step(side, cost.bytes, cost.launches, saved[is_eager]))
     return made
 
 
@@ -327,7 +328,7 @@ def show(made: list[Step]) -> None:
         share = step.bytes / made[0].bytes
         print(
             f"{step.side:25} {step.bytes / 1e9:6.1f} GB, {share:6.1%} of eager's; {step.launches:4} launches; "
-            f"{step.saved / 1e9:5.2f} GB saved for the backward pass{'; predicted' if step.predicted else ''}"
+            f"{step.saved / 1e9:5.2f} GB saved for the backward pass"
         )
 
 
