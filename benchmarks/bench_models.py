@@ -13,7 +13,7 @@ from bench_train_step import Side, batch_of
 from sides import measure
 
 NCHW = torch.contiguous_format
-BATCH, ROUNDS = 2, 9
+BATCH, ROUNDS = 2, 15
 PIXELS = (96, 224)
 TORCHVISION = (
     "resnet18",

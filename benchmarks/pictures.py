@@ -103,14 +103,17 @@ def draw_scaling(figure: Any, curves: list[Curve]) -> None:
 
 
 def draw_curve(axes: Any, curve: Curve) -> None:
+    from matplotlib.ticker import LogLocator
+
     for name, color, times in (("fasttricks", BLUE, curve.ours), ("eager torch", ORANGE, curve.eager)):
-        label = f"{name}: $n^{{{exponent(curve.values, times):.2f}}}$"
+        label = f"{name}: n^{exponent(curve.values, times):.2f}"
         axes.plot(curve.values, times, color=color, marker="o", markersize=4, linewidth=1.2, label=label)
     axes.set(xscale="log", yscale="log")
     axes.set_xlabel(f"n: {AXES[curve.axis]}", fontsize=9)
-    if len(curve.values) < 6 and max(curve.values) < 10**4:
-        axes.set_xticks(curve.values, map(str, curve.values))
-        axes.minorticks_off()
+    axes.set_xticks(curve.values, [f"{value:g}" for value in curve.values])
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
     axes.spines[["top", "right"]].set_visible(False)
