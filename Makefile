@@ -8,7 +8,7 @@ CXX_SOURCES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.c
 PYTEST := $(PY) -m pytest -q -n logical --maxprocesses 8 --dist loadgroup
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: train ablate test test-all test-long test-zoo test-oldest-triton libraries lint bench bench-all bench-check bench-traffic docs sdist wheel wheel-matrix clean
+.PHONY: train ablate test test-all test-long test-zoo test-oldest-triton libraries lint bench bench-more bench-all bench-check bench-traffic docs sdist wheel wheel-matrix clean
 
 # ResNet-50-D on real scans with both recipes: a table and curves.
 train: libraries
@@ -80,15 +80,24 @@ lint: $(VENV)/ready
 	$(VENV)/bin/mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_SOURCES)
 
-BENCH = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(PY) -m pytest benchmarks --benchmark-only -s
+# The operators and a step of ResNet-50-D against eager torch and torch.compile.
+BENCH = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(PY) -m pytest --benchmark-only -s
 bench: libraries
-	$(BENCH) -m "not more" --benchmark-json=build/bench.json
+	$(BENCH) benchmarks/bench_*.py -m "not more" --benchmark-json=build/bench.json
 	$(PY) benchmarks/report.py build/bench.json benchmarks/results/cpu.json
 
-# Also MobileNet, Inception-V3 and DenseNet-121, other batches and bfloat16: as users run them, then with freed memory kept.
-bench-all: bench
-	$(BENCH) -m more --benchmark-json=build/bench-more.json
-	FASTTRICKS_BENCH_KEEP=1 $(BENCH) -m more --benchmark-json=build/bench-kept.json
+# The rest, or a part of it: make bench-more MORE=scaling. Other networks, batches and bfloat16; how times grow; whole
+# networks, compiled too; twenty models, fused and not.
+MORE ?= bn_relu scaling train_step models
+bench-more: libraries
+	set -e; for part in $(MORE); do \
+	  $(BENCH) benchmarks/bench_$$part.py -m more --benchmark-json=build/bench-more-$$part.json; \
+	done
+	$(PY) benchmarks/report.py build/bench-more-*.json benchmarks/results/cpu-more.json
+
+# Both, and the operators once more with freed memory kept.
+bench-all: bench bench-more
+	FASTTRICKS_BENCH_KEEP=1 $(BENCH) benchmarks/bench_bn_relu.py -m more --benchmark-json=build/bench-kept.json
 
 # The operators' speed against eager torch, compared with benchmarks/results/cpu.json if that is of this kind of machine.
 bench-check: libraries

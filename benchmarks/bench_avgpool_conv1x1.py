@@ -2,7 +2,7 @@
 
     pytest benchmarks/bench_avgpool_conv1x1.py --benchmark-only -s
 
-FLOP of the three products: 2 N H' W' C Cout each.
+FLOP of the three products: 2 N H' W' C Cout each. Bytes: x, y and weight, or their gradients, once in each product.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ def test_forward_backward(benchmark, c: int, o: int, size: int, layout: str) -> 
         inputs = [t.contiguous(memory_format=LAYOUTS[layout]).requires_grad_() for t in (x, weight)]
         return inputs, torch.randn_like(eager(*inputs))
 
-    flops = 3 * 2 * BATCH * (size // 2) ** 2 * c * o
-    found = compare(benchmark, avgpool_conv1x1, {"eager": eager}, draw, ROUNDS, flops=flops)
+    pixels = BATCH * (size // 2) ** 2
+    moved, flops = 3 * 4 * (4 * pixels * c + pixels * o + c * o), 3 * 2 * pixels * c * o
+    found = compare(benchmark, avgpool_conv1x1, {"eager": eager}, draw, ROUNDS, moved, flops)
     ratios[f"{c}->{o} {size}x{size} {layout}"] = found["eager"]
 
 

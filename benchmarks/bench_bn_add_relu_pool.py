@@ -3,18 +3,15 @@
     pytest benchmarks/bench_bn_add_relu_pool.py --benchmark-only -s
 
 What `fasttricks.backends.MEANS_HANDED_ON` rests on: forward and backward at the stage changes of ResNet-50-D, where the
-next block's first convolution reads the output as well. Both sides run in turn in one process; the ratio is that of the
-best rounds, above 1 where handing on is faster.
+next block's first convolution reads the output as well. The ratio to `apart` is above 1 where handing on is faster.
 """
 
 from __future__ import annotations
 
-import time
-
 import pytest
 import torch
 from shapes import SHORTCUTS
-from sides import LAYOUTS, THREADS
+from sides import LAYOUTS, Run, measure
 
 from fasttricks.backends import MEANS_HANDED_ON
 from fasttricks.nn import AvgPoolConv1x1, BatchNormAddReLU2d
@@ -32,13 +29,11 @@ class StageChange:
         self.x, self.residual = (tensor(c, size).requires_grad_() for _ in range(2))
         self.gradients = [tensor(c, size), tensor(o, size // 2)]
 
-    def step(self) -> float:
+    def step(self) -> None:
         for t in (self.x, self.residual, *self.bn.parameters(), *self.shortcut.parameters()):
             t.grad = None
-        start = time.perf_counter()
         y = self.bn(self.x, self.residual)
         torch.autograd.backward([y, self.shortcut(y)], self.gradients)
-        return time.perf_counter() - start
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -47,20 +42,13 @@ class StageChange:
 def test_stage_change(
     benchmark, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, c: int, o: int, size: int, layout: str
 ) -> None:
-    torch.set_num_threads(THREADS)
     change = StageChange(c, o, size, layout, dtype)
-    apart: list[float] = []
 
-    def apart_round() -> tuple[tuple, dict]:
-        monkeypatch.setitem(MEANS_HANDED_ON, "cpu", ())
-        apart.append(change.step())
-        monkeypatch.setitem(MEANS_HANDED_ON, "cpu", (dtype,))
-        return (), {}
+    def run(*handed_on: torch.dtype) -> Run:
+        def step() -> None:
+            monkeypatch.setitem(MEANS_HANDED_ON, "cpu", handed_on)
+            change.step()
 
-    apart_round()
-    change.step()
-    benchmark.pedantic(change.step, setup=apart_round, rounds=ROUNDS, iterations=1)
-    ours, theirs = min(benchmark.stats.stats.data), min(apart)
-    benchmark.extra_info |= {"apart_ms": theirs * 1e3, "ratio": theirs / ours}
-    what = f"{c}->{o} {size}x{size} {layout} {dtype}"
-    print(f"\n{what}: {ours * 1e3:.1f} ms, apart {theirs * 1e3:.1f}: {theirs / ours:.2f}x")
+        return Run(step)
+
+    measure(benchmark, run(dtype), {"apart": run()}, ROUNDS)

@@ -1,23 +1,20 @@
-"""sgd_step on ResNet-50's parameters, against torch's optimizers and the copy bandwidth of the machine.
+"""sgd_step on ResNet-50's parameters, against torch's optimizers.
 
-pytest benchmarks/bench_sgd.py                        times each case with pytest-benchmark
-pytest benchmarks/bench_sgd.py -s -k ratios           prints ratios from rounds in which all cases run in turn
+pytest benchmarks/bench_sgd.py --benchmark-only -s
 """
 
 from __future__ import annotations
 
 import math
-import statistics
-import time
 from collections.abc import Callable
 
-import pytest
 import torch
+from sides import Run, measure
 from torch import Tensor
 
 from fasttricks.optim import FusedSGD, LossScaler
 
-LR, MOMENTUM, DECAY, SCALE = 0.1, 0.9, 1e-4, 1024.0
+LR, MOMENTUM, DECAY, SCALE, ROUNDS = 0.1, 0.9, 1e-4, 1024.0, 9
 BYTES = 22  # bytes per parameter: check 2; gradient 2, master 4 + 4, momentum 4 + 4, fp16 parameter 2
 
 
@@ -109,47 +106,26 @@ def in_place_fp16() -> Callable[[], None]:
     return run
 
 
-def torch_fused_fp32() -> Callable[[], None]:
-    """torch.optim.SGD(fused=True) on fp32 parameters."""
-    return torch.optim.SGD(parameters(torch.float32), lr=LR, momentum=MOMENTUM, weight_decay=DECAY, fused=True).step
+def torch_fp32(fused: bool) -> Callable[[], None]:
+    """torch.optim.SGD on fp32 parameters."""
+    params = parameters(torch.float32)
+    return torch.optim.SGD(params, lr=LR, momentum=MOMENTUM, weight_decay=DECAY, fused=fused).step
 
 
-def copy() -> Callable[[], None]:
-    """A copy that moves as many bytes as fused_fp16: half of them read, half written."""
-    source, target = torch.ones(COUNT * BYTES // 8), torch.empty(COUNT * BYTES // 8)
-    return lambda: target.copy_(source)
+Steps = dict[str, Callable[[], None]]
 
 
-CASES = {f.__name__: f for f in (fused_fp16, eager_fp16, in_place_fp16, fused_fp32, torch_fused_fp32, copy)}
+def measure_steps(benchmark, ours: Callable[[], None], peers: Steps, moved: int, flops: int) -> None:
+    """moved, flops: per value."""
+    runs = {name: Run(step) for name, step in peers.items()}
+    measure(benchmark, Run(ours), runs, ROUNDS, COUNT * moved, COUNT * flops)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_case(benchmark: Callable[..., None], case: str) -> None:
-    torch.set_num_threads(2)
-    run = CASES[case]()
-    run()
-    benchmark.extra_info["parameters"] = COUNT  # type: ignore[attr-defined]
-    benchmark.pedantic(run, rounds=9, warmup_rounds=1)  # type: ignore[attr-defined]
+def test_fp16(benchmark) -> None:
+    """Operations per value: 1 for the scale, 2 each for weight decay, momentum and step."""
+    measure_steps(benchmark, fused_fp16(), {"eager": eager_fp16(), "in_place": in_place_fp16()}, BYTES, 7)
 
 
-def ratios(rounds: int = 9) -> dict[str, float]:
-    """Median seconds of every case, over rounds in which the cases run in turn."""
-    torch.set_num_threads(2)
-    runs = {name: make() for name, make in CASES.items()}
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for k in range(rounds + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if k:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(t) for name, t in times.items()}
-
-
-def test_ratios() -> None:
-    seconds = ratios()
-    ours = seconds["fused_fp16"]
-    for name, t in seconds.items():
-        print(f"{name:18} {t * 1e3:8.2f} ms   {t / ours:5.2f} x fused_fp16")
-    moved, copied = COUNT * BYTES / ours / 1e9, COUNT * BYTES / seconds["copy"] / 1e9
-    print(f"fused_fp16 moves {moved:.1f} GB/s, copy {copied:.1f} GB/s: {moved / copied:.0%} at {BYTES} bytes per value")
+def test_fp32(benchmark) -> None:
+    peers = {"eager": torch_fp32(fused=False), "torch_fused": torch_fp32(fused=True)}
+    measure_steps(benchmark, fused_fp32(), peers, 20, 6)

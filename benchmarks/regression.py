@@ -19,7 +19,8 @@ from typing import Any
 
 import cpuinfo
 import pytest
-from report import ROOT, condense, load
+from measured import ROOT, load
+from report import condense
 
 TRIES, TOLERANCE = 3, 1.15
 FILES = ("bench_bn_relu.py", "bench_avgpool_conv1x1.py")

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import measured
+import pictures
 import pytest
 import report
 import torch
@@ -110,21 +112,21 @@ def test_tables_agree_with_the_results(page: Path) -> None:
     assert "<!-- /" in text
 
 
-@pytest.mark.parametrize("name", report.PICTURES)
+@pytest.mark.parametrize("name", pictures.measured_pictures())
 def test_pictures_agree_with_the_results(name: str) -> None:
     """If it fails, run python benchmarks/report.py."""
-    with Image.open(report.ASSETS / name) as picture:
-        assert picture.text["Source"] == report.digest(report.PICTURES[name].result)
+    with Image.open(pictures.ASSETS / name) as picture:
+        assert picture.text["Source"] == measured.digest(pictures.PICTURES[name].result)
 
 
 def test_a_changed_result_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in os.listdir(report.RESULTS):
+    for name in os.listdir(measured.RESULTS):
         if name.endswith(".json"):
-            (tmp_path / name).write_text((report.RESULTS / name).read_text())
+            (tmp_path / name).write_text((measured.RESULTS / name).read_text())
     text = (tmp_path / "cpu.json").read_text()
     (tmp_path / "cpu.json").write_text(re.sub(r'"eager": [\d.]+', '"eager": 7.77', text))
     readme = (ROOT / "README.md").read_text()
-    before = report.digest("cpu.json")
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    before = measured.digest("cpu.json")
+    monkeypatch.setattr(measured, "RESULTS", tmp_path)
     assert "7.77x" in report.rendered(readme)
-    assert report.digest("cpu.json") != before
+    assert measured.digest("cpu.json") != before
