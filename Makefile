@@ -3,12 +3,12 @@ PYTHON ?= python3
 VENV ?= .venv
 RUNS ?= runs/digits
 PY := $(VENV)/bin/python
-CXX_SOURCES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.h')
+CXX_SOURCES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 # pytest on every core; tests that must not run side by side are of one xdist_group
 PYTEST := $(PY) -m pytest -q -n logical --maxprocesses 8 --dist loadgroup
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: train ablate test test-all test-long test-zoo test-oldest-triton libraries lint bench bench-more bench-all bench-check bench-traffic docs sdist wheel wheel-matrix clean
+.PHONY: train ablate test test-all test-long test-zoo test-oldest-triton libraries lint emulator bench bench-more bench-all bench-check bench-traffic docs sdist wheel wheel-matrix clean
 
 # ResNet-50-D on real scans with both recipes: a table and curves.
 train: libraries
@@ -26,9 +26,8 @@ ablate: libraries
 
 # The style checks and the tests, in about 10 minutes on two cores. Triton's interpreter replaces its compiler for a whole
 # process: what it runs has a run of its own.
-test: libraries lint
-	@echo "fasttricks: compiling the CUDA kernels for the CPU's emulator, about a minute and a half"
-	@PYTHONPATH=. $(PY) tests/emulator/emulated.py plain plans
+test: libraries
+	@$(MAKE) --no-print-directory -j 2 lint emulator
 	$(PYTEST) tests -m "not long and not zoo"
 	@echo "fasttricks: the tests of the Triton kernels, in Triton's interpreter"
 	TRITON_INTERPRET=1 $(PYTEST) tests -m "not long and not zoo" -k "triton or registration"
@@ -73,6 +72,10 @@ $(VENV)/ready: pyproject.toml setup.py build_libraries.py
 # The libraries again if a source is newer; ninja knows which.
 libraries: $(VENV)/ready
 	@$(PY) setup.py -q build_ext --inplace
+
+emulator: $(VENV)/ready
+	@echo "fasttricks: compiling the CUDA kernels for the CPU's emulator, about a minute"
+	@PYTHONPATH=. $(PY) tests/emulator/emulated.py plain plans
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .

@@ -201,16 +201,31 @@ def find_cuda(torch: Torch) -> Cuda | str:
     return reason
 
 
+def _targets(archs: tuple[str, ...]) -> list[str]:
+    """nvcc's options for these architectures.
+
+    The source is the same for all of them, and nvcc has one compiler to PTX for those before Blackwell and one from
+    there on: each runs once, for the oldest of its architectures. Those with a letter (9.0a) take no other's PTX.
+    """
+    numbers = {arch: arch.removesuffix("+PTX").replace(".", "") for arch in archs}
+    groups: dict[str, list[str]] = {}
+    for arch, number in numbers.items():
+        group = number if not number.isdigit() else "Blackwell" if int(number) >= 100 else "before"
+        groups.setdefault(group, []).append(arch)
+    targets: list[str] = []
+    for members in groups.values():
+        oldest = min((numbers[arch] for arch in members), key=lambda number: (len(number), number))
+        codes = [f"sm_{numbers[arch]}" for arch in members]
+        codes += [f"compute_{oldest}"] if any(arch.endswith("+PTX") for arch in members) else []
+        targets += ["-gencode", f"arch=compute_{oldest},code=[{','.join(codes)}]"]
+    return targets
+
+
 def cuda_steps(torch: Torch, cuda: Cuda, objects: Path, library: Path, debug: bool) -> list[Step]:
     nvcc = [str(cuda.nvcc)]
     if chosen := os.environ.get("CXX"):
         nvcc += ["-ccbin", shlex.split(chosen)[0]]
-    targets: list[str] = []
-    for arch in cuda.archs:
-        number = arch.removesuffix("+PTX").replace(".", "")
-        targets += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
-        if arch.endswith("+PTX"):
-            targets += ["-gencode", f"arch=compute_{number},code=compute_{number}"]
+    targets = _targets(cuda.archs)
     common = [
         *nvcc,
         *targets,
@@ -228,7 +243,8 @@ def cuda_steps(torch: Torch, cuda: Cuda, objects: Path, library: Path, debug: bo
     archs = f"for {', '.join(cuda.archs)}"
     steps = [
         compile_step(common, source, objects / f"cuda_{source.stem}.o", f"compiling {source.name} {archs}")
-        for source in sorted((ROOT / "csrc/cuda").glob("*.cu"))
+        for source in sorted((ROOT / "csrc/cuda").glob("*.c*"))
+        if source.suffix in (".cu", ".cpp")
     ]
     # the CUDA runtime is linked statically and not exported: torch brings its own, possibly of another version
     link = [*nvcc, *targets, "--cudart=static", "-Xlinker", "--exclude-libs=ALL"]

@@ -33,7 +33,7 @@ def run(kind: str, name: str, fault: int, order: str, landing: str = "late") -> 
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("name", ["neighbours", "ring", "votes", "product"])
-@pytest.mark.parametrize("kind", ["plain", "asan", "tsan"])
+@pytest.mark.parametrize("kind", ["plain", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("asan", "tsan"))])
 def test_primitives_are_right(kind: str, name: str, order: str) -> None:
     assert run(kind, name, 0, order, "early" if order == "descending" else "late") == ""
 
@@ -67,7 +67,9 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    "fault", [pytest.param(f, marks=[pytest.mark.long] if kind != "plain" else []) for f, (kind, *_) in FAULTS.items()]
+)
 def test_planted_faults_are_caught(fault: str) -> None:
     kind, name, number, order, landing, said = FAULTS[fault]
     assert said in run(kind, name, number, order, landing)

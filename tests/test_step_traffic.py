@@ -14,6 +14,9 @@ from resnet50d import layers
 from step_traffic import BATCH, Metered, Step, along_the_residual, metered, saved_bytes, steps
 
 
+pytestmark = pytest.mark.xdist_group("step_traffic")  # one process meters the layers once
+
+
 @pytest.fixture(scope="module")
 def ops() -> Metered:
     return Metered()

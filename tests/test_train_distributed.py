@@ -27,6 +27,7 @@ from train_runs import SMALL, rows, same, train
 from fasttricks.train import cli
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+of_two_ranks = pytest.mark.xdist_group("two_ranks")  # one process runs them once
 ONE_STATISTIC = ["--sync-bn", "--epochs", "2", "--batch-size", "8"]
 
 
@@ -88,6 +89,7 @@ def options_of(variant: str) -> list[str]:
     return [*small, *ONE_STATISTIC, *more]
 
 
+@of_two_ranks
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_two_ranks_are_one(two_ranks: Path, variant: str, tmp_path: Path) -> None:
     """With the statistics of batch norm over both ranks."""
@@ -96,6 +98,7 @@ def test_two_ranks_are_one(two_ranks: Path, variant: str, tmp_path: Path) -> Non
     assert_close(tmp_path / "one", two_ranks / variant)
 
 
+@of_two_ranks
 def test_statistics_of_each_rank(two_ranks: Path, tmp_path: Path) -> None:
     """Without --sync-bn, the result is another; each rank has its random numbers."""
     assert train(two_ranks / "data", tmp_path / "one", "--batch-size", "8", "--epochs", "1") == 0
@@ -104,6 +107,7 @@ def test_statistics_of_each_rank(two_ranks: Path, tmp_path: Path) -> None:
     assert len(torch.load(two_ranks / "apart" / "last.pt", weights_only=True)["rng"]) == 2
 
 
+@of_two_ranks
 def test_a_loss_that_is_not_finite(two_ranks: Path) -> None:
     """All ranks stop, and each keeps its batch."""
     kept = [torch.load(two_ranks / "diverging" / f"not-finite-{rank}.pt", weights_only=True) for rank in (0, 1)]

@@ -252,6 +252,7 @@ def test_a_graph_that_is_asked_for_without_cuda(tree: Path, tmp_path: Path, caps
 # ---- torch.compile ----
 
 
+@pytest.mark.xdist_group("compiled_training")  # the second finds the first one's code in inductor's cache
 @pytest.mark.parametrize("more", [[], ["--accumulate", "2"]], ids=" ".join)
 def test_a_compiled_model_trains_as_the_eager_one(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str]

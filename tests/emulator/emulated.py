@@ -24,6 +24,7 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import ModuleType
@@ -336,5 +337,5 @@ def _register(names: tuple[str, ...]) -> None:
 
 
 if __name__ == "__main__":  # python emulated.py KIND...: builds ahead of the tests
-    for kind in sys.argv[1:]:
-        (PLANS if kind == PLANS.kind else Build(kind)).make()
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda kind: (PLANS if kind == PLANS.kind else Build(kind)).make(), sys.argv[1:]))

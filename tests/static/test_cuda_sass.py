@@ -72,7 +72,7 @@ def test_every_budget_has_a_kernel_on_every_architecture(built: list[Kernel]) ->
 
 def test_the_card_is_asked_for_what_needs_most(built: list[Kernel]) -> None:
     """A driver too old for 32 KB of parameters must be noticed before the first step: the probe is of such a kernel."""
-    probe = re.search(r"cudaFuncGetAttributes\(&\w+, (\w+)_kernel\(\)\)", (CSRC / "cuda/library.cu").read_text())
+    probe = re.search(r"cudaFuncGetAttributes\(&\w+, (\w+)_kernel\(\)\)", (CSRC / "cuda/library.cpp").read_text())
     assert probe
     for arch in {kernel.arch for kernel in built}:
         parameters = {kernel.name: kernel.parameters for kernel in built if kernel.arch == arch}

@@ -196,7 +196,7 @@ def resources(cubin: bytes, tmp_path: Path) -> tuple[int, int]:
         (torch.float16, (256, 64, 56, 56)),
         (torch.bfloat16, (256, 2048, 7, 7)),
         (torch.float32, (256, 256, 14, 14)),
-        (torch.float16, (512, 64, 256, 256)),
+        pytest.param(torch.float16, (512, 64, 256, 256), marks=pytest.mark.long),
     ],
     ids=["fp16", "bf16-7x7", "fp32-14x14", "fp16-2^31"],
 )
@@ -249,7 +249,7 @@ def test_sgd(
         (torch.bfloat16, (256, 1024, 14, 14)),
         (torch.float32, (256, 256, 56, 56)),
         (torch.float32, (256, 1024, 14, 14)),
-        (torch.float16, (1024, 256, 128, 128)),
+        pytest.param(torch.float16, (1024, 256, 128, 128), marks=pytest.mark.long),
         (torch.float16, (64, 32, 57, 57)),
         (torch.float64, (64, 32, 56, 56)),
     ],
