@@ -19,6 +19,9 @@ import torch
 
 import fasttricks
 from fasttricks.backends import namespaces, not_loaded
+from fasttricks.nn import run
+
+run.SMALL_ON_CPU = 0  # fused models run the ops on the tests' small tensors, too
 
 # Triton's interpreter replaces its compiler in the whole process, which then tests no other backend
 if os.environ.get("TRITON_INTERPRET") == "1":

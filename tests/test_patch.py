@@ -16,7 +16,7 @@ from census import census, counted
 from torch import nn
 
 import fasttricks
-from fasttricks.nn import BatchNormReLU2d
+from fasttricks.nn import BatchNormReLU2d, run
 
 
 class Block(nn.Module):
@@ -108,6 +108,23 @@ def test_a_pair_on_few_elements_calls_its_modules(name: str) -> None:
         assert taken(copy.deepcopy(fused), torch.randn(images, *X[1:]).double()) == ({name: 1} if count else {})
     same(fused, plain, lambda: torch.randn(2, *X[1:]).double(), 1e-10)
     assert taken(fasttricks.fuse(fused), torch.randn(1, *X[1:]).double()) == WHOLE
+
+
+def test_by_default_batchnorms_of_few_elements_call_their_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, where autograd records; pools do not, and with recompute, whose user wants the memory, none."""
+    monkeypatch.setattr(run, "SMALL_ON_CPU", 3 * 6 * 64)
+    _, plain = pair_of(Block)
+    fused, recomputing = fasttricks.fuse(copy.deepcopy(plain)), fasttricks.fuse(copy.deepcopy(plain), recompute=True)
+    few, enough = (torch.randn(images, *X[1:]).double() for images in (2, 12))
+    pool = {"avgpool_conv1x1": 1}
+    assert taken(copy.deepcopy(fused), few) == pool
+    assert taken(copy.deepcopy(fused), enough) == WHOLE
+    assert taken(copy.deepcopy(recomputing), few) == WHOLE
+    with torch.no_grad():
+        assert taken(copy.deepcopy(fused), few) == WHOLE
+    same(fused, plain, lambda: torch.randn(2, *X[1:]).double(), 1e-10)
+    norm = fasttricks.fuse(pytest.importorskip("timm.layers").BatchNormAct2d(6))
+    assert [taken(norm, torch.randn(n, 6, 8, 8)) for n in (2, 3)] == [{}, {"bn_relu": 1}]
 
 
 def test_compiled_graphs_hold_the_op_for_every_size() -> None:

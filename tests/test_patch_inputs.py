@@ -57,8 +57,8 @@ def test_flags(name: str) -> None:
 
 def test_numbers() -> None:
     """Those of NumPy are taken, too."""
-    for value, given in [("9", "str"), (None, "NoneType"), (1.5, "float"), (True, "bool")]:
-        with pytest.raises(TypeError, match=f"^fuse: min_elements is a {given}; accepted: an int$"):
+    for value, given in [("9", "str"), (1.5, "float"), (True, "bool")]:
+        with pytest.raises(TypeError, match=f"^fuse: min_elements is a {given}; accepted: an int or None$"):
             fasttricks.fuse(network(), min_elements=value)
     with pytest.raises(ValueError, match=r"^fuse: min_elements is -1; accepted: 0 or more$"):
         fasttricks.fuse(network(), min_elements=-1)

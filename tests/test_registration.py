@@ -97,15 +97,18 @@ def bn_add_relu_apply() -> list[tuple]:
     ]
 
 
+def ceil_modes(given: list[tuple]) -> list[tuple]:
+    """The first with both, the others with one; the smallest image has no mean without ceil_mode."""
+    return [(*given[0], True), *((*g, (k + k // 2) % 2 == 1 or min(g[0].shape[2:]) == 1) for k, g in enumerate(given))]
+
+
 def bn_add_relu_pool_forward() -> list[tuple]:
-    """The smallest image has no mean without ceil_mode."""
     no_statistics = (None, None, None, 0.1)
-    given = [(*g[:5], *(g[5:] + no_statistics[len(g) - 5 :])) for g in bn_add_relu_forward()]
-    return [(*g, ceil) for g in given for ceil in (False, True) if ceil or min(g[0].shape[2:]) > 1]
+    return ceil_modes([(*g[:5], *(g[5:] + no_statistics[len(g) - 5 :])) for g in bn_add_relu_forward()])
 
 
 def bn_add_relu_pool_apply() -> list[tuple]:
-    return [(*g, ceil) for g in bn_add_relu_apply() for ceil in (False, True) if ceil or min(g[0].shape[2:]) > 1]
+    return ceil_modes(bn_add_relu_apply())
 
 
 def both_batchnorms(a: torch.Tensor, grad: bool) -> tuple:

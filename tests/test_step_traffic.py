@@ -13,7 +13,6 @@ import step_traffic
 from resnet50d import layers
 from step_traffic import BATCH, Metered, Step, along_the_residual, metered, saved_bytes, steps
 
-
 pytestmark = pytest.mark.xdist_group("step_traffic")  # one process meters the layers once
 
 

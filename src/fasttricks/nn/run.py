@@ -177,17 +177,29 @@ def _op(
     return y
 
 
-# In the functions below, a pair on fewer than min_elements elements calls its modules.
+# In the functions below, a pair on fewer than min_elements elements calls its modules. None: where autograd records
+# calls on the CPU, SMALL_ON_CPU; below it a node of ours costs more time than two of torch's, and the kernel wins less.
 
 
-def is_small(x: torch.Tensor, min_elements: int) -> bool:
-    """Whether x has fewer elements; False in compiled graphs, where a call has no cost of its own."""
-    return not torch.compiler.is_compiling() and x.numel() < min_elements
+SMALL_ON_CPU = 32_768  # measured: benchmarks/bench_small.py and bench_models.py
 
 
-def norm_relu(norm: Any, x: torch.Tensor, min_elements: int = 0) -> torch.Tensor:
+def is_small(x: torch.Tensor, min_elements: int | None, norm: Any = None) -> bool:
+    """Whether x has fewer elements. False in compiled graphs, where a call has no cost of its own, and for a norm with
+    statistics over several processes, which torch has on cards only.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if min_elements is None:
+        small = x.numel() < SMALL_ON_CPU and x.device.type == "cpu" and torch.is_grad_enabled()
+    else:
+        small = x.numel() < min_elements
+    return small and (norm is None or _process_group(norm) is None)
+
+
+def norm_relu(norm: Any, x: torch.Tensor, min_elements: int | None = 0) -> torch.Tensor:
     """relu(norm(x)) for a plain norm, which the caller has checked, or for timm's, whose ReLU is its own."""
-    if x.dim() != 4 or (min_elements and is_small(x, min_elements)):
+    if x.dim() != 4 or (min_elements != 0 and is_small(x, min_elements, norm)):
         return F.relu(norm(x))
     return _op(norm, x, None)
 
@@ -197,7 +209,7 @@ def norm_add_relu(
     x: torch.Tensor,
     residual: Any,
     in_place: bool = False,
-    min_elements: int = 0,
+    min_elements: int | None = 0,
     ceil_mode_of_reader: bool | None = None,
 ) -> torch.Tensor:
     """relu(norm(x) + residual) for a plain norm; in_place: the addition was `+=` on the result of norm.
@@ -209,7 +221,7 @@ def norm_add_relu(
         or not isinstance(residual, torch.Tensor)
         or residual.shape != x.shape
         or residual.dtype != x.dtype
-        or (min_elements and is_small(x, min_elements))
+        or (min_elements != 0 and is_small(x, min_elements, norm))
     ):
         y = norm(x)
         if in_place:
@@ -221,14 +233,14 @@ def norm_add_relu(
 
 
 def norm_add_norm_relu(
-    norm: Any, x: torch.Tensor, other: Any, residual: Any, in_place: bool = False, min_elements: int = 0
+    norm: Any, x: torch.Tensor, other: Any, residual: Any, in_place: bool = False, min_elements: int | None = 0
 ) -> torch.Tensor:
     """relu(norm(x) + other(residual)) for plain norms; in_place: the addition was `+=` on the result of norm."""
     if (
         x.dim() != 4
         or residual.shape != x.shape
         or residual.dtype != x.dtype
-        or (min_elements and is_small(x, min_elements))
+        or (min_elements != 0 and is_small(x, min_elements, norm))
         or _process_group(norm) is not None
         or _process_group(other) is not None
     ):
@@ -251,7 +263,7 @@ def avgpool_conv1x1_of_modules(
 
 def avgpool_conv1x1_of(conv: nn.Conv2d, x: torch.Tensor, ceil_mode: bool, min_elements: int = 0) -> torch.Tensor:
     """conv(avg_pool2d(x, 2, ceil_mode=ceil_mode)) of a 1x1 convolution."""
-    if x.dim() != 4 or (min_elements and is_small(x, min_elements)):
+    if x.dim() != 4 or (min_elements != 0 and is_small(x, min_elements)):
         return conv(F.avg_pool2d(x, 2, ceil_mode=ceil_mode))
     return pool_and_conv1x1(conv, x, ceil_mode)
 
@@ -274,7 +286,7 @@ def conv1x1_avgpool_of_modules(
 
 def conv1x1_avgpool_of(conv: nn.Conv2d, x: torch.Tensor, ceil_mode: bool, min_elements: int = 0) -> torch.Tensor:
     """avg_pool2d(conv(x), 2, ceil_mode=ceil_mode) of a 1x1 convolution."""
-    if x.dim() != 4 or (min_elements and is_small(x, min_elements)):
+    if x.dim() != 4 or (min_elements != 0 and is_small(x, min_elements)):
         return F.avg_pool2d(conv(x), 2, ceil_mode=ceil_mode)
     return avgpool_conv1x1(x, conv.weight, conv.bias, stride=2, ceil_mode=ceil_mode)
 

@@ -42,7 +42,9 @@ class Plan:
     ceil_mode: bool = False  # of that pool
 
 
-def plan(block: nn.Module, allowed: Allowed, min_elements: int = 0, ceil_mode_of_reader: bool | None = None) -> Plan:
+def plan(
+    block: nn.Module, allowed: Allowed, min_elements: int | None = 0, ceil_mode_of_reader: bool | None = None
+) -> Plan:
     """Traces a block's forward in both modes and every combination of its arguments, and finds the pairs.
 
     ceil_mode_of_reader: that of a pool by which the next block reads this one's result, if there is one.
@@ -281,7 +283,7 @@ def has_relu(norm: nn.Module) -> bool:
     return is_plain_relu(act) and all(type(m) is nn.Identity and run.untouched(m) for m in children.values())
 
 
-def fused_norm_act_class(base: type[nn.Module], min_elements: int = 0) -> type[nn.Module]:
+def fused_norm_act_class(base: type[nn.Module], min_elements: int | None = 0) -> type[nn.Module]:
     """The subclass of timm's BatchNormAct2d, or of its SyncBatchNorm, whose forward is one op."""
     known = _classes.get((base, min_elements))
     if known is None:
@@ -292,7 +294,7 @@ def fused_norm_act_class(base: type[nn.Module], min_elements: int = 0) -> type[n
             if (
                 issubclass(type(x), torch.Tensor)
                 and x.dim() == 4
-                and not (min_elements and run.is_small(x, min_elements))
+                and not (min_elements != 0 and run.is_small(x, min_elements, self))
                 and not run.wants_plain_modules(x)
                 and base.forward is original
                 and has_relu(self)

@@ -32,7 +32,7 @@ def fuse(
     filter_fn: Filter | None = None,
     strict: bool = False,
     recompute: bool = False,
-    min_elements: int = 0,
+    min_elements: int | None = None,
 ) -> Model:
     """Runs each BatchNorm with its ReLU, or addition and ReLU, and each 2x2 pool with its 1x1 convolution as one op.
 
@@ -50,9 +50,9 @@ def fuse(
         filter_fn: called with the BatchNorm (or the 1x1 convolution) and its name; False leaves that pair as it is.
         strict: raise if a pair is left as it is for a reason other than these arguments.
         recompute: run every forward pass of the model within `fasttricks.recompute()`, which saves memory.
-        min_elements: a pair whose input has fewer elements calls its modules one after another. On the CPU one op on
-            such an input can take a little longer than two of torch's (`benchmarks/bench_small.py`). Graphs of
-            torch.compile always hold the op.
+        min_elements: a pair whose input has fewer elements calls its modules one after another. Graphs of torch.compile
+            always hold the op. None: 0, but 32,768 for a BatchNorm on the CPU where autograd records the call, which on
+            fewer elements takes longer than two calls of torch (`benchmarks/bench_small.py`); 0 with recompute.
 
     Returns:
         The same model. `fasttricks.fusions(model)` says what was done, and why anything was left.
@@ -77,18 +77,22 @@ def fuse(
     if filter_fn is not None and not callable(filter_fn):
         accepted = "a function of (module, name), or None"
         fail("fuse", "filter_fn", f"is a {type(filter_fn).__name__}", accepted, TypeError)
-    if not isinstance(min_elements, Integral) or isinstance(min_elements, bool):
-        fail("fuse", "min_elements", f"is a {type(min_elements).__name__}", "an int", TypeError)
-    if min_elements < 0:
-        fail("fuse", "min_elements", f"is {min_elements}", "0 or more")
-    changes, rows = _analyse(model, wanted, filter_fn, int(min_elements))
+    if min_elements is not None:
+        if not isinstance(min_elements, Integral) or isinstance(min_elements, bool):
+            fail("fuse", "min_elements", f"is a {type(min_elements).__name__}", "an int or None", TypeError)
+        if min_elements < 0:
+            fail("fuse", "min_elements", f"is {min_elements}", "0 or more")
+        min_elements = int(min_elements)
+    elif recompute:
+        min_elements = 0
+    changes, rows = _analyse(model, wanted, filter_fn, min_elements)
     if strict and (left := [row for row in rows if row.kind is not None and row.reason not in ("", NOT_WANTED)]):
         raise ValueError(f"fuse: strict is True, and pairs are left as they are:\n{Fusions(left)}")
     unfuse(model)
     for module, cls in changes:
         module.__class__ = cls
     if recompute:
-        model.__class__ = recomputing_class(type(model))
+        model.__class__ = recomputing_class(type(model))  # type: ignore[assignment]
     return model
 
 
@@ -165,7 +169,7 @@ def _join(*names: str) -> str:
 
 
 def _analyse(
-    model: nn.Module, wanted: dict[str, bool], filter_fn: Filter | None, min_elements: int = 0
+    model: nn.Module, wanted: dict[str, bool], filter_fn: Filter | None, min_elements: int | None = 0
 ) -> tuple[list[tuple[nn.Module, type[nn.Module]]], Fusions]:
     """The classes that modules get, and the report. Inner blocks come first: an outer one takes what they leave."""
     changes: list[tuple[nn.Module, type[nn.Module]]] = []
@@ -251,7 +255,9 @@ def _channels_fit(block: nn.Module, made: Plan, following: nn.Module, reader: Pl
     return bool(norm.num_features == conv.in_channels)
 
 
-def _plan(module: nn.Module, allowed: Allowed, min_elements: int, ceil_mode_of_reader: bool | None = None) -> Planned:
+def _plan(
+    module: nn.Module, allowed: Allowed, min_elements: int | None, ceil_mode_of_reader: bool | None = None
+) -> Planned:
     """What to do with one block, and the class that does it."""
     try:
         made = plan(module, allowed, min_elements, ceil_mode_of_reader)

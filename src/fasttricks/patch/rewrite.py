@@ -12,13 +12,16 @@ from ..nn import run
 from .match import AVGPOOL_CONV1X1, BN_ADD_RELU, BN_RELU, SAME_AFTER_POOL, Pair, pool_of
 
 
-def rewrite(graph: fx.Graph, pairs: list[Pair], min_elements: int, ceil_mode_of_reader: bool | None = None) -> None:
+def rewrite(
+    graph: fx.Graph, pairs: list[Pair], min_elements: int | None, ceil_mode_of_reader: bool | None = None
+) -> None:
     """Makes every pair one call of a function of `fasttricks.nn.run`, where the pair's first module was called.
 
     An addition stays where it was, as its residual may be computed between the two. ceil_mode_of_reader: that of a pool
     by which the next block reads the result, if there is one.
     """
-    limit: dict[str, Any] = {"min_elements": min_elements} if min_elements else {}
+    limit: dict[str, Any] = {} if min_elements == 0 else {"min_elements": min_elements}
+    limit_of_pool = limit if min_elements else {}  # the default limit is of BatchNorms
     function: Callable[..., Any]
     for pair in pairs:
         x = pair.first.args[0] if pair.first.args else pair.first.kwargs["input"]
@@ -43,12 +46,12 @@ def rewrite(graph: fx.Graph, pairs: list[Pair], min_elements: int, ceil_mode_of_
                 pool = graph.get_attr(str(pair.pool.target))
                 shape = graph.call_function(run.pooled_shape_of_module, (pool, x)) if pair.metadata else None
                 function = run.conv1x1_avgpool_of_modules if pair.conv_first else run.avgpool_conv1x1_of_modules
-                fused = graph.call_function(function, (pool, graph.get_attr(pair.name), x), dict(limit))
+                fused = graph.call_function(function, (pool, graph.get_attr(pair.name), x), dict(limit_of_pool))
             else:
                 ceil_mode = (pool_of(pair.pool) or {})["ceil_mode"]
                 shape = graph.call_function(run.pooled_shape, (x, ceil_mode)) if pair.metadata else None
                 function = run.conv1x1_avgpool_of if pair.conv_first else run.avgpool_conv1x1_of
-                fused = graph.call_function(function, (graph.get_attr(pair.name), x, ceil_mode), dict(limit))
+                fused = graph.call_function(function, (graph.get_attr(pair.name), x, ceil_mode), dict(limit_of_pool))
         for node in pair.metadata:
             _read_from(node, x, shape)
         pair.last.replace_all_uses_with(fused)
