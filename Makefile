@@ -6,6 +6,8 @@ PY := $(VENV)/bin/python
 CXX_SOURCES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 # pytest on every core; tests that must not run side by side are of one xdist_group
 PYTEST := $(PY) -m pytest -q -n logical --maxprocesses 8 --dist loadgroup
+# the files that can have a test of Triton: the others take seconds to import
+TRITON_TESTS = $(shell grep -lE "triton|registration|backend|raw_ops" tests/test_*.py)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: train ablate test test-all test-long test-zoo test-oldest-triton libraries lint emulator bench bench-more bench-all bench-check bench-traffic docs sdist wheel wheel-matrix clean
@@ -30,7 +32,7 @@ test: libraries
 	@$(MAKE) --no-print-directory -j 2 lint emulator
 	$(PYTEST) tests -m "not long and not zoo"
 	@echo "fasttricks: the tests of the Triton kernels, in Triton's interpreter"
-	TRITON_INTERPRET=1 $(PYTEST) tests -m "not long and not zoo" -k "triton or registration"
+	TRITON_INTERPRET=1 $(PYTEST) $(TRITON_TESTS) -m "not long and not zoo" -k "triton or registration"
 
 # Everything: hours on two cores, most of them for test-zoo.
 test-all: test test-oldest-triton test-long test-zoo bench-check
@@ -57,16 +59,17 @@ test-oldest-triton: libraries
 	  tests/test_avgpool_conv1x1.py -k "test_triton or one_channel or nan_and_infinity"
 	PYTHONPATH=$(OLDEST) $(PYTEST) tests/static/test_triton_aot.py -k sm_90
 
-# The virtual environment, with fasttricks installed as editable.
+# The virtual environment, with fasttricks installed as editable. Python compiles a module when it is first imported: most
+# of torch's never are.
 $(VENV)/ready: pyproject.toml setup.py build_libraries.py
 	@echo "fasttricks: making the virtual environment $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
 	@echo "fasttricks: installing torch and torchvision (3 GB with CUDA), 2 to 5 minutes"
-	@$(PY) -m pip install -q "setuptools>=70.1" wheel ninja "torch>=2.10" torchvision
+	@$(PY) -m pip install -q --no-compile "setuptools>=70.1" wheel ninja "torch>=2.10" torchvision
 	@echo "fasttricks: compiling the kernels, about a minute; 5 minutes more if a CUDA toolkit is installed"
 	@$(PY) setup.py -q build_ext --inplace
 	@echo "fasttricks: installing fasttricks as editable, and what the trainer and the tests need, about a minute"
-	@$(PY) -m pip install -q --no-build-isolation -e ".[train,timm,test]"
+	@$(PY) -m pip install -q --no-compile --no-build-isolation -e ".[train,timm,test]"
 	@touch $@
 
 # The libraries again if a source is newer; ninja knows which.

@@ -201,7 +201,7 @@ def find_cuda(torch: Torch) -> Cuda | str:
     return reason
 
 
-def _targets(archs: tuple[str, ...]) -> list[str]:
+def targets(archs: tuple[str, ...]) -> list[str]:
     """nvcc's options for these architectures.
 
     The source is the same for all of them, and nvcc has one compiler to PTX for those before Blackwell and one from
@@ -212,23 +212,22 @@ def _targets(archs: tuple[str, ...]) -> list[str]:
     for arch, number in numbers.items():
         group = number if not number.isdigit() else "Blackwell" if int(number) >= 100 else "before"
         groups.setdefault(group, []).append(arch)
-    targets: list[str] = []
+    made: list[str] = []
     for members in groups.values():
         oldest = min((numbers[arch] for arch in members), key=lambda number: (len(number), number))
-        codes = [f"sm_{numbers[arch]}" for arch in members]
+        codes = list(dict.fromkeys(f"sm_{numbers[arch]}" for arch in members))
         codes += [f"compute_{oldest}"] if any(arch.endswith("+PTX") for arch in members) else []
-        targets += ["-gencode", f"arch=compute_{oldest},code=[{','.join(codes)}]"]
-    return targets
+        made += ["-gencode", f"arch=compute_{oldest},code=[{','.join(codes)}]"]
+    return made
 
 
 def cuda_steps(torch: Torch, cuda: Cuda, objects: Path, library: Path, debug: bool) -> list[Step]:
     nvcc = [str(cuda.nvcc)]
     if chosen := os.environ.get("CXX"):
         nvcc += ["-ccbin", shlex.split(chosen)[0]]
-    targets = _targets(cuda.archs)
     common = [
         *nvcc,
-        *targets,
+        *targets(cuda.archs),
         "-std=c++20",
         f"--threads={min(jobs(), len(cuda.archs))}",  # architectures side by side
         *(["-O0", "-g"] if debug else ["-O3"]),
@@ -247,7 +246,7 @@ def cuda_steps(torch: Torch, cuda: Cuda, objects: Path, library: Path, debug: bo
         if source.suffix in (".cu", ".cpp")
     ]
     # the CUDA runtime is linked statically and not exported: torch brings its own, possibly of another version
-    link = [*nvcc, *targets, "--cudart=static", "-Xlinker", "--exclude-libs=ALL"]
+    link = [*nvcc, *targets(cuda.archs), "--cudart=static", "-Xlinker", "--exclude-libs=ALL"]
     made = [step.output for step in steps]
     return [*steps, link_step(link, made, library, [f"-L{torch.lib}", "-ltorch_cpu", "-ltorch_cuda"])]
 

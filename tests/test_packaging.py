@@ -20,6 +20,7 @@ import torch
 from isa import instruction_sets
 
 import fasttricks
+from build_libraries import targets
 from fasttricks import backend as backend_context
 from fasttricks.backends import LIB
 
@@ -225,6 +226,14 @@ def test_architectures_are_those_requested(tmp_path: Path) -> None:
         done = find_cuda(ROOT, CUDA_HOME=home, TORCH_CUDA_ARCH_LIST=wrong)
         assert f"TORCH_CUDA_ARCH_LIST holds {wrong!r}; accepted:" in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_architectures_share_a_compilation_to_ptx() -> None:
+    """Those before Blackwell one, the others one; a letter takes no other's."""
+    shared = ["arch=compute_80,code=[sm_80,sm_90]", "arch=compute_100,code=[sm_100,sm_120,compute_100]"]
+    alone = ["arch=compute_90a,code=[sm_90a]", "arch=compute_75,code=[sm_86,sm_75,compute_75]"]
+    for archs, groups in [(("8.0", "9.0", "10.0", "12.0+PTX"), shared), (("9.0a", "8.6+PTX", "7.5"), alone)]:
+        assert targets(archs) == [part for group in groups for part in ("-gencode", group)]
 
 
 @pytest.mark.parametrize("env", [{"PATH": "/nonexistent"}, {"CXX": "/nonexistent/g++"}])
