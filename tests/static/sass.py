@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 import shutil
 import subprocess
@@ -69,6 +70,7 @@ class Kernel:
     divisions: int = 0  # of integers, by numbers that are not constants, inside loops
     in_flight: int = 0  # 128-bit global loads that are issued before the first of them is waited for, at best
     waited: int = 0  # those in loops with tensor-core instructions that are waited for before any of these
+    apart: int = 0  # instructions from one asynchronous copy to the next, at best, in a loop with such instructions
 
 
 def _loops(code: list[Instruction]) -> list[set[int]]:
@@ -163,6 +165,17 @@ def _first_uses(code: list[Instruction]) -> dict[int, int]:
     return uses
 
 
+def _copies_apart(code: list[Instruction], loop: set[int]) -> int:
+    """How far the closest two of a loop's copies from global to shared memory are apart, all of the code if a branch
+    lies between any two; 0 if there is no copy.
+    """
+    copies = sorted(i for i in loop if code[i].opcode.startswith("LDGSTS"))
+    straight = [
+        b - a for a, b in itertools.pairwise(copies) if not any(code[i].opcode.startswith("BRA") for i in range(a, b))
+    ]
+    return min(straight, default=len(code)) if copies else 0
+
+
 def inspect(kernel: Kernel, code: list[Instruction]) -> None:
     """Fills in what the instructions say."""
     loops, uses = _loops(code), _first_uses(code)
@@ -173,6 +186,8 @@ def inspect(kernel: Kernel, code: list[Instruction]) -> None:
     for loop in loops:
         inside = [i for i in products if i in loop]
         kernel.waited += sum(i in loop and not any(i < p < use for p in inside) for i, use in uses.items() if inside)
+        if inside:
+            kernel.apart = max(kernel.apart, _copies_apart(code, loop))
 
 
 def short_name(demangled: str) -> str:

@@ -42,6 +42,17 @@ def test_loads_in_flight() -> None:
     assert read(CODE.replace("LDG.E.128 R4", "LDG.E.64 R4")).in_flight == 1
 
 
+def test_copies_in_a_row() -> None:
+    """Two of them, one of them alone, and a branch between both; without products in the loop none counts."""
+    lines = CODE.splitlines()
+    lines[6] = "\n".join(f"    /*{at}*/ LDGSTS.E.128 [R16], desc[UR4][R2.64] ;" for at in ("0050", "0058"))
+    two = "\n".join(lines)
+    assert read(two).apart == 1
+    assert read(two.replace("/*0058*/ LDGSTS.E.128", "/*0058*/ LDS")).apart > 10
+    assert read(two.replace("/*0058*/", "/*0054*/ @P2 BRA 0x70 ;\n    /*0058*/")).apart > 10
+    assert read(two.replace("HMMA.16816.F32", "FFMA")).apart == read(CODE).apart == 0
+
+
 def test_loads_that_overlap_with_products() -> None:
     assert read(CODE).waited == 0
     store = CODE.splitlines()[9]
