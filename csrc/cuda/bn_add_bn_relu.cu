@@ -28,19 +28,18 @@ bool launch_forward(const PairCall& call, Call::Statistics& of_x, Call::Statisti
                     Tensor& mask) {
   const Call &main = call.main, &other = call.residual;
   if (main.empty()) return false;
-  Tensor partial = main.new_partial(), other_partial = main.new_partial();
   bool launched = false;
   with_type(main.x.scalar_type(), [&](auto of) {
     using T = decltype(of);
     using A = acc_t<T>;
-    const auto to = [](Tensor& parts, Call::Statistics& made) {
+    const auto to = [](Call::Statistics& made) {
       const auto at = [](Tensor& t) { return static_cast<A*>(t.mutable_data_ptr()); };
-      return BnStatistics<A>{at(parts), at(made.mean), at(made.var)};
+      return BnStatistics<A>{at(made.partial), at(made.mean), at(made.var)};
     };
-    launched = bn_add_bn_forward_slab_run(main.data<T>(), other.data<T>(), main.params<A>(), other.params<A>(),
-                                          main.shape, main.on.device, to(partial, of_x), to(other_partial, of_residual),
-                                          static_cast<T*>(y.mutable_data_ptr()),
-                                          static_cast<uint8_t*>(mask.mutable_data_ptr()), main.on.stream);
+    launched =
+        bn_add_bn_forward_slab_run(main.data<T>(), other.data<T>(), main.params<A>(), other.params<A>(), main.shape,
+                                   main.on.device, to(of_x), to(of_residual), static_cast<T*>(y.mutable_data_ptr()),
+                                   static_cast<uint8_t*>(mask.mutable_data_ptr()), main.on.stream);
   });
   return launched;
 }

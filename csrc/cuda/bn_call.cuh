@@ -79,15 +79,16 @@ struct Call : BnCall {
   }
   // Workspace of a reduction, of either variant.
   Tensor new_partial() const {
-    return torch::stable::new_empty(x, {bn_most_partials(shape, on.device.sm_count)}, statistics_type);
+    const int64_t count = empty() ? 0 : bn_most_partials(shape, on.device.sm_count);
+    return torch::stable::new_empty(x, {count}, statistics_type);
   }
 
-  // Mean and biased variance of x, for a kernel to write and others to read.
+  // Mean and biased variance of x, for a kernel to write and others to read, and its workspace.
   struct Statistics {
-    Tensor mean, var;
+    Tensor mean, var, partial;
   };
   Statistics new_statistics() {
-    Statistics made{new_per_channel(), new_per_channel()};
+    Statistics made{new_per_channel(), new_per_channel(), new_partial()};
     mean_data = made.mean.const_data_ptr();
     var_data = made.var.const_data_ptr();
     return made;

@@ -26,10 +26,9 @@ void move_statistics(BnRunningStatistics& running, const Tensor& mean, const Ten
 
 void Call::launch_stats(Statistics& to) const {
   if (empty()) return;
-  Tensor partial = new_partial();
   with_type(x.scalar_type(), [&](auto t) {
     using A = acc_t<decltype(t)>;
-    bn_stats_run(data<decltype(t)>(), shape, on.device, static_cast<A*>(partial.mutable_data_ptr()),
+    bn_stats_run(data<decltype(t)>(), shape, on.device, static_cast<A*>(to.partial.mutable_data_ptr()),
                  static_cast<A*>(to.mean.mutable_data_ptr()), static_cast<A*>(to.var.mutable_data_ptr()), on.stream);
   });
 }
@@ -53,12 +52,11 @@ struct ForwardCall : Call {
       move_statistics(running, made.mean, made.var, nullptr, 0, on.stream);
       return {y, made.mean, made.var, mask};
     }
-    Tensor partial = new_partial();
     with_type(x.scalar_type(), [&](auto t) {
       using T = decltype(t);
       using A = acc_t<T>;
       bn_forward_run(data<T>(), static_cast<const T*>(z), params<A>(), shape, on.device,
-                     static_cast<A*>(partial.mutable_data_ptr()), static_cast<A*>(made.mean.mutable_data_ptr()),
+                     static_cast<A*>(made.partial.mutable_data_ptr()), static_cast<A*>(made.mean.mutable_data_ptr()),
                      static_cast<A*>(made.var.mutable_data_ptr()), static_cast<T*>(y.mutable_data_ptr()),
                      z ? static_cast<uint8_t*>(mask.mutable_data_ptr()) : nullptr, on.stream);
     });

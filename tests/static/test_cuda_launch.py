@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from emulated import changed
 
-from build_libraries import ROOT, Cuda, find_cuda, find_torch
+from build_libraries import ROOT, Cuda, find_cuda, find_torch, targets
 
 pytestmark = pytest.mark.long
 SOURCE = Path(__file__).with_name("launch_calls.cu")
@@ -20,13 +20,14 @@ SOURCE = Path(__file__).with_name("launch_calls.cu")
 
 def counted(folder: Path, csrc: Path = ROOT / "csrc") -> dict[str, str]:
     """What launch_calls.cu prints, compiled with the headers in `csrc`."""
-    torch, cuda = find_torch(), find_cuda(find_torch())
+    torch = find_torch()
+    cuda = find_cuda(torch)
     if not isinstance(cuda, Cuda):
         pytest.skip(cuda)
     program = folder / "launch_calls"
     include = [torch.include, torch.include / "torch/csrc/api/include"]
     command = [
-        *(cuda.nvcc, f"-arch=sm_{cuda.archs[0].removesuffix('+PTX').replace('.', '')}", "-std=c++20"),
+        *(cuda.nvcc, *targets(cuda.archs[:1]), "-std=c++20"),
         *("--expt-relaxed-constexpr", "-Xlinker", "--allow-multiple-definition"),  # its functions win
         *("-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA"),
         *(f"-I{path}" for path in (csrc, csrc / "cuda")),

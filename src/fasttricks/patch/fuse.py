@@ -77,15 +77,7 @@ def fuse(
     if filter_fn is not None and not callable(filter_fn):
         accepted = "a function of (module, name), or None"
         fail("fuse", "filter_fn", f"is a {type(filter_fn).__name__}", accepted, TypeError)
-    if min_elements is not None:
-        if not isinstance(min_elements, Integral) or isinstance(min_elements, bool):
-            fail("fuse", "min_elements", f"is a {type(min_elements).__name__}", "an int or None", TypeError)
-        if min_elements < 0:
-            fail("fuse", "min_elements", f"is {min_elements}", "0 or more")
-        min_elements = int(min_elements)
-    elif recompute:
-        min_elements = 0
-    changes, rows = _analyse(model, wanted, filter_fn, min_elements)
+    changes, rows = _analyse(model, wanted, filter_fn, _limit(min_elements, recompute))
     if strict and (left := [row for row in rows if row.kind is not None and row.reason not in ("", NOT_WANTED)]):
         raise ValueError(f"fuse: strict is True, and pairs are left as they are:\n{Fusions(left)}")
     unfuse(model)
@@ -94,6 +86,17 @@ def fuse(
     if recompute:
         model.__class__ = recomputing_class(type(model))  # type: ignore[assignment]
     return model
+
+
+def _limit(min_elements: int | None, recompute: bool) -> int | None:
+    """min_elements, checked; who recomputes wants the memory of small tensors, too."""
+    if min_elements is None:
+        return 0 if recompute else None
+    if not isinstance(min_elements, Integral) or isinstance(min_elements, bool):
+        fail("fuse", "min_elements", f"is a {type(min_elements).__name__}", "an int or None", TypeError)
+    if min_elements < 0:
+        fail("fuse", "min_elements", f"is {min_elements}", "0 or more")
+    return int(min_elements)
 
 
 def unfuse(model: Model) -> Model:
