@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.ao.quantization as quantization
 from cases import relative_error
+from census import counted
 from torch import nn
 
 import fasttricks
@@ -175,6 +177,86 @@ def test_arguments_that_are_no_tensors(how: str) -> None:
         assert relative_error(fused(x, like), plain(x, like)) < 1e-10
     assert not isinstance(3, torch.Tensor)
     assert isinstance.__module__ == "builtins"
+
+
+class Looking(nn.Module):
+    """A forward that looks at the type of its argument in one of many ways, and computes something else for each."""
+
+    def __init__(self, look: Callable[[nn.Module, Any], torch.Tensor]) -> None:
+        super().__init__()
+        self.bn, self.relu, self.look, self.split = nn.BatchNorm2d(3), nn.ReLU(), look, Split()
+
+    def forward(self, x: Any) -> torch.Tensor:
+        return self.relu(self.bn(self.look(self, x)))
+
+
+class Split(nn.Module):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x.square(), x
+
+
+def by_attribute(_: nn.Module, x: Any) -> torch.Tensor:
+    return sum(x.values()) if hasattr(x, "values") and not hasattr(x, "dtype") else x.square()
+
+
+def by_key(_: nn.Module, x: Any) -> torch.Tensor:
+    try:
+        return x["a"].square()
+    except (IndexError, TypeError):
+        return x
+
+
+def by_a_module_that_returns_two(block: nn.Module, x: Any) -> torch.Tensor:
+    y = block.split(x)
+    return y[0] if isinstance(y, tuple) else y
+
+
+class Twice(torch.Tensor):
+    pass
+
+
+LOOKS = {
+    "tuple": lambda _, x: torch.cat(x).square() if isinstance(x, tuple) else x,
+    "list": lambda _, x: sum(x) if isinstance(x, list) else x.square(),
+    "list or tuple": lambda _, x: sum(x) if isinstance(x, (list, tuple)) else x.square(),
+    "sequence": lambda _, x: sum(x) if isinstance(x, Sequence) else x.square(),
+    "dict": lambda _, x: sum(x.values()) if isinstance(x, dict) else x.square(),
+    "mapping": lambda _, x: x["a"].square() if isinstance(x, Mapping) else x,
+    "tensor": lambda _, x: x.square() if torch.is_tensor(x) else x[0],
+    "subclass": lambda _, x: x.square() if isinstance(x, Twice) else x,
+    "type": lambda _, x: x.square() if type(x) is torch.Tensor else sum(x),
+    "__class__": lambda _, x: x.square() if x.__class__.__name__ == "Tensor" else sum(x),
+    "attribute": by_attribute,
+    "key": by_key,
+    "computed": by_a_module_that_returns_two,
+}
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_forwards_that_look_at_the_type_of_their_argument(look: str) -> None:
+    plain = Looking(LOOKS[look]).double()
+    fused = fasttricks.fuse(copy.deepcopy(plain))
+    x = torch.randn(2, 3, 5, 4, dtype=torch.float64)
+    for given in (x, (x, x + 1), [x, x + 1], {"a": x, "b": x + 1}, x.as_subclass(Twice), OrderedDict(a=x)):
+        outcomes = []
+        for model in (plain, fused):
+            try:
+                outcomes.append(model(given))
+            except (TypeError, AttributeError, LookupError, ValueError, RuntimeError):
+                outcomes.append(None)
+        want, got = outcomes
+        assert (want is None) == (got is None), given
+        if want is not None:
+            assert relative_error(got, want) < 1e-10
+
+
+def test_a_block_that_takes_a_tensor_or_a_tuple_is_fused() -> None:
+    fused = fasttricks.fuse(Looking(LOOKS["tuple"]))
+    x = torch.randn(2, 3, 5, 4)
+    for given in (x, (x, x)):
+        with counted() as calls:
+            fused(given)
+        assert calls["bn_relu"] == 1
 
 
 def test_graphs_that_are_edited_after_fusing() -> None:

@@ -21,7 +21,7 @@ from ..recomputation import recompute
 from . import match
 from .reads import reads
 from .rewrite import ceil_mode_of, modules_of, rewrite
-from .trace import CONTAINER, DEFAULT, TENSOR, Kinds, Signature, Untraceable, kind_of, original_class, trace
+from .trace import DEFAULT, TENSOR, TYPES, Kinds, Signature, Untraceable, kind_of, original_class, trace
 
 Allowed = Callable[[str, nn.Module, str], bool]
 
@@ -34,6 +34,7 @@ class Plan:
     left: dict[str, match.Left] = field(default_factory=dict)
     signature: Signature = field(default_factory=lambda: Signature([], []))
     graphs: dict[tuple[Kinds, bool], fx.Graph] = field(default_factory=dict)
+    asked: set[int] = field(default_factory=set)  # positions of the arguments whose type the forward looks at
     # (name within the block, what it must still be) -> in which modes
     watched: dict[tuple[str, str], set[bool]] = field(default_factory=dict)
     inlined: set[str] = field(default_factory=set)
@@ -55,25 +56,29 @@ def plan(
     signature = Signature.of(block)
     result = Plan(signature=signature)
     errors: list[Untraceable] = []
-    pending = signature.combinations()
-    while pending:
-        kinds = pending.pop(0)
+    combinations = signature.combinations()
+    traced: list[tuple[Kinds, bool, fx.Graph, set[int]]] = []
+    for kinds in combinations:  # which grow as a forward looks at the types of its arguments
         for training in (True, False):
             try:
                 graph, asked, inlined = _trace_inlining(block, signature, kinds, training)
             except Untraceable as error:
                 errors.append(error)
-                pending += _others(kinds, error.asked, pending)
+                result.asked |= error.asked
+                combinations += _others(kinds, error.asked, combinations)
                 continue
-            pending += _others(kinds, asked, pending)
+            result.asked |= asked
+            combinations += _others(kinds, asked, combinations)
             found = match.Matcher(graph, block, training).match(allowed)
             result.left.update(found.left)
             if found.pairs:
                 _add(result, found.pairs, inlined, training)
                 _add_ends(result, block, found.pairs)
                 rewrite(graph, found.pairs, min_elements, ceil_mode_of_reader)
-                for given in _same_graph(kinds, asked):
-                    result.graphs[given, training] = graph
+                traced.append((kinds, training, graph, asked))
+    for kinds, training, graph, asked in traced:
+        for given in _same_graph(kinds, result.asked - asked):
+            result.graphs[given, training] = graph
     if errors and not result.graphs:
         raise errors[0]
     for name in result.pairs:
@@ -97,14 +102,14 @@ def _add_ends(result: Plan, block: nn.Module, pairs: list[match.Pair]) -> None:
 
 
 def _others(kinds: Kinds, asked: Collection[int], known: list[Kinds]) -> list[Kinds]:
-    """What to trace as well, as the forward looks at the types of the arguments `asked`: lists for tensors."""
-    swapped = [(*kinds[:i], CONTAINER, *kinds[i + 1 :]) for i in asked if kinds[i] == TENSOR]
+    """What to trace as well, as the forward looks at the types of the arguments `asked`: containers for tensors."""
+    swapped = [(*kinds[:i], kind, *kinds[i + 1 :]) for i in asked if kinds[i] == TENSOR for kind in TYPES]
     return [other for other in swapped if other not in known]
 
 
-def _same_graph(kinds: Kinds, asked: Collection[int]) -> list[Kinds]:
-    """A forward that did not check whether an argument is a tensor also accepts a list."""
-    choices = [(TENSOR, CONTAINER) if kind == TENSOR and i not in asked else (kind,) for i, kind in enumerate(kinds)]
+def _same_graph(kinds: Kinds, others: Collection[int]) -> list[Kinds]:
+    """Where a forward looked at the type of an argument only given other arguments, one graph serves all types."""
+    choices = [tuple(TYPES) if kind == TENSOR and i in others else (kind,) for i, kind in enumerate(kinds)]
     return list(itertools.product(*choices))
 
 
@@ -154,7 +159,8 @@ def fused_class(block: nn.Module, made: Plan) -> type[nn.Module]:
         sources.append((kinds, training, code.src, tuple(sorted((k, id(v)) for k, v in code.globals.items()))))
         functions[kinds, training] = code
     guard_source, guard_globals = _guard_source(block, made)
-    key = (base, guard_source, tuple(sorted((k, id(v)) for k, v in guard_globals.items())), tuple(sources))
+    guarded = tuple(sorted((k, id(v)) for k, v in guard_globals.items()))
+    key = (base, guard_source, guarded, tuple(sources), tuple(sorted(made.asked)))
     known = _classes.get(key)
     if known is None:
         compiled: dict[str, Callable[..., Any]] = {}  # several combinations share one graph
@@ -164,7 +170,7 @@ def fused_class(block: nn.Module, made: Plan) -> type[nn.Module]:
                 compiled[code.src] = _compile(code.src, dict(code.globals), "forward")
             variants[which] = compiled[code.src]
         guard = _compile(guard_source, guard_globals, "ready")
-        known = _classes[key] = _make(base, made.signature, variants, guard, made.pairs)
+        known = _classes[key] = _make(base, made.signature, made.asked, variants, guard, made.pairs)
     return known
 
 
@@ -176,14 +182,16 @@ def _compile(source: str, names: dict[str, Any], name: str) -> Callable[..., Any
 def _make(
     base: type[nn.Module],
     signature: Signature,
+    asked: Collection[int],
     variants: dict[tuple[Kinds, bool], Callable[..., Any]],
     ready: Callable[[nn.Module], bool],
     pairs: dict[str, str],
 ) -> type[nn.Module]:
     defaults, names = signature.defaults, signature.names
+    asks = [i in asked for i in range(len(defaults))]
 
     def kinds_of(args: tuple[Any, ...]) -> tuple[Any, ...]:
-        given = [kind_of(value, default) for value, default in zip(args, defaults)]  # noqa: B905  (others are not given)
+        given = [kind_of(*each) for each in zip(args, defaults, asks)]  # noqa: B905  (others are not given)
         return (*given, *[DEFAULT] * (len(defaults) - len(given)))
 
     one_tensor = (TENSOR, *[DEFAULT] * (len(defaults) - 1))  # what most blocks are given

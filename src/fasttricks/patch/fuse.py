@@ -273,7 +273,7 @@ def _plan(
 def _may_hold_pairs(module: nn.Module) -> bool:
     """Whether the module can hold a pair: a container or user module; torch's own modules compute none."""
     cls = original_class(module)
-    if isinstance(module, torch.jit.ScriptModule) or run.is_norm_class(cls):
+    if isinstance(module, (torch.jit.ScriptModule, Holder)) or run.is_norm_class(cls):
         return False
     return not cls.__module__.startswith("torch.nn") or cls.forward is nn.Sequential.forward
 

@@ -37,6 +37,19 @@ def reads(cls: type) -> list[Read]:
     return list(found.values())
 
 
+def looks_at_types(cls: type) -> bool:
+    """Whether the forward of cls, or a function that it calls, uses `type(...)` or `.__class__`."""
+    for read in reads(cls):
+        if isinstance(read.value, FunctionType) and not _is_torch(read.value.__module__):
+            for instruction in _instructions(read.value.__code__):
+                builtin = instruction.opname == "LOAD_GLOBAL" and "type" not in read.value.__globals__
+                if (builtin and instruction.argval == "type") or (
+                    instruction.opname in _ATTRIBUTE and instruction.argval == "__class__"
+                ):
+                    return True
+    return False
+
+
 def _is_torch(module: str | None) -> bool:
     return (module or "").partition(".")[0] in ("torch", "builtins")
 

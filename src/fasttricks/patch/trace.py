@@ -18,8 +18,12 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-# how an argument of a call is given: a tensor, a list or dictionary of them, or not at all (its default value)
-TENSOR, CONTAINER, DEFAULT = "tensor", "container", "default"
+from .reads import looks_at_types
+
+# how an argument of a call is given: not at all (its default value), or by its type
+DEFAULT = "default"
+TENSOR = "tensor"
+TYPES: dict[str, type] = {TENSOR: torch.Tensor, "list": list, "tuple": tuple, "dict": dict}
 Kinds = tuple[str, ...]
 # a forward with more optional arguments is traced with all of them at their defaults only
 _OPTIONAL = 3
@@ -36,15 +40,19 @@ def original_class(module: nn.Module) -> type[nn.Module]:
     return getattr(type(module), "_fasttricks_original", type(module))
 
 
-def kind_of(value: Any, default: Any = inspect.Parameter.empty) -> str | None:
-    """The kind of value as an argument; None if no graph accepts it."""
-    if issubclass(type(value), torch.Tensor):
-        return TENSOR
+def kind_of(value: Any, default: Any, asked: bool) -> str | None:
+    """The kind of value as an argument; None if no graph accepts it.
+
+    asked: whether the forward looks at the argument's type; one that does not computes the same for every type.
+    """
     if value is default or (
         isinstance(value, (bool, int, float, str)) and type(value) is type(default) and value == default
     ):
         return DEFAULT
-    return CONTAINER if isinstance(value, (list, tuple, dict)) else None
+    for kind, cls in TYPES.items():
+        if issubclass(type(value), cls):
+            return kind if asked else TENSOR
+    return None
 
 
 def _augmented(name: str) -> Callable[[Any, Any], Any]:
@@ -79,6 +87,11 @@ class _Proxy(fx.Proxy):
         return _Attribute(self, name)
 
 
+    def is_a(self, classes: Any) -> bool:
+        """isinstance(value, classes) for the value: which type a module returns is not known."""
+        raise Untraceable("its forward looks at the type of a value that it computes")
+
+
 class _Attribute(fx.proxy.Attribute):
     """An attribute, as `x.data`, or a method of a proxy."""
 
@@ -104,12 +117,31 @@ class _ArgumentProxy(_Proxy):
             raise Untraceable("its forward matches an argument with a class pattern")
         return _ArgumentProxy
 
+    def __getattr__(self, name: str) -> fx.proxy.Attribute:
+        """Forwards look at the types of their arguments by hasattr, too."""
+        if not (name.startswith("__") or hasattr(self.ask_type(), name)):
+            raise Untraceable(f"its forward reads {name} of an argument, which a {self.ask_type().__name__} lacks")
+        return super().__getattr__(name)
+
+    def __getitem__(self, key: Any) -> fx.Proxy:
+        if isinstance(key, str) and self.ask_type() is not dict:
+            raise Untraceable("its forward reads an argument that is no dictionary by a key")
+        return super().__getitem__(key)
+
     def is_a(self, classes: Any) -> bool:
-        """What isinstance(argument, classes) would be for the argument; notes that it was asked."""
+        """What isinstance(argument, classes) would be for the argument."""
+        cls = self.ask_type()
+        for other in classes if isinstance(classes, tuple) else (classes,):
+            if isinstance(other, type) and issubclass(other, cls) and other is not cls:
+                raise Untraceable(f"its forward asks whether an argument is a {other.__name__}")
+        return issubclass(cls, classes)
+
+    def ask_type(self) -> type:
+        """The type of the argument; notes that it was asked for."""
         tracer: Any = self.tracer
         position = tracer.names.index(self.node.target)
         tracer.asked.add(position)
-        return tracer.kinds[position] == TENSOR and issubclass(torch.Tensor, classes)
+        return TYPES[tracer.kinds[position]]
 
 
 _MATCH_CLASS = dis.opmap.get("MATCH_CLASS", -1)
@@ -119,7 +151,7 @@ _lock, _traces = threading.Lock(), 0  # several threads may fuse models at once
 
 def _answering(value: Any, classes: Any) -> bool:
     """isinstance, for forwards that look at the types of their arguments."""
-    if type(value) is not _ArgumentProxy:
+    if not issubclass(type(value), _Proxy):
         return _isinstance(value, classes)
     frame = sys._getframe(1)
     asker = frame.f_globals.get("__name__", "")
@@ -267,6 +299,8 @@ def trace(
     """
     tracer = _Tracer(inline, signature.names, kinds, signature.defaults)
     try:
+        if any(looks_at_types(original_class(m)) for m in (module, *map(module.get_submodule, inline))):
+            raise Untraceable("its forward uses type() or __class__")
         with _left_as_it_was(module, training, inline), _answering_isinstance():
             return tracer.trace(module), tracer.asked
     except Exception as error:  # arbitrary code, run on proxies, may raise anything
