@@ -72,6 +72,17 @@ def test_training_steps_do_not_recompile() -> None:
     assert graphs_of(twins(timm_net())[0], [images() for _ in range(3)]) == 1
 
 
+def test_blocks_that_are_compiled_one_by_one_do_not_share_a_limit() -> None:
+    """torch.compile limits how often it compiles one forward: blocks of other classes do not count."""
+    torch._dynamo.reset()
+    blocks = fasttricks.fuse(nn.ModuleList([nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()), torchvision_net()[3]]))
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for block, channels in zip(blocks, (3, 6), strict=True):
+            x = torch.randn(2, channels, 8, 8)
+            compiled = torch.compile(block.float(), backend="eager", fullgraph=True)
+            assert relative_error(compiled(x), block(x)) < 1e-5
+
+
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune"])
 def test_inductor_equals_unfused(mode: str) -> None:
     torch._dynamo.reset()

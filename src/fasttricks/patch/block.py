@@ -221,6 +221,8 @@ def _make(
 
 
 def _subclass(base: type[nn.Module], forward: Callable[..., Any], pairs: dict[str, str]) -> type[nn.Module]:
+    # torch.compile limits how often it compiles one code object: each class has its own
+    forward.__code__ = forward.__code__.replace()
     namespace: dict[str, Any] = {
         "forward": forward,
         "__module__": base.__module__,
