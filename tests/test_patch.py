@@ -566,6 +566,32 @@ def test_a_convolution_that_something_else_reads_is_left() -> None:
     assert relative_error(fused(x), plain(x)) < 1e-12
 
 
+class PooledThenChanged(nn.Module):
+    """The op saves the input of the pool; the unfused convolution saves the pooled tensor."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.conv, self.pool, self.relu, self.how = nn.Conv2d(6, 5, 1), nn.AvgPool2d(2), nn.ReLU(inplace=True), how
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.clone()
+        y = self.conv(self.pool(x)).mean()
+        if self.how == "module":
+            self.relu(x)
+        elif self.how == "view":
+            x[:, :1].mul_(2)
+        else:
+            x += 1
+        return y * x
+
+
+@pytest.mark.parametrize("how", ["module", "view", "assignment"])
+def test_a_pool_whose_input_is_changed_later_is_left(how: str) -> None:
+    fused, plain = pair_of(lambda: PooledThenChanged(how))
+    assert "changed in place later" in str(fasttricks.fusions(fused))
+    same(fused, plain, lambda: torch.randn(2, 6, 8, 8, dtype=torch.float64), 1e-10)
+
+
 def test_a_pool_between_two_convolutions_belongs_to_the_second() -> None:
     fused, plain = pair_of(lambda: nn.Sequential(nn.Conv2d(6, 5, 1), nn.AvgPool2d(2), nn.Conv2d(5, 4, 1)))
     x = torch.randn(2, 6, 8, 8, dtype=torch.float64)

@@ -250,6 +250,24 @@ def test_forwards_that_look_at_the_type_of_their_argument(look: str) -> None:
             assert relative_error(got, want) < 1e-10
 
 
+def by_a_convolution(block: nn.Module, x: Any) -> torch.Tensor:
+    y = block.split(x)
+    return y if isinstance(y, torch.Tensor) else y[0]
+
+
+def test_a_module_of_torch_that_is_replaced_by_one_that_returns_two() -> None:
+    plain = Looking(by_a_convolution)
+    plain.split = nn.Sequential(nn.Identity(), nn.Conv2d(3, 3, 1))
+    fused = fasttricks.fuse(copy.deepcopy(plain))
+    x = torch.randn(2, 3, 5, 4)
+    with counted() as calls:
+        fused(x)
+    assert calls["bn_relu"] == 1
+    plain(x)
+    plain.split = fused.split = Split()
+    assert relative_error(fused(x), plain(x)) < 1e-6
+
+
 def test_a_block_that_takes_a_tensor_or_a_tuple_is_fused() -> None:
     fused = fasttricks.fuse(Looking(LOOKS["tuple"]))
     x = torch.randn(2, 3, 5, 4)

@@ -21,7 +21,19 @@ from ..recomputation import recompute
 from . import match
 from .reads import reads
 from .rewrite import ceil_mode_of, modules_of, rewrite
-from .trace import DEFAULT, TENSOR, TYPES, Kinds, Signature, Untraceable, kind_of, original_class, trace
+from .trace import (
+    DEFAULT,
+    TENSOR,
+    TYPE_ASKED,
+    TYPES,
+    Kinds,
+    Signature,
+    Untraceable,
+    kind_of,
+    original_class,
+    returns_tensor,
+    trace,
+)
 
 Allowed = Callable[[str, nn.Module, str], bool]
 
@@ -72,24 +84,25 @@ def plan(
             found = match.Matcher(graph, block, training).match(allowed)
             result.left.update(found.left)
             if found.pairs:
-                _add(result, found.pairs, inlined, training)
+                _add(result, graph, found.pairs, inlined, training)
                 _add_ends(result, block, found.pairs)
                 rewrite(graph, found.pairs, min_elements, ceil_mode_of_reader)
                 traced.append((kinds, training, graph, asked))
     for kinds, training, graph, asked in traced:
         for given in _same_graph(kinds, result.asked - asked):
             result.graphs[given, training] = graph
-    if errors and not result.graphs:
+    if len(errors) == 2 * len(combinations):
         raise errors[0]
     for name in result.pairs:
         result.left.pop(name, None)
     return result
 
 
-def _add(result: Plan, pairs: list[match.Pair], inlined: set[str], training: bool) -> None:
+def _add(result: Plan, graph: fx.Graph, pairs: list[match.Pair], inlined: set[str], training: bool) -> None:
     result.pairs.update({pair.name: pair.kind for pair in pairs})
     result.inlined |= inlined
-    for name, role in modules_of(pairs):
+    tensors = [(str(node.target), "tensor") for node in graph.nodes if TYPE_ASKED in node.meta]
+    for name, role in (*modules_of(pairs), *tensors):
         result.watched.setdefault((name, role), set()).add(training)
 
 
@@ -328,6 +341,7 @@ def _guard_source(block: nn.Module, made: Plan) -> tuple[str, dict[str, Any]]:
         "pool": is_plain_pool,
         "conv": run.is_plain_conv1x1,
         "same_container": is_same_container,
+        "returns_tensor": returns_tensor,
         "missing": _MISSING,
     }
     lines = [
@@ -353,6 +367,7 @@ def _guard_source(block: nn.Module, made: Plan) -> tuple[str, dict[str, Any]]:
         "pass": "skipped({}, training)",
         "pool": "pool({})",
         "conv": "conv({})",
+        "tensor": "returns_tensor({})",
     }
     for (name, role), modes in sorted(made.watched.items()):
         parent, _, child = name.rpartition(".")

@@ -339,6 +339,8 @@ class Matcher:
         for n in (node, *between, reader):
             if n.op == "call_module" and not run.untouched(self.module(n)):  # type: ignore[arg-type]
                 return Left(AVGPOOL_CONV1X1, f"a hook on {n.target}")
+        if self.changed_between(input_of(node), node, self.graph.output_node()):
+            return Left(AVGPOOL_CONV1X1, "the input of the pool, which backward needs, is changed in place later")
         return Pair(AVGPOOL_CONV1X1, str(reader.target), node, reader, between, metadata=metadata)
 
     def _conv(self, node: fx.Node) -> Pair | Left | None:
@@ -398,6 +400,11 @@ def pool_of(node: fx.Node) -> dict[str, Any] | None:
     )
     pool.divisor_override = given["divisor_override"]
     return given if run.is_2x2_pool(pool) and isinstance(given.get("input"), fx.Node) else None
+
+
+def input_of(node: fx.Node) -> fx.Node:
+    """The tensor that a BatchNorm, convolution or pool reads, a module or a function."""
+    return node.args[0] if node.args else node.kwargs["input"]  # type: ignore[return-value]
 
 
 def to_inline(graph: fx.Graph, root: nn.Module, training: bool, refused: set[str]) -> set[str]:

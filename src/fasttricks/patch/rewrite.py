@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx, nn
 
 from ..nn import run
-from .match import AVGPOOL_CONV1X1, BN_ADD_RELU, BN_RELU, SAME_AFTER_POOL, Pair, pool_of
+from .match import AVGPOOL_CONV1X1, BN_ADD_RELU, BN_RELU, SAME_AFTER_POOL, Pair, input_of, pool_of
 
 
 def rewrite(
@@ -24,7 +24,7 @@ def rewrite(
     limit_of_pool = limit if min_elements else {}  # the default limit is of BatchNorms
     function: Callable[..., Any]
     for pair in pairs:
-        x = pair.first.args[0] if pair.first.args else pair.first.kwargs["input"]
+        x = input_of(pair.first)
         with graph.inserting_before(pair.add or pair.first):
             if pair.kind != AVGPOOL_CONV1X1:
                 norm = graph.get_attr(pair.name)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from ..nn import run
 from .reads import looks_at_types
 
 # how an argument of a call is given: not at all (its default value), or by its type
@@ -25,6 +26,7 @@ DEFAULT = "default"
 TENSOR = "tensor"
 TYPES: dict[str, type] = {TENSOR: torch.Tensor, "list": list, "tuple": tuple, "dict": dict}
 Kinds = tuple[str, ...]
+TYPE_ASKED = "type asked"  # in the meta of a node: the forward looks at the type of its value
 # a forward with more optional arguments is traced with all of them at their defaults only
 _OPTIONAL = 3
 
@@ -88,7 +90,11 @@ class _Proxy(fx.Proxy):
 
 
     def is_a(self, classes: Any) -> bool:
-        """isinstance(value, classes) for the value: which type a module returns is not known."""
+        """What isinstance(value, classes) would be for the value."""
+        tracer: Any = self.tracer
+        if self.node.op == "call_module" and returns_tensor(tracer.root.get_submodule(self.node.target)):
+            self.node.meta[TYPE_ASKED] = True
+            return issubclass(torch.Tensor, classes)
         raise Untraceable("its forward looks at the type of a value that it computes")
 
 
@@ -96,6 +102,17 @@ class _Attribute(fx.proxy.Attribute):
     """An attribute, as `x.data`, or a method of a proxy."""
 
     __getattr__ = _Proxy.__getattr__
+
+
+def returns_tensor(module: Any) -> bool:
+    """Whether module is one of torch, or several of them in sequence, and known to return one tensor."""
+    if not isinstance(module, nn.Module) or not run.untouched(module):
+        return False
+    cls = original_class(module)
+    if cls.forward is nn.Sequential.forward:
+        return any(returns_tensor(child) for child in list(module.children())[-1:])
+    annotation = inspect.signature(cls.forward).return_annotation
+    return cls.__module__.startswith("torch.nn.") and annotation in (torch.Tensor, "Tensor")
 
 
 def _recorded(function: Callable[[Any, Any], Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:
