@@ -76,10 +76,10 @@ def plan(
                 graph, asked, inlined = _trace_inlining(block, signature, kinds, training)
             except Untraceable as error:
                 errors.append(error)
-                result.asked |= error.asked
+                result.asked.update(error.asked)
                 combinations += _others(kinds, error.asked, combinations)
                 continue
-            result.asked |= asked
+            result.asked.update(asked)
             combinations += _others(kinds, asked, combinations)
             found = match.Matcher(graph, block, training).match(allowed)
             result.left.update(found.left)

@@ -88,7 +88,6 @@ class _Proxy(fx.Proxy):
     def __getattr__(self, name: str) -> fx.proxy.Attribute:
         return _Attribute(self, name)
 
-
     def is_a(self, classes: Any) -> bool:
         """What isinstance(value, classes) would be for the value."""
         tracer: Any = self.tracer
@@ -143,7 +142,7 @@ class _ArgumentProxy(_Proxy):
     def __getitem__(self, key: Any) -> fx.Proxy:
         if isinstance(key, str) and self.ask_type() is not dict:
             raise Untraceable("its forward reads an argument that is no dictionary by a key")
-        return super().__getitem__(key)
+        return super().__getitem__(key)  # type: ignore[misc]  # torch.fx adds it to the class later
 
     def is_a(self, classes: Any) -> bool:
         """What isinstance(argument, classes) would be for the argument."""
