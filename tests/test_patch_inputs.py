@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 import torch.ao.quantization as quantization
+import torch.nn.functional as F
 from cases import relative_error
 from census import counted
-from torch import nn
+from networks import timm_net, torchvision_net
+from torch import Tensor, nn
 
 import fasttricks
 from fasttricks.nn import AvgPoolConv1x1
@@ -304,23 +306,29 @@ def test_meta() -> None:
     assert y.shape == (2, 2, 5, 3)
 
 
-def test_scripting_a_fused_model_gives_the_plain_one() -> None:
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.bn, self.relu = nn.BatchNorm2d(3), nn.ReLU()
+class Activated(nn.Module):
+    """Its forward uses names of this file."""
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.relu(self.bn(x))
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn, self.relu = nn.BatchNorm2d(3), nn.ReLU()
 
-    x = torch.randn(2, 3, 5, 5)
-    for make in (network, lambda: nn.Sequential(Block())):
-        plain = make()
-        fused = fasttricks.fuse(copy.deepcopy(plain), recompute=True)
-        with fasttricks.unfused(fused):
-            scripted = torch.jit.script(fused)
-        assert relative_error(scripted(x), plain(x)) < 1e-6
-        assert relative_error(torch.jit.trace(fused.eval(), x)(x), plain.eval()(x)) < 1e-6
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn(x)) if x.dim() == 4 else self.relu(x)
+
+
+@pytest.mark.parametrize("make", [network, lambda: nn.Sequential(Activated()), timm_net, torchvision_net])
+def test_scripting_a_fused_model_gives_the_plain_one(make: Callable[[], nn.Module]) -> None:
+    plain = make().double()
+    x = torch.randn(2, 3, 18, 18, dtype=torch.float64)
+    for options in ({}, {"recompute": True}):
+        fused = fasttricks.fuse(copy.deepcopy(plain), **options)
+        scripted = torch.jit.script(fused)
+        for mode in (True, False):
+            twin = copy.deepcopy(plain).train(mode)
+            assert relative_error(scripted.train(mode)(x), twin(x)) < 1e-10
+            scripted.load_state_dict(plain.state_dict())
+        assert relative_error(torch.jit.trace(fused.eval(), x)(x), copy.deepcopy(plain).eval()(x)) < 1e-10
 
 
 def quantised(model: nn.Module, x: torch.Tensor, fused: str) -> torch.Tensor:

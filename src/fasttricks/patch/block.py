@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import copyreg
 import functools
+import inspect
 import itertools
 import math
 import weakref
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from ..nn import run
 from ..recomputation import recompute
 from . import match
-from .reads import reads
+from .reads import global_names, reads
 from .rewrite import ceil_mode_of, modules_of, rewrite
 from .trace import (
     DEFAULT,
@@ -234,10 +236,8 @@ def _make(
 
 
 def _subclass(base: type[nn.Module], forward: Callable[..., Any], pairs: dict[str, str]) -> type[nn.Module]:
-    # torch.compile limits how often it compiles one code object: each class has its own
-    forward.__code__ = forward.__code__.replace()
     namespace: dict[str, Any] = {
-        "forward": forward,
+        "forward": _own_function(forward),
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
@@ -249,6 +249,19 @@ def _subclass(base: type[nn.Module], forward: Callable[..., Any], pairs: dict[st
     if issubclass(base, fx.GraphModule):
         namespace["recompile"] = _recompile_as_original
     return type(base.__name__, (base,), namespace)
+
+
+def _own_function(forward: Any) -> Callable[..., Any]:
+    """A copy of forward, which wraps a module's, for one class.
+
+    torch.compile limits how often it compiles one code object: this one has its own. torch.jit.script compiles the
+    source of the wrapped forward with the names that the function knows: this one knows those of both.
+    """
+    code = forward.__code__.replace()
+    names = {**getattr(inspect.unwrap(forward), "__globals__", {}), "__name__": __name__}
+    names.update((name, globals()[name]) for name in global_names(code) if name in globals())
+    function = FunctionType(code, names, forward.__name__, forward.__defaults__, forward.__closure__)
+    return functools.update_wrapper(function, forward.__wrapped__)
 
 
 def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:

@@ -41,12 +41,11 @@ def looks_at_types(cls: type) -> bool:
     """Whether the forward of cls, or a function that it calls, uses `type(...)` or `.__class__`."""
     for read in reads(cls):
         if isinstance(read.value, FunctionType) and not _is_torch(read.value.__module__):
-            for instruction in _instructions(read.value.__code__):
-                builtin = instruction.opname == "LOAD_GLOBAL" and "type" not in read.value.__globals__
-                if (builtin and instruction.argval == "type") or (
-                    instruction.opname in _ATTRIBUTE and instruction.argval == "__class__"
-                ):
-                    return True
+            code = read.value.__code__
+            if "type" in global_names(code) and "type" not in read.value.__globals__:
+                return True
+            if any(i.opname in _ATTRIBUTE and i.argval == "__class__" for i in _instructions(code)):
+                return True
     return False
 
 
@@ -59,6 +58,11 @@ def _instructions(code: CodeType) -> Iterator[dis.Instruction]:
     for constant in code.co_consts:  # functions within the function
         if isinstance(constant, CodeType):
             yield from _instructions(constant)
+
+
+def global_names(code: CodeType) -> set[str]:
+    """The globals and built-in functions that code uses."""
+    return {instruction.argval for instruction in _instructions(code) if instruction.opname == "LOAD_GLOBAL"}
 
 
 def _of_globals(function: FunctionType, name: str) -> Iterator[Read]:
