@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import fx, nn
@@ -103,6 +103,17 @@ class _Attribute(fx.proxy.Attribute):
     __getattr__ = _Proxy.__getattr__
 
 
+# classes of torch whose forward is annotated with one tensor as its result; an Identity returns what it is given
+_RETURNING_A_TENSOR = frozenset(
+    cls
+    for cls in vars(nn).values()
+    if inspect.isclass(cls)
+    and issubclass(cls, nn.Module)
+    and cls is not nn.Identity
+    and cls.forward.__annotations__.get("return") in (torch.Tensor, "Tensor")
+)
+
+
 def returns_tensor(module: Any) -> bool:
     """Whether module is one of torch, or several of them in sequence, and known to return one tensor."""
     if not isinstance(module, nn.Module) or not run.untouched(module):
@@ -110,8 +121,7 @@ def returns_tensor(module: Any) -> bool:
     cls = original_class(module)
     if cls.forward is nn.Sequential.forward:
         return any(returns_tensor(child) for child in list(module.children())[-1:])
-    annotation = inspect.signature(cls.forward).return_annotation
-    return cls.__module__.startswith("torch.nn.") and annotation in (torch.Tensor, "Tensor")
+    return cls in _RETURNING_A_TENSOR
 
 
 def _recorded(function: Callable[[Any, Any], Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:
@@ -147,7 +157,7 @@ class _ArgumentProxy(_Proxy):
     def is_a(self, classes: Any) -> bool:
         """What isinstance(argument, classes) would be for the argument."""
         cls = self.ask_type()
-        for other in classes if isinstance(classes, tuple) else (classes,):
+        for other in classes if isinstance(classes, tuple) else get_args(classes) or (classes,):
             if isinstance(other, type) and issubclass(other, cls) and other is not cls:
                 raise Untraceable(f"its forward asks whether an argument is a {other.__name__}")
         return issubclass(cls, classes)
