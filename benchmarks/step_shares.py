@@ -2,8 +2,8 @@
 
     python benchmarks/step_shares.py [--layout NHWC] [--batch 32] [--rounds 5] [--as-usual]
 
-Prints the best of the steps of the eager and of the fused network, which take turns, the seconds within convolutions of
-one more step of each under torch.profiler, and how much faster than eager a step would be with nothing but these.
+The eager and the fused network take turns; the best step of each is printed. One more step of each runs under
+torch.profiler and shows the seconds within convolutions, and so how fast a step with nothing else would be.
 Freed memory is kept unless --as-usual is given: page faults take as long as kernels on some machines.
 """
 

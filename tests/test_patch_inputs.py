@@ -332,6 +332,10 @@ def test_scripting_a_fused_model_gives_the_plain_one(make: Callable[[], nn.Modul
     x = torch.randn(2, 3, 18, 18, dtype=torch.float64)
     for options in ({}, {"recompute": True}):
         fused = fasttricks.fuse(copy.deepcopy(plain), **options)
+        with fasttricks.unfused(fused):
+            within = torch.jit.script(fused)
+        assert relative_error(within(x), copy.deepcopy(plain)(x)) < 1e-10
+        fused.load_state_dict(plain.state_dict())  # the scripted module has the same buffers
         scripted = torch.jit.script(fused)
         for mode in (True, False):
             twin = copy.deepcopy(plain).train(mode)

@@ -28,7 +28,7 @@ def reads(cls: type) -> list[Read]:
         if (id(read.owner), read.name) in found:
             continue
         found[id(read.owner), read.name] = read
-        if isinstance(read.value, FunctionType) and not _is_torch(read.value.__module__):
+        if _is_followed(read.value):
             for instruction in _instructions(read.value.__code__):
                 if instruction.opname == "LOAD_GLOBAL":
                     pending += _of_globals(read.value, instruction.argval)
@@ -40,13 +40,18 @@ def reads(cls: type) -> list[Read]:
 def looks_at_types(cls: type) -> bool:
     """Whether the forward of cls, or a function that it calls, uses `type(...)` or `.__class__`."""
     for read in reads(cls):
-        if isinstance(read.value, FunctionType) and not _is_torch(read.value.__module__):
+        if _is_followed(read.value):
             code = read.value.__code__
             if "type" in global_names(code) and "type" not in read.value.__globals__:
                 return True
             if any(i.opname in _ATTRIBUTE and i.argval == "__class__" for i in _instructions(code)):
                 return True
     return False
+
+
+def _is_followed(value: Any) -> bool:
+    """Whether value is a function whose code is read as well: one that torch does not define."""
+    return isinstance(value, FunctionType) and not _is_torch(value.__module__)
 
 
 def _is_torch(module: str | None) -> bool:

@@ -289,6 +289,12 @@ def _left_as_it_was(module: nn.Module, training: bool, inline: Collection[str]) 
         raise Untraceable(changed)
 
 
+def refuse_types(module: nn.Module) -> None:
+    """Raises Untraceable if the forward of module looks at types in a way that a trace cannot answer."""
+    if looks_at_types(original_class(module)):
+        raise Untraceable("its forward uses type() or __class__")
+
+
 @dataclass
 class Signature:
     """The positional arguments of a forward, and the combinations of their kinds that are traced."""
@@ -305,6 +311,7 @@ class Signature:
             raise Untraceable("its forward takes *args or **kwargs")
         if any(p.kind is p.KEYWORD_ONLY for p in parameters):
             raise Untraceable("its forward takes keyword-only arguments")
+        refuse_types(module)
         return cls([p.name for p in parameters], [p.default for p in parameters])
 
     def combinations(self) -> list[Kinds]:
@@ -325,8 +332,8 @@ def trace(
     """
     tracer = _Tracer(inline, signature.names, kinds, signature.defaults)
     try:
-        if any(looks_at_types(original_class(m)) for m in (module, *map(module.get_submodule, inline))):
-            raise Untraceable("its forward uses type() or __class__")
+        for name in inline:
+            refuse_types(module.get_submodule(name))
         with _left_as_it_was(module, training, inline), _answering_isinstance():
             return tracer.trace(module), tracer.asked
     except Exception as error:  # arbitrary code, run on proxies, may raise anything
