@@ -22,6 +22,7 @@ from isa import instruction_sets
 import fasttricks
 from build_libraries import targets
 from fasttricks import backend as backend_context
+from fasttricks import backends
 from fasttricks.backends import LIB
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -291,6 +292,17 @@ def test_import_needs_torch_alone(tmp_path: Path) -> None:
     assert done.stdout.startswith("cpu ")
 
 
+def test_import_takes_nothing_of_torch_that_torch_leaves_for_later() -> None:
+    """Such as its compiler, which takes as long to import as torch itself."""
+    done = python(
+        "import sys, torch; before = set(sys.modules); import fasttricks; print(*(set(sys.modules) - before))"
+    )
+    assert done.returncode == 0, done.stderr
+    roots = {name.split(".")[0] if name[:6] != "torch." else name for name in done.stdout.split()}
+    assert "fasttricks" in roots
+    assert roots & {"torch._dynamo", "torch._inductor", "sympy", "torchvision", "timm"} == set()
+
+
 @pytest.mark.skipif("FASTTRICKS_CPU_ISA" in os.environ, reason="FASTTRICKS_CPU_ISA forces one")
 def test_the_best_instruction_set_is_used() -> None:
     assert torch.ops.fasttricks.cpu_isa() == instruction_sets()[-1]
@@ -313,6 +325,13 @@ def test_backend_names_are_checked() -> None:
         pass
     done = python("import fasttricks", FASTTRICKS_BACKEND="fast")
     assert "FASTTRICKS_BACKEND is 'fast'; accepted: auto, cuda, triton, cpu, reference" in done.stderr
+
+
+def test_answers_about_cards_are_constants_of_compiled_code() -> None:
+    marked = vars(torch.compiler.assume_constant_result(lambda: None))
+    assert marked
+    for function in (backends._card_refuses, backends._capability):
+        assert vars(function) == marked
 
 
 def test_a_backend_that_cannot_serve_is_refused_by_the_op() -> None:

@@ -115,7 +115,13 @@ _serving: dict[torch.device, str] = {}
 _cards: dict[int, str | None] = {}
 
 
-@torch.compiler.assume_constant_result
+def _constant_when_compiled(function: Any) -> Any:
+    """As torch.compiler.assume_constant_result, whose call would import torch's compiler: as long as torch itself."""
+    function._dynamo_marked_constant = True
+    return function
+
+
+@_constant_when_compiled
 def _card_refuses(index: int) -> str | None:
     """Why the CUDA library does not run on this card; None if it does."""
     if index not in _cards:
@@ -183,7 +189,7 @@ LEFT_TO_TORCH: dict[str, tuple[tuple[tuple[int, int], int, int], ...]] = {
 _capabilities: dict[torch.device, tuple[int, int]] = {}
 
 
-@torch.compiler.assume_constant_result
+@_constant_when_compiled
 def _capability(device: torch.device) -> tuple[int, int]:
     if device not in _capabilities:
         _capabilities[device] = torch.cuda.get_device_capability(device)

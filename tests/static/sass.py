@@ -7,6 +7,7 @@ import itertools
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -207,39 +208,62 @@ def _names(mangled: list[str]) -> dict[str, str]:
     return {name: short_name(line) for name, line in zip(mangled, text.splitlines(), strict=True)}
 
 
-def kernels(path: Path) -> list[Kernel]:
-    """Every kernel of every architecture in a library or cubin, with the opcodes that occur in it."""
+def _dump(path: Path, flag: str, arch: str | None = None) -> Iterator[str]:
+    """The lines of cuobjdump, those of one architecture (sm_90, sm_90a) if it is given."""
     cuobjdump = tool("cuobjdump")
     assert cuobjdump is not None
+    command = [cuobjdump, flag, *(() if arch is None else ("-arch", arch)), str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None
+        for line in running.stdout:
+            yield line.rstrip("\n")
+    assert running.returncode == 0, command
 
-    def dump(flag: str) -> str:
-        return subprocess.run([cuobjdump, flag, str(path)], capture_output=True, text=True, check=True).stdout
 
+def architectures(path: Path) -> list[str]:
+    """Those that a library has machine code for: sm_80, sm_90a."""
+    return sorted({m[1] for line in _dump(path, "-lelf") if (m := re.search(r"\.(sm_\w+)\.cubin", line))})
+
+
+def _resources(path: Path, arch: str | None) -> dict[tuple[int, str], Kernel]:
+    """By architecture and mangled name; a cubin does not say which architecture, and has 0."""
     found: dict[tuple[int, str], Kernel] = {}
-    arch, next_arch, name = 0, 0, ""
-    for line in dump("-res-usage").splitlines():
+    of, name = 0, ""
+    for line in _dump(path, "-res-usage", arch):
         if m := re.search(r"arch = sm_(\d+)", line):
-            arch = int(m[1])
+            of = int(m[1])
         elif m := re.match(r"\s*Function (\S+):", line):
             name = m[1]
         elif m := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line):
             constants = re.search(r"CONSTANT\[0\]:(\d+)", line)
-            found[arch, name] = Kernel(
-                name, arch, int(m[1]), int(m[2]), int(m[4]), int(m[3]), int(constants[1]) if constants else 0
+            found[of, name] = Kernel(
+                name, of, int(m[1]), int(m[2]), int(m[4]), int(m[3]), int(constants[1]) if constants else 0
             )
+    short = _names(sorted({name for _, name in found}))
+    for (_, name), kernel in found.items():
+        kernel.name = short[name]
+    return found
+
+
+def resources(path: Path) -> list[Kernel]:
+    """Every kernel of every architecture in a library, without what its instructions say."""
+    return list(_resources(path, None).values())
+
+
+def kernels(path: Path, arch: str | None = None) -> list[Kernel]:
+    """Every kernel in a library or cubin, of one architecture or of all, with what its instructions say."""
+    found = _resources(path, arch)
     code: list[Instruction] = []
-    for line in [*dump("-sass").splitlines(), "Function : "]:
+    of, next_of, name = 0, 0, ""
+    for line in itertools.chain(_dump(path, "-sass", arch), ["Function : "]):
         if made := instruction(line):
             code.append(made)
         elif m := re.search(r"code for sm_(\d+)", line):
-            next_arch = int(m[1])
+            next_of = int(m[1])
         elif "Function : " in line:
             if code:
-                kernel = found.get((arch, name)) or found[0, name]  # of a cubin, the resources do not say which
-                kernel.arch = arch
+                kernel = found.get((of, name)) or found[0, name]
+                kernel.arch = of
                 inspect(kernel, code)
-            code, arch, name = [], next_arch, line.split("Function : ")[1].strip()
-    short = _names(sorted({k.name for k in found.values()}))
-    for kernel in found.values():
-        kernel.name = short[kernel.name]
+            code, of, name = [], next_of, line.split("Function : ")[1].strip()
     return list(found.values())
