@@ -9,6 +9,8 @@ PYTEST := $(PY) -m pytest -q -n logical --maxprocesses 8 --dist loadgroup
 # the files that can have a test of Triton: the others take seconds to import
 TRITON_TESTS = $(shell grep -lE "triton|registration|backend|raw_ops" tests/test_*.py)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
+# pip does not compile what it installs, so that the first import of a module must keep its bytecode
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: train ablate test test-all test-long test-zoo test-oldest-triton libraries lint emulator bench bench-more bench-all bench-check bench-traffic docs sdist wheel wheel-matrix clean
 
