@@ -25,22 +25,16 @@ struct Operand {
   const int64_t* strides = nullptr;
 };
 
-Operand operand(const Tensor& t, bool write) {
-  return {static_cast<char*>(write ? t.mutable_data_ptr() : const_cast<void*>(t.const_data_ptr())),
-          int64_t(t.element_size()), t.strides().data()};
+Operand operand(const SgdArgument& t, bool write) {
+  if (!t) return {};
+  void* const data = write ? t.tensor->mutable_data_ptr() : const_cast<void*>(t.tensor->const_data_ptr());
+  return {static_cast<char*>(data), size_of(t.element()), t.strides};
 }
 
-struct Geometry {
-  const int64_t* sizes = nullptr;
-  int64_t dims = 0, numel = 0;
-};
-
-Geometry geometry(const Tensor& t) { return {t.sizes().data(), t.dim(), t.numel()}; }
-
 // Copies elements [begin, begin + count), counted in the order of the dimensions, into or out of `packed`.
-void move_strided(const Geometry& g, const Operand& o, int64_t begin, int64_t count, char* packed, bool gather) {
+void move_strided(const SgdArgument& g, const Operand& o, int64_t begin, int64_t count, char* packed, bool gather) {
   int64_t index[kSgdMaxDims], offset = 0, rest = begin;
-  for (int64_t d = g.dims - 1; d >= 0; --d) {
+  for (int64_t d = int64_t(g.dims) - 1; d >= 0; --d) {
     index[d] = rest % g.sizes[d];
     rest /= g.sizes[d];
     offset += index[d] * o.strides[d];
@@ -54,7 +48,7 @@ void move_strided(const Geometry& g, const Operand& o, int64_t begin, int64_t co
       std::memcpy(gather ? here : there, gather ? there : here, 4);
     else
       std::memcpy(gather ? here : there, gather ? there : here, 8);
-    for (int64_t d = g.dims - 1; d >= 0; --d) {
+    for (int64_t d = int64_t(g.dims) - 1; d >= 0; --d) {
       offset += o.strides[d];
       if (++index[d] < g.sizes[d]) break;
       offset -= o.strides[d] * g.sizes[d];
@@ -113,26 +107,23 @@ const double* read_squares(const MaybeTensor& t) {
 // check
 
 struct Checked {
-  Geometry shape;
+  SgdArgument shape;
   ElementType type = ElementType::kFloat;
   Operand values, master;
   bool linear = true;
 };
 
-void sgd_check(std::vector<Tensor> grads, std::vector<Tensor> params, std::vector<Tensor> masters, Tensor found_inf,
-               std::optional<Tensor> grad_sq, std::optional<Tensor> weight_sq) {
+void sgd_check(const std::vector<Tensor>& grads, const std::vector<Tensor>& params, const std::vector<Tensor>& masters,
+               const Tensor& found_inf, const MaybeTensor& grad_sq, const MaybeTensor& weight_sq) {
   const SgdKernels& kernels = FT_KERNELS(sgd_kernels);
   std::vector<Checked> all;
   std::vector<int64_t> numels;
+  all.reserve(grads.size() + params.size());
+  numels.reserve(grads.size() + params.size());
   for_checked(grads, params, masters, found_inf, grad_sq, weight_sq, [&](const SgdChecked& t) {
-    Checked c;
-    c.type = element_type(t.values.scalar_type());
-    c.shape = geometry(t.values);
-    c.values = operand(t.values, false);
-    c.linear = sgd_dense(t.values) && (!t.master || sgd_same_strides(t.values, *t.master));
-    if (t.master) c.master = operand(*t.master, false);
-    all.push_back(c);
-    numels.push_back(c.shape.numel);
+    const bool linear = t.values.dense() && (!t.master || t.values.same_strides(t.master));
+    all.push_back({t.values, t.values.element(), operand(t.values, false), operand(t.master, false), linear});
+    numels.push_back(t.values.numel());
   });
   double* const grad_squares = const_cast<double*>(read_squares(grad_sq));
   double* const weight_squares = const_cast<double*>(read_squares(weight_sq));
@@ -186,7 +177,7 @@ void sgd_check(std::vector<Tensor> grads, std::vector<Tensor> params, std::vecto
 // step
 
 struct Stepped {
-  Geometry shape;
+  SgdArgument shape;
   ElementType type = ElementType::kFloat, grad_type = ElementType::kFloat;
   Operand param, grad, master, buffer;
   SgdScalars scalars = {};
@@ -216,35 +207,37 @@ void step_chunk(const SgdKernels& kernels, const Stepped& t, int64_t begin, int6
   }
 }
 
-void sgd_step(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> momentum_buffers,
-              std::vector<Tensor> steps, std::vector<Tensor> masters, std::vector<int64_t> group_sizes,
-              std::vector<Tensor> lr, std::vector<double> momentum, std::vector<double> dampening,
-              std::vector<double> weight_decay, std::vector<bool> nesterov, std::vector<bool> maximize,
-              std::vector<double> trust_coefficient, double eps, bool lr_in_momentum, double max_norm,
-              std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf, std::optional<Tensor> grad_sq,
-              std::optional<Tensor> weight_sq) {
+void sgd_step(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
+              const std::vector<Tensor>& momentum_buffers, const std::vector<Tensor>& steps,
+              const std::vector<Tensor>& masters, const std::vector<int64_t>& group_sizes,
+              const std::vector<Tensor>& lr, const std::vector<double>& momentum, const std::vector<double>& dampening,
+              const std::vector<double>& weight_decay, const std::vector<bool>& nesterov,
+              const std::vector<bool>& maximize, const std::vector<double>& trust_coefficient, double eps,
+              bool lr_in_momentum, double max_norm, const MaybeTensor& grad_scale, const MaybeTensor& found_inf,
+              const MaybeTensor& grad_sq, const MaybeTensor& weight_sq) {
   const SgdStepCall call{params,    grads,     momentum_buffers, steps,    masters,  group_sizes,       lr,
                          momentum,  dampening, weight_decay,     nesterov, maximize, trust_coefficient, grad_scale,
                          found_inf, grad_sq,   weight_sq,        max_norm, eps};
   std::vector<Stepped> all;
   std::vector<int64_t> numels;
-  call.for_stepped([&](const SgdStepped& given) {
+  all.reserve(params.size());
+  numels.reserve(params.size());
+  const bool share_memory = call.for_stepped([&](const SgdStepped& given) {
     Stepped t;
-    t.type = element_type(given.param.scalar_type());
-    t.grad_type = element_type(given.grad.scalar_type());
-    t.shape = geometry(given.param);
+    t.type = given.param.element();
+    t.grad_type = given.grad.element();
+    t.shape = given.param;
     t.param = operand(given.param, true);
     t.grad = operand(given.grad, false);
-    t.linear = sgd_same_strides(given.param, given.grad) && sgd_dense(given.param);
-    for (auto [tensor, to] : {std::pair{given.master, &t.master}, {given.buffer, &t.buffer}}) {
-      if (!tensor) continue;
-      *to = operand(*tensor, true);
-      t.linear = t.linear && sgd_same_strides(given.param, *tensor);
-    }
+    t.master = operand(given.master, true);
+    t.buffer = operand(given.buffer, true);
+    t.linear = given.param.dense();
+    for (const SgdArgument* beside : {&given.grad, &given.master, &given.buffer})
+      t.linear = t.linear && (!*beside || given.param.same_strides(*beside));
     t.group = given.group;
-    if (given.steps) t.count = static_cast<float*>(given.steps->mutable_data_ptr());
+    if (given.steps) t.count = static_cast<float*>(given.steps.tensor->mutable_data_ptr());
     all.push_back(t);
-    numels.push_back(t.shape.numel);
+    numels.push_back(given.param.numel());
   });
 
   // the CPU reads found_inf here; kernels on other devices read it there
@@ -288,7 +281,7 @@ void sgd_step(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector
     for_chunks(chunks, total,
                [&](int64_t c) { step_chunk(kernels, all[chunks[c].tensor], chunks[c].begin, chunks[c].count); });
   };
-  if (call.share_memory()) {
+  if (share_memory) {
     for (size_t t = 0; t < all.size(); ++t) {
       std::vector<Chunk> chunks = chunks_of({numels[t]}, &total);
       for (Chunk& c : chunks) c.tensor = int32_t(t);

@@ -16,24 +16,24 @@ void check_how_many(const char* op, size_t tensors) {
 // Contiguous copies of strided tensors, and where to copy them back to.
 class Packed {
  public:
-  void* read(const Tensor& t, bool as_it_is) {
-    if (as_it_is) return const_cast<void*>(t.const_data_ptr());
-    copies_.push_back(torch::stable::contiguous(t));
+  void* read(const SgdArgument& t, bool as_it_is) {
+    if (as_it_is || !t) return t ? const_cast<void*>(t.tensor->const_data_ptr()) : nullptr;
+    copies_.push_back(torch::stable::contiguous(*t.tensor));
     return const_cast<void*>(copies_.back().const_data_ptr());
   }
-  void* write(Tensor& t, bool as_it_is) {
-    if (as_it_is || t.is_contiguous()) return t.mutable_data_ptr();
-    copies_.push_back(torch::stable::contiguous(t));
-    targets_.emplace_back(&t, copies_.back());
+  void* write(const SgdArgument& t, bool as_it_is) {
+    if (as_it_is || !t || t.tensor->is_contiguous()) return t ? t.tensor->mutable_data_ptr() : nullptr;
+    copies_.push_back(torch::stable::contiguous(*t.tensor));
+    targets_.emplace_back(*t.tensor, copies_.back());
     return copies_.back().mutable_data_ptr();
   }
   void copy_back() {
-    for (auto& [target, copy] : targets_) torch::stable::copy_(*target, copy);
+    for (auto& [target, copy] : targets_) torch::stable::copy_(target, copy);
   }
 
  private:
   std::vector<Tensor> copies_;
-  std::vector<std::pair<Tensor*, Tensor>> targets_;
+  std::vector<std::pair<Tensor, Tensor>> targets_;
 };
 
 template <typename T>
@@ -41,16 +41,16 @@ T* data_of(const MaybeTensor& t) {
   return t.has_value() ? static_cast<T*>(const_cast<void*>(t->const_data_ptr())) : nullptr;
 }
 
-void sgd_check(std::vector<Tensor> grads, std::vector<Tensor> params, std::vector<Tensor> masters, Tensor found_inf,
-               MaybeTensor grad_sq, MaybeTensor weight_sq) {
+void sgd_check(const std::vector<Tensor>& grads, const std::vector<Tensor>& params, const std::vector<Tensor>& masters,
+               const Tensor& found_inf, const MaybeTensor& grad_sq, const MaybeTensor& weight_sq) {
   Packed packed;
   std::vector<SgdItem> items;
   check_how_many("sgd_check", grads.size() + params.size());
   for_checked(grads, params, masters, found_inf, grad_sq, weight_sq, [&](const SgdChecked& t) {
-    const bool as_it_is = sgd_dense(t.values) && (!t.master || sgd_same_strides(t.values, *t.master));
+    const bool as_it_is = t.values.dense() && (!t.master || t.values.same_strides(t.master));
     void* const values = packed.read(t.values, as_it_is);
-    void* const master = t.master ? packed.read(*t.master, as_it_is) : nullptr;
-    const ElementType type = element_type(t.values.scalar_type());
+    void* const master = packed.read(t.master, as_it_is);
+    const ElementType type = t.values.element();
     if (t.weight)
       items.push_back({int64_t(t.index), t.values.numel(), 1, {nullptr, values, master}, type, ElementType::kFloat});
     else
@@ -68,35 +68,33 @@ void sgd_check(std::vector<Tensor> grads, std::vector<Tensor> params, std::vecto
 }
 
 SgdItem item_of(const SgdStepped& t, Packed& packed) {
-  bool as_it_is = sgd_same_strides(t.param, t.grad) && sgd_dense(t.param);
-  for (const Tensor* beside : {t.master, t.buffer})
-    as_it_is = as_it_is && (!beside || sgd_same_strides(t.param, *beside));
-  SgdItem item{int64_t(t.index),
-               t.param.numel(),
-               int(t.group),
-               {},
-               element_type(t.param.scalar_type()),
-               element_type(t.grad.scalar_type())};
+  bool as_it_is = t.param.dense();
+  for (const SgdArgument* beside : {&t.grad, &t.master, &t.buffer})
+    as_it_is = as_it_is && (!*beside || t.param.same_strides(*beside));
+  SgdItem item{int64_t(t.index), t.param.numel(), int(t.group), {}, t.param.element(), t.grad.element()};
   item.pointers[kSgdGrad] = packed.read(t.grad, as_it_is);
   item.pointers[kSgdParam] = packed.write(t.param, as_it_is);
-  if (t.master) item.pointers[kSgdMaster] = packed.write(*t.master, as_it_is);
-  if (t.buffer) item.pointers[kSgdBuffer] = packed.write(*t.buffer, as_it_is);
-  if (t.steps) item.pointers[kSgdSteps] = t.steps->mutable_data_ptr();
+  item.pointers[kSgdMaster] = packed.write(t.master, as_it_is);
+  item.pointers[kSgdBuffer] = packed.write(t.buffer, as_it_is);
+  item.pointers[kSgdSteps] = packed.write(t.steps, true);
   return item;
 }
 
-void sgd_step(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> momentum_buffers,
-              std::vector<Tensor> steps, std::vector<Tensor> masters, std::vector<int64_t> group_sizes,
-              std::vector<Tensor> lr, std::vector<double> momentum, std::vector<double> dampening,
-              std::vector<double> weight_decay, std::vector<bool> nesterov, std::vector<bool> maximize,
-              std::vector<double> trust_coefficient, double eps, bool lr_in_momentum, double max_norm,
-              MaybeTensor grad_scale, MaybeTensor found_inf, MaybeTensor grad_sq, MaybeTensor weight_sq) {
+void sgd_step(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
+              const std::vector<Tensor>& momentum_buffers, const std::vector<Tensor>& steps,
+              const std::vector<Tensor>& masters, const std::vector<int64_t>& group_sizes,
+              const std::vector<Tensor>& lr, const std::vector<double>& momentum, const std::vector<double>& dampening,
+              const std::vector<double>& weight_decay, const std::vector<bool>& nesterov,
+              const std::vector<bool>& maximize, const std::vector<double>& trust_coefficient, double eps,
+              bool lr_in_momentum, double max_norm, const MaybeTensor& grad_scale, const MaybeTensor& found_inf,
+              const MaybeTensor& grad_sq, const MaybeTensor& weight_sq) {
   const SgdStepCall call{params,    grads,     momentum_buffers, steps,    masters,  group_sizes,       lr,
                          momentum,  dampening, weight_decay,     nesterov, maximize, trust_coefficient, grad_scale,
                          found_inf, grad_sq,   weight_sq,        max_norm, eps};
   check_how_many("sgd_step", params.size());
   std::vector<SgdStepped> all;
-  call.for_stepped([&](const SgdStepped& t) { all.push_back(t); });
+  all.reserve(params.size());
+  const bool share_memory = call.for_stepped([&](const SgdStepped& t) { all.push_back(t); });
   if (all.empty()) return;
   std::vector<SgdGroup> groups(group_sizes.size());
   for (size_t g = 0; g < groups.size(); ++g) {
@@ -114,7 +112,7 @@ void sgd_step(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector
                    eps};
   header.norms = grad_sq.has_value() ? int32_t(grad_sq->numel()) : 0;
   header.flags = lr_in_momentum ? kSgdLrInMomentum : 0;
-  if (!call.share_memory()) {
+  if (!share_memory) {
     Packed packed;
     std::vector<SgdItem> items;
     for (const SgdStepped& t : all) items.push_back(item_of(t, packed));
@@ -128,7 +126,7 @@ void sgd_step(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector
     packed.copy_back();
   }
   for (const SgdStepped& t : all)
-    if (t.steps) sgd_count_run(static_cast<float*>(t.steps->mutable_data_ptr()), header.found_inf, on.stream);
+    if (t.steps) sgd_count_run(static_cast<float*>(t.steps.tensor->mutable_data_ptr()), header.found_inf, on.stream);
 }
 
 }  // namespace

@@ -20,8 +20,6 @@ struct SgdItem {
   ElementType type, grad_type;
 };
 
-inline int64_t sgd_bytes(ElementType t) { return t == ElementType::kDouble ? 8 : t == ElementType::kFloat ? 4 : 2; }
-
 // Calls launch_one(table, launch) for the launches of the items; each entry has `pointers` pointers.
 template <typename Launch>
 void sgd_tables(const std::vector<SgdItem>& items, const std::vector<SgdGroup>& groups, SgdHeader header, int pointers,
@@ -53,8 +51,8 @@ void sgd_tables(const std::vector<SgdItem>& items, const std::vector<SgdGroup>& 
     for (int64_t e = 0; e < header.entries; ++e) {
       const SgdEntry& entry = plan.entries[size_t(e)];
       const SgdItem& item = items[size_t(entry.tensor)];
-      const int64_t type = sgd_bytes(item.type), computed = type == 8 ? 8 : 4;
-      const std::array<int64_t, 5> bytes{sgd_bytes(item.grad_type), type, 4, computed, 0};
+      const int64_t type = size_of(item.type), computed = type == 8 ? 8 : 4;
+      const std::array<int64_t, 5> bytes{size_of(item.grad_type), type, 4, computed, 0};
       for (int k = 0; k < pointers; ++k) {
         char* const p = static_cast<char*>(item.pointers[size_t(k)]);
         write(at.pointers + (e * pointers + k) * 8, p ? p + entry.begin * bytes[size_t(k)] : p);

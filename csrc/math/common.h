@@ -32,6 +32,8 @@ using acc_t = typename AccumulateType<T>::type;
 // A tensor's dtype as a value that kernels can receive.
 enum class ElementType : uint8_t { kHalf, kBFloat16, kFloat, kDouble };
 
+FT_HD int64_t size_of(ElementType t) { return t == ElementType::kDouble ? 8 : t == ElementType::kFloat ? 4 : 2; }
+
 FT_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Division by a number that the host knows, for kernels, where a division takes 20 (32 bits) to 90 (64 bits)

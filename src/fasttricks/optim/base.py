@@ -320,7 +320,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             taken: list[Any] = [grads[place] for place in batch.places]
             if {g.layout for g in taken} != {torch.strided}:
                 self._refuse_sparse(params, grads)
-            if not all(type(g) is Tensor for g in taken):
+            if set(map(type, taken)) != {Tensor}:
                 taken = [local_grad(g, p) for g, p in zip(taken, batch.owners, strict=True)]
             call.grads = taken
             call.lr = [self._rate(index, groups[index], device) for index in batch.groups]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from operator import is_
+from operator import is_, itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -125,5 +125,13 @@ class Plan:
             and [p.dtype for p in params] == self._dtypes
             and [p.device for p in params] == self._devices
             and _same(list(state.values()), self._states)
-            and all(_same([s.get(name) for s in states], tensors) for name, states, tensors in self._used)
+            and all(map(self._still_used, self._used))
         )
+
+    @staticmethod
+    def _still_used(used: tuple[str, list[dict[str, Any]], list[Tensor]]) -> bool:
+        name, states, tensors = used
+        try:
+            return _same(list(map(itemgetter(name), states)), tensors)
+        except KeyError:  # the user removed it
+            return False
