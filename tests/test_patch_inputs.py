@@ -279,6 +279,34 @@ def test_a_module_of_torch_that_is_replaced_by_one_that_returns_two() -> None:
     assert relative_error(fused(x), plain(x)) < 1e-6
 
 
+class Annotated(nn.Module):
+    """A user's module whose forward is annotated with a tensor, rightly unless told otherwise."""
+
+    def __init__(self, right: bool = True) -> None:
+        super().__init__()
+        self.right = right
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if self.right else (x, x)  # type: ignore[return-value]
+
+
+def test_an_annotation_says_what_a_module_of_the_user_returns() -> None:
+    """As timm's FeatureListNet needs it. A wrong one is an error, and a module without one is asked."""
+    plain = Looking(by_a_convolution)
+    plain.split = nn.Sequential(Annotated(), Annotated())
+    fused = fasttricks.fuse(copy.deepcopy(plain))
+    x = torch.randn(2, 3, 5, 4)
+    with counted() as calls:
+        fused(x)
+    assert calls["bn_relu"] == 1
+    assert relative_error(torch.compile(fused, backend="eager", fullgraph=True)(x), plain(x)) < 1e-5
+    fused.split[1].right = False
+    with pytest.raises(TypeError, match="split returned a tuple; accepted: a tensor, as its forward's annotation says"):
+        fused(x)
+    plain.split = fused.split = Split()
+    assert relative_error(fused(x), plain(x)) < 1e-6
+
+
 def test_a_block_that_takes_a_tensor_or_a_tuple_is_fused() -> None:
     fused = fasttricks.fuse(Looking(LOOKS["tuple"]))
     x = torch.randn(2, 3, 5, 4)

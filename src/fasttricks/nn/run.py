@@ -33,6 +33,20 @@ def untouched(module: nn.Module) -> bool:
     )
 
 
+def tensor_of(value: Any, name: str) -> torch.Tensor:
+    """What a module returned whose forward is annotated with a tensor, and whose caller looks at its type.
+
+    Raises:
+        TypeError: it is no tensor.
+    """
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(
+            f"fasttricks.fuse: {name} returned a {type(value).__name__}; accepted: a tensor, as its forward's annotation"
+            " says. Correct the annotation, or leave the block that calls it as it is (filter_fn)"
+        )
+    return value
+
+
 # forwards of the classes whose calls the ops and the blocks replace, which a tool may replace for all modules at once
 _BN_FORWARD, _RELU_FORWARD = nn.BatchNorm2d.forward, nn.ReLU.forward
 _POOL_FORWARD, _CONV_FORWARD, _SEQUENTIAL_FORWARD = nn.AvgPool2d.forward, nn.Conv2d.forward, nn.Sequential.forward
@@ -253,17 +267,27 @@ def norm_add_norm_relu(
 
 
 def avgpool_conv1x1_of_modules(
-    pool: nn.AvgPool2d, conv: nn.Conv2d, x: torch.Tensor, min_elements: int = 0
+    pool: nn.AvgPool2d, conv: nn.Conv2d, x: torch.Tensor, min_elements: int = 0, may_change: bool = False
 ) -> torch.Tensor:
     """conv(pool(x)) of a 2x2 pool and a 1x1 convolution."""
     if pads_an_edge(pool, x):
         return conv(pool(x))
-    return avgpool_conv1x1_of(conv, x, pool.ceil_mode, min_elements)
+    return avgpool_conv1x1_of(conv, x, pool.ceil_mode, min_elements, may_change)
 
 
-def avgpool_conv1x1_of(conv: nn.Conv2d, x: torch.Tensor, ceil_mode: bool, min_elements: int = 0) -> torch.Tensor:
-    """conv(avg_pool2d(x, 2, ceil_mode=ceil_mode)) of a 1x1 convolution."""
-    if x.dim() != 4 or (min_elements != 0 and is_small(x, min_elements)):
+def avgpool_conv1x1_of(
+    conv: nn.Conv2d, x: torch.Tensor, ceil_mode: bool, min_elements: int = 0, may_change: bool = False
+) -> torch.Tensor:
+    """conv(avg_pool2d(x, 2, ceil_mode=ceil_mode)) of a 1x1 convolution.
+
+    may_change: x may be changed in place later. The op's backward needs x, and so does a pool's unless x requires no
+    gradient: then the convolution alone saves something, the pooled tensor.
+    """
+    if (
+        x.dim() != 4
+        or (min_elements != 0 and is_small(x, min_elements))
+        or (may_change and not x.requires_grad and torch.is_grad_enabled())
+    ):
         return conv(F.avg_pool2d(x, 2, ceil_mode=ceil_mode))
     return pool_and_conv1x1(conv, x, ceil_mode)
 

@@ -80,6 +80,7 @@ class Pair:
     after_other: list[fx.Node] = field(default_factory=list)  # Identity and the like between it and the addition
     metadata: list[fx.Node] = field(default_factory=list)  # readers of the shape, dtype or device of a pooled value
     conv_first: bool = False
+    input_may_change: bool = False  # that of the pool, in place, before the backward pass
 
     @property
     def pool(self) -> fx.Node:
@@ -339,9 +340,10 @@ class Matcher:
         for n in (node, *between, reader):
             if n.op == "call_module" and not run.untouched(self.module(n)):  # type: ignore[arg-type]
                 return Left(AVGPOOL_CONV1X1, f"a hook on {n.target}")
-        if self.changed_between(input_of(node), node, self.graph.output_node()):
-            return Left(AVGPOOL_CONV1X1, "the input of the pool, which backward needs, is changed in place later")
-        return Pair(AVGPOOL_CONV1X1, str(reader.target), node, reader, between, metadata=metadata)
+        changes = self.changed_between(input_of(node), node, self.graph.output_node())
+        return Pair(
+            AVGPOOL_CONV1X1, str(reader.target), node, reader, between, metadata=metadata, input_may_change=changes
+        )
 
     def _conv(self, node: fx.Node) -> Pair | Left | None:
         """The pair of a 1x1 convolution and the pool after it: averages of sums are sums of averages."""

@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from ..nn import run
 from .match import AVGPOOL_CONV1X1, BN_ADD_RELU, BN_RELU, SAME_AFTER_POOL, Pair, input_of, pool_of
+from .trace import TYPE_ASKED
 
 
 def rewrite(
@@ -18,10 +19,15 @@ def rewrite(
     """Makes every pair one call of a function of `fasttricks.nn.run`, where the pair's first module was called.
 
     An addition stays where it was, as its residual may be computed between the two. ceil_mode_of_reader: that of a pool
-    by which the next block reads the result, if there is one.
+    by which the next block reads the result, if there is one. Where the forward asked for the type of what a module
+    returned, and was told that it is a tensor, the graph checks it.
     """
     limit: dict[str, Any] = {} if min_elements == 0 else {"min_elements": min_elements}
-    limit_of_pool = limit if min_elements else {}  # the default limit is of BatchNorms
+
+    def options_of_pool(pair: Pair) -> dict[str, Any]:
+        options = dict(limit) if min_elements else {}  # the default limit is of BatchNorms
+        return {"may_change": True, **options} if pair.input_may_change else options
+
     function: Callable[..., Any]
     for pair in pairs:
         x = input_of(pair.first)
@@ -46,12 +52,12 @@ def rewrite(
                 pool = graph.get_attr(str(pair.pool.target))
                 shape = graph.call_function(run.pooled_shape_of_module, (pool, x)) if pair.metadata else None
                 function = run.conv1x1_avgpool_of_modules if pair.conv_first else run.avgpool_conv1x1_of_modules
-                fused = graph.call_function(function, (pool, graph.get_attr(pair.name), x), dict(limit_of_pool))
+                fused = graph.call_function(function, (pool, graph.get_attr(pair.name), x), options_of_pool(pair))
             else:
                 ceil_mode = (pool_of(pair.pool) or {})["ceil_mode"]
                 shape = graph.call_function(run.pooled_shape, (x, ceil_mode)) if pair.metadata else None
                 function = run.conv1x1_avgpool_of if pair.conv_first else run.avgpool_conv1x1_of
-                fused = graph.call_function(function, (graph.get_attr(pair.name), x, ceil_mode), dict(limit_of_pool))
+                fused = graph.call_function(function, (graph.get_attr(pair.name), x, ceil_mode), options_of_pool(pair))
         for node in pair.metadata:
             _read_from(node, x, shape)
         pair.last.replace_all_uses_with(fused)
@@ -60,6 +66,10 @@ def rewrite(
         if pair.other is not None:
             for node in (*pair.after_other, pair.other):
                 graph.erase_node(node)
+    for node in [node for node in graph.nodes if TYPE_ASKED in node.meta]:
+        with graph.inserting_after(node):
+            tensor = graph.call_function(run.tensor_of, (node, str(node.target)))
+        node.replace_all_uses_with(tensor, delete_user_cb=lambda user, tensor=tensor: user is not tensor)
 
 
 def _read_from(node: fx.Node, x: Any, shape: Any) -> None:

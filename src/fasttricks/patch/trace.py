@@ -26,7 +26,7 @@ DEFAULT = "default"
 TENSOR = "tensor"
 TYPES: dict[str, type] = {TENSOR: torch.Tensor, "list": list, "tuple": tuple, "dict": dict}
 Kinds = tuple[str, ...]
-TYPE_ASKED = "type asked"  # in the meta of a node: the forward looks at the type of its value
+TYPE_ASKED = "type asked"  # in the meta of a node: the forward looks at the type of its value, a tensor
 # a forward with more optional arguments is traced with all of them at their defaults only
 _OPTIONAL = 3
 
@@ -103,25 +103,18 @@ class _Attribute(fx.proxy.Attribute):
     __getattr__ = _Proxy.__getattr__
 
 
-# classes of torch whose forward is annotated with one tensor as its result; an Identity returns what it is given
-_RETURNING_A_TENSOR = frozenset(
-    cls
-    for cls in vars(nn).values()
-    if inspect.isclass(cls)
-    and issubclass(cls, nn.Module)
-    and cls is not nn.Identity
-    and cls.forward.__annotations__.get("return") in (torch.Tensor, "Tensor")
-)
-
-
 def returns_tensor(module: Any) -> bool:
-    """Whether module is one of torch, or several of them in sequence, and known to return one tensor."""
+    """Whether module, or the last of several in sequence, says by an annotation of its forward to return one tensor.
+
+    Those of torch do so, too. An Identity returns what it is given.
+    """
     if not isinstance(module, nn.Module) or not run.untouched(module):
         return False
     cls = original_class(module)
     if cls.forward is nn.Sequential.forward:
         return any(returns_tensor(child) for child in list(module.children())[-1:])
-    return cls in _RETURNING_A_TENSOR
+    says = getattr(cls.forward, "__annotations__", {}).get("return")
+    return says in (torch.Tensor, "Tensor", "torch.Tensor") and cls is not nn.Identity
 
 
 def _recorded(function: Callable[[Any, Any], Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:
