@@ -375,7 +375,10 @@ TIMM = [
     "xception41",
     "res2net50_14w_8s",
     "hardcorenas_a",
+    "tresnet_m",
+    "vit_small_resnet26d_224",
 ]
+FEATURES = ["vgg11_bn", "resnet26d", "resnest14d"]
 
 
 def torchvision_model(name: str) -> nn.Module:
@@ -387,7 +390,13 @@ def timm_model(name: str) -> nn.Module:
     return pytest.importorskip("timm").create_model(name, num_classes=5, drop_rate=0.0)
 
 
+def timm_features(name: str) -> nn.Module:
+    """As detectors and segmentation models use it: the forward asks for the type of what every stage returns."""
+    return pytest.importorskip("timm").create_model(name, features_only=True)
+
+
 MODELS = [(torchvision_model, name) for name in TORCHVISION] + [(timm_model, name) for name in TIMM]
+MODELS += [(timm_features, name) for name in FEATURES]
 
 
 @pytest.mark.parametrize(("make", "name"), MODELS, ids=[f"{make.__name__}-{name}" for make, name in MODELS])

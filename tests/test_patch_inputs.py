@@ -301,10 +301,61 @@ def test_an_annotation_says_what_a_module_of_the_user_returns() -> None:
     assert calls["bn_relu"] == 1
     assert relative_error(torch.compile(fused, backend="eager", fullgraph=True)(x), plain(x)) < 1e-5
     fused.split[1].right = False
-    with pytest.raises(TypeError, match="split returned a tuple; accepted: a tensor, as its forward's annotation says"):
+    with pytest.raises(TypeError, match="split returned a tuple; accepted: a tensor, as its forward or the annotation"):
         fused(x)
     plain.split = fused.split = Split()
     assert relative_error(fused(x), plain(x)) < 1e-6
+
+
+class Residual(nn.Module):
+    """Says nothing of what it returns."""
+
+    def __init__(self, end: str) -> None:
+        super().__init__()
+        self.conv, self.relu, self.end = nn.Conv2d(3, 3, 1), nn.ReLU(), end
+
+    def forward(self, x):  # type: ignore[no-untyped-def]
+        y = self.conv(x)
+        if self.end == "module":
+            return self.relu(y)
+        if self.end == "sum":
+            return x + y
+        if self.end == "augmented":
+            y += x
+            return y
+        if self.end == "function":
+            return F.relu(y)
+        if self.end == "two":
+            return y, x
+        return [y, x] if self.end == "list" else x
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(
+    ("end", "known"),
+    [("module", 1), ("sum", 1), ("augmented", 1), ("function", 1), ("two", 0), ("list", 0), ("argument", 0)],
+)
+def test_the_end_of_a_forward_says_what_a_module_of_the_user_returns(end: str, known: int, nested: bool) -> None:
+    plain = Looking(by_a_convolution)
+    plain.split = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Sequential(Residual(end)) if nested else Residual(end))
+    fused = fasttricks.fuse(copy.deepcopy(plain))
+    x = torch.randn(2, 3, 5, 4)
+    with counted() as calls:
+        assert relative_error(fused(x), plain(x)) < 1e-5
+    assert calls["bn_relu"] == known
+    fused.split[1] = plain.split[1] = Split()
+    assert relative_error(fused(x), plain(x)) < 1e-5
+
+
+def test_a_maximum_pool_returns_a_tensor_or_two() -> None:
+    for indices, known in ((False, 1), (True, 0)):
+        plain = Looking(by_a_convolution)
+        plain.split = nn.MaxPool2d(2, return_indices=indices)
+        fused = fasttricks.fuse(copy.deepcopy(plain))
+        x = torch.randn(2, 3, 6, 4)
+        with counted() as calls:
+            assert relative_error(fused(x), plain(x)) < 1e-5
+        assert calls["bn_relu"] == known
 
 
 def test_a_block_that_takes_a_tensor_or_a_tuple_is_fused() -> None:

@@ -34,15 +34,15 @@ def untouched(module: nn.Module) -> bool:
 
 
 def tensor_of(value: Any, name: str) -> torch.Tensor:
-    """What a module returned whose forward is annotated with a tensor, and whose caller looks at its type.
+    """What the child `name` of a block returned, if the block was fused because that child returns a tensor.
 
     Raises:
         TypeError: it is no tensor.
     """
     if not isinstance(value, torch.Tensor):
         raise TypeError(
-            f"fasttricks.fuse: {name} returned a {type(value).__name__}; accepted: a tensor, as its forward's annotation"
-            " says. Correct the annotation, or leave the block that calls it as it is (filter_fn)"
+            f"fasttricks.fuse: {name} returned a {type(value).__name__}; accepted: a tensor, as its forward or the "
+            "annotation of that said. Correct the annotation, or leave the block that calls it as it is (filter_fn)"
         )
     return value
 

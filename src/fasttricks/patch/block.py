@@ -32,8 +32,8 @@ from .trace import (
     Signature,
     Untraceable,
     kind_of,
+    last_class,
     original_class,
-    returns_tensor,
     trace,
 )
 
@@ -354,7 +354,7 @@ def _guard_source(block: nn.Module, made: Plan) -> tuple[str, dict[str, Any]]:
         "pool": is_plain_pool,
         "conv": run.is_plain_conv1x1,
         "same_container": is_same_container,
-        "returns_tensor": returns_tensor,
+        "last_class": last_class,
         "missing": _MISSING,
     }
     lines = [
@@ -380,11 +380,13 @@ def _guard_source(block: nn.Module, made: Plan) -> tuple[str, dict[str, Any]]:
         "pass": "skipped({}, training)",
         "pool": "pool({})",
         "conv": "conv({})",
-        "tensor": "returns_tensor({})",
+        "tensor": "last_class({}) is {}",
     }
-    for (name, role), modes in sorted(made.watched.items()):
+    for i, ((name, role), modes) in enumerate(sorted(made.watched.items())):
         parent, _, child = name.rpartition(".")
-        test = checks[role].format(_child(known, parent, child))
+        if role == "tensor":
+            names[f"Last{i}"] = last_class(block.get_submodule(name))
+        test = checks[role].format(_child(known, parent, child), f"Last{i}")
         mode = "" if len(modes) == 2 else "training and " if True in modes else "not training and "
         lines.append(f"    if {mode}not {test}:\n        return False")
     containers = [block, *(block.get_submodule(name) for name in sorted(made.inlined))]

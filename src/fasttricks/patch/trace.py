@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
 from ..nn import run
@@ -35,6 +36,10 @@ class Untraceable(Exception):
     """Why a forward has no graph that always computes the same; asked: as `trace` returns it."""
 
     asked: Collection[int] = ()
+
+
+class _Unknown(BaseException):  # not for the forward to catch
+    """The trace must start again with the answer to: does the child of this name return a tensor?"""
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
@@ -91,9 +96,12 @@ class _Proxy(fx.Proxy):
     def is_a(self, classes: Any) -> bool:
         """What isinstance(value, classes) would be for the value."""
         tracer: Any = self.tracer
-        if self.node.op == "call_module" and returns_tensor(tracer.root.get_submodule(self.node.target)):
-            self.node.meta[TYPE_ASKED] = True
-            return issubclass(torch.Tensor, classes)
+        if self.node.op == "call_module":
+            if self.node.target not in tracer.tensors:
+                raise _Unknown(self.node.target)
+            if tracer.tensors[self.node.target]:
+                self.node.meta[TYPE_ASKED] = True
+                return issubclass(torch.Tensor, classes)
         raise Untraceable("its forward looks at the type of a value that it computes")
 
 
@@ -103,18 +111,57 @@ class _Attribute(fx.proxy.Attribute):
     __getattr__ = _Proxy.__getattr__
 
 
-def returns_tensor(module: Any) -> bool:
-    """Whether module, or the last of several in sequence, says by an annotation of its forward to return one tensor.
+def last_of(module: Any) -> nn.Module | None:
+    """Whose forward makes what a call of module returns: the last one of modules in sequence; None: a hook may."""
+    while isinstance(module, nn.Module) and run.untouched(module):
+        if original_class(module).forward is not nn.Sequential.forward or not len(module._modules):
+            return module
+        module = list(module.children())[-1]
+    return None
 
-    Those of torch do so, too. An Identity returns what it is given.
-    """
-    if not isinstance(module, nn.Module) or not run.untouched(module):
+
+def last_class(module: Any) -> type[nn.Module] | None:
+    last = last_of(module)
+    return None if last is None else original_class(last)
+
+
+def returns_tensor(module: nn.Module, training: bool) -> bool:
+    """Whether a call of module returns one tensor: it is annotated so, or the graph of its forward ends so."""
+    last = last_of(module)
+    if last is None:
         return False
-    cls = original_class(module)
-    if cls.forward is nn.Sequential.forward:
-        return any(returns_tensor(child) for child in list(module.children())[-1:])
+    cls = original_class(last)
     says = getattr(cls.forward, "__annotations__", {}).get("return")
-    return says in (torch.Tensor, "Tensor", "torch.Tensor") and cls is not nn.Identity
+    if says is not None:  # an Identity is annotated, but returns what it is given
+        return says in (torch.Tensor, "Tensor", "torch.Tensor") and cls is not nn.Identity
+    if isinstance(last, nn.modules.pooling._MaxPoolNd):
+        return not last.return_indices
+    try:
+        signature = Signature.of(last)
+        kinds = tuple(TENSOR if d is inspect.Parameter.empty else DEFAULT for d in signature.defaults)
+        graph, asked = trace(last, signature, kinds, training, ())
+    except Untraceable:
+        return False
+    return not asked and _is_tensor(graph.output_node().args[0], last, training)
+
+
+_ARITHMETIC = {operator.add, operator.sub, operator.mul, operator.truediv, *AUGMENTED.values()}
+_RETURNING_A_TENSOR = {
+    *(torch.add, torch.mul, torch.cat, torch.stack, torch.flatten, torch.relu, torch.sigmoid, torch.tanh),
+    *(F.relu, F.relu6, F.leaky_relu, F.silu, F.gelu, F.hardswish, F.dropout, F.conv2d, F.linear, F.pad),
+    *(F.avg_pool2d, F.adaptive_avg_pool2d, F.interpolate),
+}
+
+
+def _is_tensor(value: Any, root: nn.Module, training: bool) -> bool:
+    """Whether value, a node of root's graph, is known to be a tensor."""
+    if not isinstance(value, fx.Node):
+        return False
+    if value.op == "call_module":
+        return returns_tensor(root.get_submodule(str(value.target)), training)
+    if value.target in _ARITHMETIC:  # of lists, it may be one
+        return any(_is_tensor(operand, root, training) for operand in value.args)
+    return value.target in _RETURNING_A_TENSOR
 
 
 def _recorded(function: Callable[[Any, Any], Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:
@@ -198,9 +245,10 @@ def _answering_isinstance() -> Iterator[None]:
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
-    def __init__(self, inline: Collection[str], names: list[str], kinds: Kinds, defaults: list[Any]) -> None:
+    def __init__(self, inline: Collection[str], signature: Signature, kinds: Kinds, tensors: dict[str, bool]) -> None:
         super().__init__(autowrap_modules=())  # type: ignore[arg-type]  # wrapping the functions of math costs more than the trace
-        self.inline, self.names, self.kinds, self.defaults = inline, names, kinds, defaults
+        self.inline, self.names, self.kinds, self.defaults = inline, signature.names, kinds, signature.defaults
+        self.tensors = tensors  # by the name of a child: does it return one?
         self.asked: set[int] = set()
         self.state = _state()
 
@@ -323,14 +371,19 @@ def trace(
     Raises:
         Untraceable: there is none, or it would not compute what the forward does.
     """
-    tracer = _Tracer(inline, signature.names, kinds, signature.defaults)
-    try:
-        for name in inline:
-            refuse_types(module.get_submodule(name))
-        with _left_as_it_was(module, training, inline), _answering_isinstance():
-            return tracer.trace(module), tracer.asked
-    except Exception as error:  # arbitrary code, run on proxies, may raise anything
-        if not isinstance(error, Untraceable):
-            error = Untraceable(f"torch.fx cannot trace its forward: {type(error).__name__}: {str(error)[:120]}")
-        error.asked = tracer.asked
-        raise error from error.__cause__
+    tensors: dict[str, bool] = {}
+    while True:
+        tracer = _Tracer(inline, signature, kinds, tensors)
+        try:
+            for name in inline:
+                refuse_types(module.get_submodule(name))
+            with _left_as_it_was(module, training, inline), _answering_isinstance():
+                return tracer.trace(module), tracer.asked
+        except _Unknown as child:
+            (name,) = child.args
+        except Exception as error:  # arbitrary code, run on proxies, may raise anything
+            if not isinstance(error, Untraceable):
+                error = Untraceable(f"torch.fx cannot trace its forward: {type(error).__name__}: {str(error)[:120]}")
+            error.asked = tracer.asked
+            raise error from error.__cause__
+        tensors[name] = returns_tensor(module.get_submodule(name), training)
