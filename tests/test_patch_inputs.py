@@ -347,6 +347,45 @@ def test_the_end_of_a_forward_says_what_a_module_of_the_user_returns(end: str, k
     assert relative_error(fused(x), plain(x)) < 1e-5
 
 
+def cautiously(block: nn.Module, x: Any) -> torch.Tensor:
+    y = block.split(x)
+    try:
+        return y[0] if isinstance(y, tuple) else y
+    except Exception:
+        return x
+
+
+def cautiously_by_value(_: nn.Module, x: Any) -> torch.Tensor:
+    try:
+        return x.square() if x.sum() > -1e9 else x
+    except Exception:
+        return x
+
+
+def cautiously_by_length(_: nn.Module, x: Any) -> torch.Tensor:
+    try:
+        return x.square() if len(x) > 1 else x
+    except Exception:
+        return x
+
+
+def cautiously_by_item(_: nn.Module, x: Any) -> torch.Tensor:
+    try:
+        return torch.stack([row.square() for row in x])
+    except Exception:
+        return x
+
+
+@pytest.mark.parametrize("look", [cautiously, cautiously_by_value, cautiously_by_length, cautiously_by_item])
+@pytest.mark.parametrize("end", ["two", "module"])
+def test_a_forward_that_catches_every_exception(look: Callable[[nn.Module, Any], torch.Tensor], end: str) -> None:
+    plain = Looking(look)
+    plain.split = Residual(end)
+    fused = fasttricks.fuse(copy.deepcopy(plain))
+    x = torch.randn(2, 3, 5, 4)
+    assert relative_error(fused(x), plain(x)) < 1e-6
+
+
 def test_a_maximum_pool_returns_a_tensor_or_two() -> None:
     for indices, known in ((False, 1), (True, 0)):
         plain = Looking(by_a_convolution)

@@ -32,14 +32,18 @@ TYPE_ASKED = "type asked"  # in the meta of a node: the forward looks at the typ
 _OPTIONAL = 3
 
 
-class Untraceable(Exception):
+class Untraceable(BaseException):  # which a forward that is traced does not catch as an Exception
     """Why a forward has no graph that always computes the same; asked: as `trace` returns it."""
 
     asked: Collection[int] = ()
 
 
-class _Unknown(BaseException):  # not for the forward to catch
+class _Unknown(BaseException):
     """The trace must start again with the answer to: does the child of this name return a tensor?"""
+
+
+def _untraceable(error: Exception) -> Untraceable:
+    return Untraceable(f"torch.fx cannot trace its forward: {type(error).__name__}: {str(error)[:120]}")
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
@@ -92,6 +96,9 @@ class _Proxy(fx.Proxy):
 
     def __getattr__(self, name: str) -> fx.proxy.Attribute:
         return _Attribute(self, name)
+
+    def __len__(self) -> int:
+        raise Untraceable("its forward asks for the length of a value")
 
     def is_a(self, classes: Any) -> bool:
         """What isinstance(value, classes) would be for the value."""
@@ -264,6 +271,23 @@ class _Tracer(fx.Tracer):
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _ArgumentProxy(node, self) if node.op == "placeholder" else _Proxy(node, self)
 
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        return self._refusing(super().to_bool, obj)
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        return self._refusing(super().iter, obj)
+
+    def keys(self, obj: fx.Proxy) -> Any:
+        return self._refusing(super().keys, obj)
+
+    @staticmethod
+    def _refusing(ask: Callable[[fx.Proxy], Any], obj: fx.Proxy) -> Any:
+        """What torch.fx answers, or an error that the forward does not catch."""
+        try:
+            return ask(obj)
+        except fx.proxy.TraceError as error:
+            raise _untraceable(error) from error
+
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _state() != self.state:
             raise Untraceable("its forward changes the gradient mode, autocast or saved tensors, or checkpoints")
@@ -381,9 +405,9 @@ def trace(
                 return tracer.trace(module), tracer.asked
         except _Unknown as child:
             (name,) = child.args
-        except Exception as error:  # arbitrary code, run on proxies, may raise anything
-            if not isinstance(error, Untraceable):
-                error = Untraceable(f"torch.fx cannot trace its forward: {type(error).__name__}: {str(error)[:120]}")
+        except (Exception, Untraceable) as error:  # arbitrary code, run on proxies, may raise anything
+            if isinstance(error, Exception):
+                error = _untraceable(error)
             error.asked = tracer.asked
             raise error from error.__cause__
         tensors[name] = returns_tensor(module.get_submodule(name), training)
