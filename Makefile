@@ -8,6 +8,8 @@ CXX_SOURCES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.c
 PYTEST := $(PY) -m pytest -q -n logical --maxprocesses 8 --dist loadgroup
 # the files that can have a test of Triton: the others take seconds to import
 TRITON_TESTS = $(shell grep -lE "triton|registration|backend|raw_ops" tests/test_*.py)
+# thousands of tests, which take seconds to collect
+BUT_ZOO := --ignore=tests/test_patch_zoo.py
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # pip does not compile what it installs, so that the first import of a module must keep its bytecode
 unexport PYTHONDONTWRITEBYTECODE
@@ -32,7 +34,7 @@ ablate: libraries
 # process: what it runs has a run of its own.
 test: libraries
 	@$(MAKE) --no-print-directory -j 2 lint emulator
-	$(PYTEST) tests -m "not long and not zoo"
+	$(PYTEST) tests $(BUT_ZOO) -m "not long and not zoo"
 	@echo "fasttricks: the tests of the Triton kernels, in Triton's interpreter"
 	TRITON_INTERPRET=1 $(PYTEST) $(TRITON_TESTS) -m "not long and not zoo" -k "triton or registration"
 
@@ -44,7 +46,7 @@ test-all: test test-oldest-triton test-long test-zoo bench-check
 test-long: libraries
 	@echo "fasttricks: compiling the emulator with two sanitizers, about 3 minutes"
 	@PYTHONPATH=. $(PY) tests/emulator/emulated.py asan tsan
-	$(PYTEST) tests -m long
+	$(PYTEST) tests $(BUT_ZOO) -m long
 
 # Every classification model of torchvision and timm: the pairs that fuse finds are counted (about 25 minutes), and
 # each model trains fused and not (hours).

@@ -46,7 +46,7 @@ struct SgdArgument {
     return n;
   }
 
-  // From the first element to behind the last one in memory; 0 if there is none.
+  // From the first element to the end of the last one in memory; 0 if there is none.
   int64_t bytes() const {
     int64_t last = 0;
     for (size_t d = 0; d < dims; ++d) last += (sizes[d] - 1) * strides[d];
