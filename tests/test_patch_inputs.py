@@ -266,15 +266,21 @@ def by_a_convolution(block: nn.Module, x: Any) -> torch.Tensor:
     return y if isinstance(y, torch.Tensor) else y[0]
 
 
-def test_a_module_of_torch_that_is_replaced_by_one_that_returns_two() -> None:
-    plain = Looking(by_a_convolution)
-    plain.split = nn.Sequential(nn.Identity(), nn.Conv2d(3, 3, 1))
+def taken_and_compiled(plain: nn.Module, x: torch.Tensor) -> nn.Module:
+    """A fused copy, whose pair has run as one op, and compiled as one graph with the same result."""
     fused = fasttricks.fuse(copy.deepcopy(plain))
-    x = torch.randn(2, 3, 5, 4)
     with counted() as calls:
         fused(x)
     assert calls["bn_relu"] == 1
     assert relative_error(torch.compile(fused, backend="eager", fullgraph=True)(x), plain(x)) < 1e-5
+    return fused
+
+
+def test_a_module_of_torch_that_is_replaced_by_one_that_returns_two() -> None:
+    plain = Looking(by_a_convolution)
+    plain.split = nn.Sequential(nn.Identity(), nn.Conv2d(3, 3, 1))
+    x = torch.randn(2, 3, 5, 4)
+    fused = taken_and_compiled(plain, x)
     plain.split = fused.split = Split()
     assert relative_error(fused(x), plain(x)) < 1e-6
 
@@ -294,12 +300,8 @@ def test_an_annotation_says_what_a_module_of_the_user_returns() -> None:
     """As timm's FeatureListNet needs it. A wrong one is an error, and a module without one is asked."""
     plain = Looking(by_a_convolution)
     plain.split = nn.Sequential(Annotated(), Annotated())
-    fused = fasttricks.fuse(copy.deepcopy(plain))
     x = torch.randn(2, 3, 5, 4)
-    with counted() as calls:
-        fused(x)
-    assert calls["bn_relu"] == 1
-    assert relative_error(torch.compile(fused, backend="eager", fullgraph=True)(x), plain(x)) < 1e-5
+    fused = taken_and_compiled(plain, x)
     fused.split[1].right = False
     with pytest.raises(TypeError, match="split returned a tuple; accepted: a tensor, as its forward or the annotation"):
         fused(x)
