@@ -109,8 +109,8 @@ struct Call : BnCall {
     const int64_t rows = std::max<int64_t>(8, (1 << 17) / arguments.channels);
     return std::clamp<int64_t>(arguments.rows / rows, 1, 64);
   }
-  // Calls f(s) for the slices s of n. A pass after a reduction goes backwards, because the last rows are still in the
-  // cache.
+  // Calls f(s) for the slices s of n. Of two passes one goes backwards, because the last rows of the first are still in
+  // the cache: the statistics, since those of x are too, which a convolution has just written, and dx.
   template <class F>
   static void each_slice(int64_t n, bool backwards, const F& f) {
     parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
@@ -118,7 +118,7 @@ struct Call : BnCall {
     });
   }
   template <class F>
-  void run_slices(const F& f, bool backwards = false) const {
+  void run_slices(bool backwards, const F& f) const {
     const int64_t n = slices(), eighths = (arguments.rows + 7) / 8;
     each_slice(n, backwards, [&](int64_t s) {
       f(s, std::min(arguments.rows, eighths * s / n * 8), std::min(arguments.rows, eighths * (s + 1) / n * 8));
@@ -129,18 +129,18 @@ struct Call : BnCall {
     const BnOfType& kernels = kernels_of(x.scalar_type());
     const BnArguments& a = arguments;
     if (!a.means.data)
-      return run_slices([&](int64_t, int64_t begin, int64_t end) { kernels.row_apply(a, begin, end); }, true);
+      return run_slices(false, [&](int64_t, int64_t begin, int64_t end) { kernels.row_apply(a, begin, end); });
     const int64_t pairs = x.size(0) * ceil_div(a.means.height, 2), n = std::min(slices(), pairs);
-    each_slice(n, true, [&](int64_t s) { kernels.row_apply_pooled(a, pairs * s / n, pairs * (s + 1) / n); });
+    each_slice(n, false, [&](int64_t s) { kernels.row_apply_pooled(a, pairs * s / n, pairs * (s + 1) / n); });
   }
 
   // A reduction over the rows: `arrays` doubles per channel and slice, which kernel(begin, end, arrays) computes.
   // join(count so far, count of the slice, arrays so far, arrays of the slice) merges them in the order of the slices.
   template <class Kernel, class Join>
-  std::vector<double> reduce_rows(int64_t arrays, const Kernel& kernel, const Join& join) const {
+  std::vector<double> reduce_rows(int64_t arrays, bool backwards, const Kernel& kernel, const Join& join) const {
     const int64_t n = slices(), size = arrays * channels;
     std::vector<double> parts(size_t(n * size)), counts(size_t(n), 0.0);
-    run_slices([&](int64_t s, int64_t begin, int64_t end) {
+    run_slices(backwards, [&](int64_t s, int64_t begin, int64_t end) {
       kernel(begin, end, &parts[size_t(s * size)]);
       counts[size_t(s)] = double(end - begin);
     });
@@ -177,7 +177,7 @@ struct Call : BnCall {
       for (int64_t k = 0; k < arrays * n; k += 2 * n)
         for (int64_t c = k; c < k + n; ++c) merge_into(all[c], all[c + n], part[c], part[c + n], factors);
     };
-    const std::vector<double> all = reduce_rows(arrays, kernel, join);
+    const std::vector<double> all = reduce_rows(arrays, true, kernel, join);
     const auto put = [&](const BnArguments& a, const double* from) {
       for (int64_t c = 0; c < n; ++c) {
         store(a.mean, c, from[c]);
@@ -197,7 +197,7 @@ struct Call : BnCall {
     const auto join = [&](double, double, double* all, const double* part) {
       for (int64_t i = 0; i < arrays * n; ++i) all[i] += part[i];
     };
-    const std::vector<double> all = reduce_rows(arrays, kernel, join);
+    const std::vector<double> all = reduce_rows(arrays, false, kernel, join);
     for (int64_t c = 0; c < n; ++c) store(arguments.dbias, c, all[size_t(c)]);
     const auto put_dweight = [&](const BnArguments& a, const double* from) {
       for (int64_t c = 0; c < n; ++c) {
@@ -234,7 +234,7 @@ struct Call : BnCall {
     }
     if (passes & kBnBackward) {
       prepare(true);
-      run_slices([&](int64_t, int64_t begin, int64_t end) { kernels.row_backward(a, begin, end); }, true);
+      run_slices(true, [&](int64_t, int64_t begin, int64_t end) { kernels.row_backward(a, begin, end); });
     }
   }
 };

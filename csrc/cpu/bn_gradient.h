@@ -83,8 +83,10 @@ class GradientOfY {
   template <class B>
   static FT_INLINE void add(const T* a, const B* b, A share, int64_t size, T* to) {
     const V of_b(share);
-    each<V>(size,
-            [&](int64_t i, int n) FT_LAMBDA { store_n(load_n<A>(a + i, n) + load_n<A>(b + i, n) * of_b, to + i, n); });
+    each<V>(size, [&](int64_t i, int n) FT_LAMBDA {
+      fetch<false, V::N>(b + i);
+      store_n(load_n<A>(a + i, n) + load_n<A>(b + i, n) * of_b, to + i, n);
+    });
   }
 
   // line_ = what each pixel of an image row gets, the same in both rows of window row i.

@@ -19,6 +19,13 @@ FT_INLINE int64_t rows_together(int64_t channels) {
   return rows < 4 ? 4 : rows > 512 ? 512 : rows;
 }
 
+// NCHW, from a plane of row r: how far ahead the plane of the same channel lies that is `rows` rows later or, if there
+// are no more rows, that of the next channel.
+FT_INLINE int64_t planes_ahead(const BnArguments& a, int64_t r, int64_t rows) {
+  if (rows > a.rows) rows = a.rows;
+  return (r + rows < a.rows ? rows * a.channels : 1 + (rows - a.rows) * a.channels) * a.inner;
+}
+
 template <class T>
 struct BnStatistics {
   using A = acc_t<T>;
@@ -42,10 +49,12 @@ struct BnStatistics {
     t.s0 = s0, t.s1 = s1, t.s2 = s2, t.s3 = s3;
   }
 
-  static FT_INLINE void slab_m2(const T* p, int64_t n, V m, Lanes& t) {
+  // The values are in the cache: meanwhile those `ahead` are prefetched.
+  static FT_INLINE void slab_m2(const T* p, int64_t n, V m, int64_t ahead, Lanes& t) {
     V s0 = t.s0, s1 = t.s1, s2 = t.s2, s3 = t.s3;
     int64_t i = 0;
     for (; i + 4 * V::N <= n; i += 4 * V::N) {
+      fetch<false, 4 * V::N>(p + i, ahead);
       const V d0 = V::load(p + i) - m, d1 = V::load(p + i + V::N) - m;
       const V d2 = V::load(p + i + 2 * V::N) - m, d3 = V::load(p + i + 3 * V::N) - m;
       s0 = V::fma(d0, d0, s0), s1 = V::fma(d1, d1, s1), s2 = V::fma(d2, d2, s2), s3 = V::fma(d3, d3, s3);
@@ -70,12 +79,34 @@ struct BnStatistics {
         Lanes total, square;
         for (int64_t r = r0; r < r1; ++r) slab_sum(x + r * stride + i, n, total);
         const double values = double((r1 - r0) * n), mean = double(total.total()) / values;
-        for (int64_t r = r0; r < r1; ++r) slab_m2(x + r * stride + i, n, V(A(mean)), square);
+        for (int64_t r = r0; r < r1; ++r)
+          slab_m2(x + r * stride + i, n, V(A(mean)), planes_ahead(a, r, together), square);
         all = merge(all, {values, mean, double(square.total())});
       }
     }
     static_cast<A*>(a.mean)[c] = A(all.mean);
     static_cast<A*>(a.var)[c] = A(all.m2 / all.count);
+  }
+
+  // NHWC: sums[c] = add(sums[c], x[c], c) over `rows` rows. Four rows share the loads and stores of the sums, and half
+  // of what lies `ahead` is prefetched: of each four rows two, from row kFetched on.
+  template <int kFetched, class Add>
+  static FT_INLINE void over_rows(const T* x, int64_t rows, int64_t channels, int64_t ahead, A* sums, Add add) {
+    int64_t r = 0;
+    for (; r + 4 <= rows; r += 4) {
+      const T *x0 = x + r * channels, *x1 = x0 + channels, *x2 = x1 + channels, *x3 = x2 + channels;
+      each<V>(channels, [&](int64_t c, int n) FT_LAMBDA {
+        for (int64_t row = kFetched; row < kFetched + 2; ++row) fetch<false, V::N>(x0 + row * channels + c, ahead);
+        V s = load_n<A>(sums + c, n);
+        s = add(s, load_n<A>(x0 + c, n), c, n), s = add(s, load_n<A>(x1 + c, n), c, n);
+        s = add(s, load_n<A>(x2 + c, n), c, n), s = add(s, load_n<A>(x3 + c, n), c, n);
+        store_n(s, sums + c, n);
+      });
+    }
+    for (; r < rows; ++r)
+      each<V>(channels, [&](int64_t c, int n) FT_LAMBDA {
+        store_n(add(load_n<A>(sums + c, n), load_n<A>(x + r * channels + c, n), c, n), sums + c, n);
+      });
   }
 
   // NHWC: mean and M2 of every channel over rows [begin, end).
@@ -89,19 +120,13 @@ struct BnStatistics {
       const int64_t r1 = r0 + step < end ? r0 + step : end;
       const double n = double(r1 - r0);
       for (int64_t c = 0; c < C; ++c) total[c] = square[c] = A(0);
-      for (int64_t r = r0; r < r1; ++r) {
-        const T* x = static_cast<const T*>(a.x) + r * C;
-        each<V>(C, [&](int64_t c, int k)
-                       FT_LAMBDA { store_n(load_n<A>(total + c, k) + load_n<A>(x + c, k), total + c, k); });
-      }
+      const T* x = static_cast<const T*>(a.x) + r0 * C;
+      over_rows<0>(x, r1 - r0, C, step * C, total, [](V s, V v, int64_t, int) FT_LAMBDA { return s + v; });
       for (int64_t c = 0; c < C; ++c) centre[c] = A(double(total[c]) / n);
-      for (int64_t r = r0; r < r1; ++r) {
-        const T* x = static_cast<const T*>(a.x) + r * C;
-        each<V>(C, [&](int64_t c, int k) FT_LAMBDA {
-          const V d = load_n<A>(x + c, k) - load_n<A>(centre + c, k);
-          store_n(V::fma(d, d, load_n<A>(square + c, k)), square + c, k);
-        });
-      }
+      over_rows<2>(x, r1 - r0, C, step * C, square, [&](V s, V v, int64_t c, int k) FT_LAMBDA {
+        const V d = v - load_n<A>(centre + c, k);
+        return V::fma(d, d, s);
+      });
       const MergeFactors<double> factors = merge_factors(count, n);
       for (int64_t c = 0; c < C; ++c) merge_into(mean[c], m2[c], double(total[c]) / n, double(square[c]), factors);
       count = factors.count;

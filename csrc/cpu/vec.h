@@ -15,6 +15,18 @@
 
 namespace fasttricks::cpu::FT_ISA {
 
+// How many elements ahead of the loads memory is prefetched. Hardware prefetchers stop at the end of a page, every 1024
+// fp32 elements in each stream: without this a reduction of bn_relu over NHWC takes half as long again.
+constexpr int64_t kAhead = 1024;
+
+// Prefetches the cache lines of kCount elements that lie `ahead` elements after p, possibly past the end of the tensor.
+template <bool kWrite, int kCount, class P>
+FT_INLINE void fetch(const P* p, int64_t ahead = kAhead) {
+  const uintptr_t from = uintptr_t(p) + uintptr_t(ahead) * sizeof(P);
+  for (size_t line = 0; line < kCount * sizeof(P); line += 64)
+    __builtin_prefetch(reinterpret_cast<const void*>(from + line), kWrite);
+}
+
 // Bit patterns as stored in memory; arithmetic is done in float.
 struct Half {
   uint16_t bits;

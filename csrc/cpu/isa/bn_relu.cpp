@@ -61,6 +61,11 @@ struct Bn {
 
   // ---- NCHW: one channel ----
 
+  // From a plane of row r: how far ahead memory is prefetched, by whole planes.
+  static FT_INLINE int64_t ahead_of(const BnArguments& a, int64_t r) {
+    return planes_ahead(a, r, a.inner < kAhead ? kAhead / a.inner : 1);
+  }
+
   template <bool ReadX, Shortcut S>
   static void apply(const BnArguments& a, int64_t c, const Channel& k, MeansOfY<T>& means, bool first, bool last) {
     const V mean(k.mean), scale(k.scale), bias(k.bias);
@@ -71,14 +76,20 @@ struct Bn {
       const T* x = static_cast<const T*>(a.x) + at;
       const T* residual = static_cast<const T*>(a.residual) + at;
       T* y = static_cast<T*>(a.y) + at;
+      const int64_t ahead = ahead_of(a, r);
       if constexpr (S == Shortcut::kNone) {
         each<V>(a.inner, [&](int64_t i, int n) FT_LAMBDA {
+          if constexpr (ReadX) fetch<false, V::N>(x + i, ahead);
+          fetch<true, V::N>(y + i, ahead);
           const V z = ReadX ? normalised(load_n<A>(x + i, n), mean, scale, bias) : bias;
           store_n(z.relu(), y + i, n);
         });
       } else {
         BitWriter bits(a.mask_out, at, first);
         each<V>(a.inner, [&](int64_t i, int n) FT_LAMBDA {
+          if constexpr (ReadX) fetch<false, V::N>(x + i, ahead);
+          fetch<false, V::N>(residual + i, ahead);
+          fetch<true, V::N>(y + i, ahead);
           const V z = ReadX ? normalised(load_n<A>(x + i, n), mean, scale, bias) : bias;
           V added = load_n<A>(residual + i, n);
           if constexpr (S == Shortcut::kNormalised) added = normalised(added, mean_r, scale_r, bias_r);
@@ -114,16 +125,20 @@ struct Bn {
     double total = 0, total_d = 0, total_r = 0;
     V s(A(0)), s_d(A(0)), s_r(A(0));
     int64_t held = 0;
-    for (int64_t r = 0; r < a.rows; ++r)
+    for (int64_t r = 0; r < a.rows; ++r) {
+      const int64_t ahead = ahead_of(a, r);
       for (int64_t i0 = 0; i0 < a.inner; i0 += kChunk) {
         const int64_t plane = r * a.channels + c, at = plane * a.inner + i0;
         const int64_t count = i0 + kChunk < a.inner ? kChunk : a.inner - i0;
         const T* x = static_cast<const T*>(a.x) + at;
         const T* residual = static_cast<const T*>(a.residual) + at;
-        const T* dy = gradients.piece(plane, i0, count);
+        const T *given = static_cast<const T*>(a.dy) + at, *dy = gradients.piece(plane, i0, count);
         T* kept = static_cast<T*>(a.dz) + at;
         BitReader bits = mask_bits<G>(a, at);
         each<V>(count, [&](int64_t i, int n) FT_LAMBDA {
+          fetch<false, V::N>(x + i, ahead), fetch<false, V::N>(given + i, ahead);
+          if constexpr (Two) fetch<false, V::N>(residual + i, ahead);
+          if constexpr (Keep) fetch<true, V::N>(kept + i, ahead);
           const V v = load_n<A>(x + i, n);
           const V dz = gradient<G>(load_n<A>(dy + i, n), v, mean, scale, bias, bits, n);
           if constexpr (Keep) store_n(dz, kept + i, n);
@@ -137,6 +152,7 @@ struct Bn {
         s = s_d = s_r = V(A(0));
         held = 0;
       }
+    }
     static_cast<A*>(a.dbias)[c] = A(total + sum(s));
     store_dweight(a, c, total_d + sum(s_d));
     if constexpr (Two) store_dweight(*a.of_residual, c, total_r + sum(s_r));
@@ -201,7 +217,12 @@ struct Bn {
         each<V>(a.inner, [&](int64_t i, int n) FT_LAMBDA { store_n(zero, dx + i, n); });
         continue;
       }
+      const int64_t ahead = ahead_of(a, r);
       each<V>(a.inner, [&](int64_t i, int n) FT_LAMBDA {
+        fetch<false, V::N>(x + i, ahead), fetch<false, V::N>(dy + i, ahead);
+        if constexpr (Two) fetch<false, V::N>(residual + i, ahead);
+        fetch<true, V::N>(dx + i, ahead);
+        if (dresidual) fetch<true, V::N>(dresidual + i, ahead);
         const V v = load_n<A>(x + i, n);
         const V dz = gradient<G>(load_n<A>(dy + i, n), v, input.mean, scale, bias, bits, n);
         store_dresidual(dz, i, n);
@@ -286,6 +307,9 @@ struct Bn {
       const T* residual = static_cast<const T*>(a.residual) + r * a.channels;
       T* y = static_cast<T*>(a.y) + r * a.channels;
       each<V>(a.channels, [&](int64_t c, int n) FT_LAMBDA {
+        if constexpr (ReadX) fetch<false, V::N>(x + c);
+        if constexpr (S != Shortcut::kNone) fetch<false, V::N>(residual + c);
+        fetch<true, V::N>(y + c);
         const V z = ReadX ? k.normalise(load_n<A>(x + c, n), c, n) : load_n<A>(k.bias + c, n);
         if constexpr (S == Shortcut::kNone) {
           store_n(z.relu(), y + c, n);
@@ -333,9 +357,12 @@ struct Bn {
       for (int64_t r = r0; r < r1; ++r) {
         const T* x = static_cast<const T*>(a.x) + r * C;
         const T* residual = static_cast<const T*>(a.residual) + r * C;
-        const T* dy = gradients.row(r);
+        const T *given = static_cast<const T*>(a.dy) + r * C, *dy = gradients.row(r);
         T* kept = static_cast<T*>(a.dz) + r * C;
         each<V>(C, [&](int64_t c, int n) FT_LAMBDA {
+          fetch<false, V::N>(x + c), fetch<false, V::N>(given + c);
+          if constexpr (Two) fetch<false, V::N>(residual + c);
+          if constexpr (Keep) fetch<true, V::N>(kept + c);
           const V v = load_n<A>(x + c, n), mean = load_n<A>(k.mean + c, n);
           const V dz =
               gradient<G>(load_n<A>(dy + c, n), v, mean, load_n<A>(k.scale + c, n), load_n<A>(k.bias + c, n), bits, n);
@@ -390,6 +417,10 @@ struct Bn {
         continue;
       }
       each<V>(C, [&](int64_t c, int n) FT_LAMBDA {
+        fetch<false, V::N>(x + c), fetch<false, V::N>(dy + c);
+        if constexpr (Two) fetch<false, V::N>(residual + c);
+        fetch<true, V::N>(dx + c);
+        if (dresidual) fetch<true, V::N>(dresidual + c);
         const V v = load_n<A>(x + c, n);
         const Input input = k.input(c, n);
         const V dz = gradient<G>(load_n<A>(dy + c, n), v, input.mean, input.scale, load_n<A>(k.bias + c, n), bits, n);

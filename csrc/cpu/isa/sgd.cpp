@@ -43,18 +43,6 @@ FT_INLINE Vec<T> load_as(const P* p) {
 template <class P>
 constexpr bool kHasMaster = sizeof(P) == 2;
 
-// How many elements ahead of the loads memory is prefetched. Hardware prefetchers stop at the end of a page, every 1024
-// fp32 elements in each of up to four streams: without this a step takes about 8% longer.
-constexpr int64_t kAhead = 1024;
-
-// Prefetches the cache lines of `count` elements that lie kAhead elements ahead, possibly past the end of the tensor.
-template <bool kWrite, int kCount, class P>
-FT_INLINE void fetch_ahead(const P* p) {
-  const uintptr_t from = uintptr_t(p) + uintptr_t(kAhead) * sizeof(P);
-  for (size_t line = 0; line < kCount * sizeof(P); line += 64)
-    __builtin_prefetch(reinterpret_cast<const void*>(from + line), kWrite);
-}
-
 // The master, or the parameter if it no longer equals the rounded master because it was changed from outside.
 template <class P>
 FT_INLINE Vec<float> as_seen(Vec<float> param, Vec<float> master) {
@@ -84,10 +72,10 @@ void step(void* param_, const void* grad_, void* master_, void* buf_, int64_t n,
   int64_t i = 0;
   constexpr int kPair = 2 * V::N;
   for (; i + kPair <= n; i += kPair) {
-    fetch_ahead<false, kPair>(grad + i);
-    fetch_ahead<true, kPair>(param + i);
-    if constexpr (kHasMaster<P>) fetch_ahead<true, kPair>(master + i);
-    if (buf) fetch_ahead<true, kPair>(buf + i);
+    fetch<false, kPair>(grad + i);
+    fetch<true, kPair>(param + i);
+    if constexpr (kHasMaster<P>) fetch<true, kPair>(master + i);
+    if (buf) fetch<true, kPair>(buf + i);
     for (int64_t j = i; j < i + kPair; j += V::N) one_vector(param + j, grad + j, master + j, buf ? buf + j : nullptr);
   }
   for (; i + V::N <= n; i += V::N) one_vector(param + i, grad + i, master + i, buf ? buf + i : nullptr);
