@@ -294,9 +294,10 @@ def avgpool_conv1x1_of(
 
 def pool_and_conv1x1(conv: Any, x: torch.Tensor, ceil_mode: bool) -> torch.Tensor:
     """As one op or, if the block that made x has pooled it, the convolution alone."""
-    if (means := pooled_output.taken(x, ceil_mode, conv.weight)) is not None:
-        return F.conv2d(means, conv.weight, conv.bias)
-    return avgpool_conv1x1(x, conv.weight, conv.bias, stride=2, ceil_mode=ceil_mode)
+    weight, bias = _own(conv, conv._parameters, "weight"), _own(conv, conv._parameters, "bias")
+    if (means := pooled_output.taken(x, ceil_mode, weight)) is not None:
+        return F.conv2d(means, weight, bias)
+    return avgpool_conv1x1(x, weight, bias, stride=2, ceil_mode=ceil_mode)
 
 
 def conv1x1_avgpool_of_modules(
