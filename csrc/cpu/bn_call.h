@@ -95,7 +95,7 @@ struct Call : BnCall {
     return made;
   }
 
-  // NCHW: all passes over one channel before the next channel, while it is in the cache.
+  // NCHW: all passes over a few channels before the next ones, while they are in the cache.
   void run_channels(int passes) const {
     const BnOfType& kernels = kernels_of(x.scalar_type());
     const int64_t grain = std::max<int64_t>(1, (1 << 14) / (arguments.rows * arguments.inner));

@@ -19,11 +19,18 @@ FT_INLINE int64_t rows_together(int64_t channels) {
   return rows < 4 ? 4 : rows > 512 ? 512 : rows;
 }
 
+// NCHW: how many channels are computed together, row by row. Small planes are read one after another then.
+constexpr int64_t kMostTogether = 16;
+FT_INLINE int64_t channels_together(const BnArguments& a) {
+  const int64_t channels = kAhead / a.inner;
+  return channels < 1 ? 1 : channels < kMostTogether ? channels : kMostTogether;
+}
+
 // NCHW, from a plane of row r: how far ahead the plane of the same channel lies that is `rows` rows later or, if there
-// are no more rows, that of the next channel.
+// are no more rows, that of the channel next computed.
 FT_INLINE int64_t planes_ahead(const BnArguments& a, int64_t r, int64_t rows) {
   if (rows > a.rows) rows = a.rows;
-  return (r + rows < a.rows ? rows * a.channels : 1 + (rows - a.rows) * a.channels) * a.inner;
+  return (r + rows < a.rows ? rows * a.channels : channels_together(a) + (rows - a.rows) * a.channels) * a.inner;
 }
 
 template <class T>
@@ -39,53 +46,68 @@ struct BnStatistics {
   };
 
   static FT_INLINE void slab_sum(const T* p, int64_t n, Lanes& t) {
-    V s0 = t.s0, s1 = t.s1, s2 = t.s2, s3 = t.s3;
+    V s0 = t.s0;
     int64_t i = 0;
-    for (; i + 4 * V::N <= n; i += 4 * V::N) {
-      s0 = s0 + V::load(p + i), s1 = s1 + V::load(p + i + V::N);
-      s2 = s2 + V::load(p + i + 2 * V::N), s3 = s3 + V::load(p + i + 3 * V::N);
+    if (n >= 4 * V::N) {
+      V s1 = t.s1, s2 = t.s2, s3 = t.s3;
+      for (; i + 4 * V::N <= n; i += 4 * V::N) {
+        s0 = s0 + V::load(p + i), s1 = s1 + V::load(p + i + V::N);
+        s2 = s2 + V::load(p + i + 2 * V::N), s3 = s3 + V::load(p + i + 3 * V::N);
+      }
+      t.s1 = s1, t.s2 = s2, t.s3 = s3;
     }
     each<V>(n - i, [&](int64_t j, int m) FT_LAMBDA { s0 = s0 + load_n<A>(p + i + j, m); });
-    t.s0 = s0, t.s1 = s1, t.s2 = s2, t.s3 = s3;
+    t.s0 = s0;
   }
 
   // The values are in the cache: meanwhile those `ahead` are prefetched.
   static FT_INLINE void slab_m2(const T* p, int64_t n, V m, int64_t ahead, Lanes& t) {
-    V s0 = t.s0, s1 = t.s1, s2 = t.s2, s3 = t.s3;
+    V s0 = t.s0;
     int64_t i = 0;
-    for (; i + 4 * V::N <= n; i += 4 * V::N) {
-      fetch<false, 4 * V::N>(p + i, ahead);
-      const V d0 = V::load(p + i) - m, d1 = V::load(p + i + V::N) - m;
-      const V d2 = V::load(p + i + 2 * V::N) - m, d3 = V::load(p + i + 3 * V::N) - m;
-      s0 = V::fma(d0, d0, s0), s1 = V::fma(d1, d1, s1), s2 = V::fma(d2, d2, s2), s3 = V::fma(d3, d3, s3);
+    if (n >= 4 * V::N) {
+      V s1 = t.s1, s2 = t.s2, s3 = t.s3;
+      for (; i + 4 * V::N <= n; i += 4 * V::N) {
+        fetch<false, 4 * V::N>(p + i, ahead);
+        const V d0 = V::load(p + i) - m, d1 = V::load(p + i + V::N) - m;
+        const V d2 = V::load(p + i + 2 * V::N) - m, d3 = V::load(p + i + 3 * V::N) - m;
+        s0 = V::fma(d0, d0, s0), s1 = V::fma(d1, d1, s1), s2 = V::fma(d2, d2, s2), s3 = V::fma(d3, d3, s3);
+      }
+      t.s1 = s1, t.s2 = s2, t.s3 = s3;
     }
     each<V>(n - i, [&](int64_t j, int k) FT_LAMBDA {
+      fetch<false, V::N>(p + i + j, ahead);
       const V d = (load_n<A>(p + i + j, k) - m).keep((uint32_t(1) << k) - 1u);
       s0 = V::fma(d, d, s0);
     });
-    t.s0 = s0, t.s1 = s1, t.s2 = s2, t.s3 = s3;
+    t.s0 = s0;
   }
 
-  // NCHW: of one channel.
-  static void of_channel(const BnArguments& a, int64_t c) {
+  // NCHW: of `channels` channels from c on, at most kMostTogether.
+  static void of_channels(const BnArguments& a, int64_t c, int64_t channels) {
     const T* x = static_cast<const T*>(a.x) + c * a.inner;
     const int64_t stride = a.channels * a.inner;
     const int64_t piece = a.inner < kChunk ? a.inner : kChunk, together = kChunk / piece;
-    Moments<double> all{0, 0, 0};
+    Moments<double> all[kMostTogether] = {};
+    double mean[kMostTogether];
     for (int64_t r0 = 0; r0 < a.rows; r0 += together) {
       const int64_t r1 = r0 + together < a.rows ? r0 + together : a.rows;
       for (int64_t i = 0; i < a.inner; i += piece) {
         const int64_t n = i + piece < a.inner ? piece : a.inner - i;
-        Lanes total, square;
-        for (int64_t r = r0; r < r1; ++r) slab_sum(x + r * stride + i, n, total);
-        const double values = double((r1 - r0) * n), mean = double(total.total()) / values;
+        const double values = double((r1 - r0) * n);
+        Lanes total[kMostTogether], square[kMostTogether];
         for (int64_t r = r0; r < r1; ++r)
-          slab_m2(x + r * stride + i, n, V(A(mean)), planes_ahead(a, r, together), square);
-        all = merge(all, {values, mean, double(square.total())});
+          for (int64_t k = 0; k < channels; ++k) slab_sum(x + r * stride + k * a.inner + i, n, total[k]);
+        for (int64_t k = 0; k < channels; ++k) mean[k] = double(total[k].total()) / values;
+        for (int64_t r = r0; r < r1; ++r)
+          for (int64_t k = 0; k < channels; ++k)
+            slab_m2(x + r * stride + k * a.inner + i, n, V(A(mean[k])), planes_ahead(a, r, together), square[k]);
+        for (int64_t k = 0; k < channels; ++k) all[k] = merge(all[k], {values, mean[k], double(square[k].total())});
       }
     }
-    static_cast<A*>(a.mean)[c] = A(all.mean);
-    static_cast<A*>(a.var)[c] = A(all.m2 / all.count);
+    for (int64_t k = 0; k < channels; ++k) {
+      static_cast<A*>(a.mean)[c + k] = A(all[k].mean);
+      static_cast<A*>(a.var)[c + k] = A(all[k].m2 / all[k].count);
+    }
   }
 
   // NHWC: sums[c] = add(sums[c], x[c], c) over `rows` rows. Four rows share the loads and stores of the sums, and half

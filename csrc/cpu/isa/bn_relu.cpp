@@ -59,46 +59,75 @@ struct Bn {
 
   static FT_INLINE V normalised(V x, V mean, V scale, V bias) { return V::fma(x - mean, scale, bias); }
 
-  // ---- NCHW: one channel ----
+  // ---- NCHW: a group of channels ----
 
-  // From a plane of row r: how far ahead memory is prefetched, by whole planes.
-  static FT_INLINE int64_t ahead_of(const BnArguments& a, int64_t r) {
-    return planes_ahead(a, r, a.inner < kAhead ? kAhead / a.inner : 1);
-  }
+  // Channels [begin, end), at most kMostTogether; Each is what is known of one of them.
+  template <class Each>
+  struct Group {
+    int64_t begin, end;
+    Each of[kMostTogether];
+    template <class Make>
+    Group(int64_t begin, int64_t end, Make make) : begin(begin), end(end) {
+      for (int64_t c = begin; c < end; ++c) of[c - begin] = make(c);
+    }
+    // f(one, r, c) for their planes, row by row.
+    template <class F>
+    FT_INLINE void planes(const BnArguments& a, F f) {
+      for (int64_t r = 0; r < a.rows; ++r)
+        for (int64_t c = begin; c < end; ++c) f(of[c - begin], r, c);
+    }
+  };
+
+  struct Applied {
+    Channel main, residual;
+    bool vanishes;
+  };
 
   template <bool ReadX, Shortcut S>
-  static void apply(const BnArguments& a, int64_t c, const Channel& k, MeansOfY<T>& means, bool first, bool last) {
-    const V mean(k.mean), scale(k.scale), bias(k.bias);
-    const Channel of_residual = S == Shortcut::kNormalised ? channel(*a.of_residual, c) : Channel{};
-    const V mean_r(of_residual.mean), scale_r(of_residual.scale), bias_r(of_residual.bias);
-    for (int64_t r = 0; r < a.rows; ++r) {
-      const int64_t at = (r * a.channels + c) * a.inner;
-      const T* x = static_cast<const T*>(a.x) + at;
-      const T* residual = static_cast<const T*>(a.residual) + at;
-      T* y = static_cast<T*>(a.y) + at;
-      const int64_t ahead = ahead_of(a, r);
-      if constexpr (S == Shortcut::kNone) {
-        each<V>(a.inner, [&](int64_t i, int n) FT_LAMBDA {
-          if constexpr (ReadX) fetch<false, V::N>(x + i, ahead);
-          fetch<true, V::N>(y + i, ahead);
-          const V z = ReadX ? normalised(load_n<A>(x + i, n), mean, scale, bias) : bias;
-          store_n(z.relu(), y + i, n);
-        });
-      } else {
-        BitWriter bits(a.mask_out, at, first);
-        each<V>(a.inner, [&](int64_t i, int n) FT_LAMBDA {
-          if constexpr (ReadX) fetch<false, V::N>(x + i, ahead);
-          fetch<false, V::N>(residual + i, ahead);
-          fetch<true, V::N>(y + i, ahead);
-          const V z = ReadX ? normalised(load_n<A>(x + i, n), mean, scale, bias) : bias;
-          V added = load_n<A>(residual + i, n);
-          if constexpr (S == Shortcut::kNormalised) added = normalised(added, mean_r, scale_r, bias_r);
-          store_with_mask(z + added, y + i, n, bits);
-        });
-        bits.finish(last);
-      }
-      if constexpr (S == Shortcut::kPlain) means.of_plane(r, c);
+  static FT_INLINE void apply_plane(const BnArguments& a, const Applied& k, int64_t r, int64_t c, bool first,
+                                    bool last) {
+    const V mean(k.main.mean), scale(k.main.scale), bias(k.main.bias);
+    const V mean_r(k.residual.mean), scale_r(k.residual.scale), bias_r(k.residual.bias);
+    const int64_t at = (r * a.channels + c) * a.inner, ahead = planes_ahead(a, r, 1);
+    const T* x = static_cast<const T*>(a.x) + at;
+    const T* residual = static_cast<const T*>(a.residual) + at;
+    T* y = static_cast<T*>(a.y) + at;
+    if constexpr (S == Shortcut::kNone) {
+      each<V>(a.inner, [&](int64_t i, int n) FT_LAMBDA {
+        if constexpr (ReadX) fetch<false, V::N>(x + i, ahead);
+        fetch<true, V::N>(y + i, ahead);
+        const V z = ReadX ? normalised(load_n<A>(x + i, n), mean, scale, bias) : bias;
+        store_n(z.relu(), y + i, n);
+      });
+    } else {
+      BitWriter bits(a.mask_out, at, first);
+      each<V>(a.inner, [&](int64_t i, int n) FT_LAMBDA {
+        if constexpr (ReadX) fetch<false, V::N>(x + i, ahead);
+        fetch<false, V::N>(residual + i, ahead);
+        fetch<true, V::N>(y + i, ahead);
+        const V z = ReadX ? normalised(load_n<A>(x + i, n), mean, scale, bias) : bias;
+        V added = load_n<A>(residual + i, n);
+        if constexpr (S == Shortcut::kNormalised) added = normalised(added, mean_r, scale_r, bias_r);
+        store_with_mask(z + added, y + i, n, bits);
+      });
+      bits.finish(last);
     }
+  }
+
+  // shared_from, shared_to: the first and last channel whose mask bytes another thread may also write.
+  template <Shortcut S>
+  static void apply(const BnArguments& a, int64_t begin, int64_t end, MeansOfY<T>& means, int64_t shared_from,
+                    int64_t shared_to) {
+    Group<Applied> group(begin, end, [&](int64_t c) {
+      const Channel main = channel(a, c);
+      return Applied{main, S == Shortcut::kNormalised ? channel(*a.of_residual, c) : Channel{}, vanishes(a, main, c)};
+    });
+    const bool all_shared = a.inner < 8;
+    group.planes(a, [&](const Applied& k, int64_t r, int64_t c) {
+      const bool first = c == shared_from || all_shared, last = c == shared_to || all_shared;
+      k.vanishes ? apply_plane<false, S>(a, k, r, c, first, last) : apply_plane<true, S>(a, k, r, c, first, last);
+      if constexpr (S == Shortcut::kPlain) means.of_plane(r, c);
+    });
   }
   static FT_INLINE void store_with_mask(V z, T* y, int n, BitWriter& bits) {
     const V value = rounded<T>(z);
@@ -118,16 +147,30 @@ struct Bn {
     return BitReader(a.mask_in, G == Gate::kMask ? at : 0, a.mask_in + a.mask_bytes);
   }
 
+  // A channel and its sums: those of `held` values in A, those before them in double.
+  struct Reduced {
+    Channel main;
+    A mean_r;
+    V s{A(0)}, s_d{A(0)}, s_r{A(0)};
+    double total = 0, total_d = 0, total_r = 0;
+    int64_t held = 0;
+    void settle() {
+      total += sum(s), total_d += sum(s_d), total_r += sum(s_r);
+      s = s_d = s_r = V(A(0));
+      held = 0;
+    }
+  };
+
   // Two: the residual has a BatchNorm of its own. Keep: dz is kept.
   template <Gate G, bool Two, bool Keep>
-  static void reduce(const BnArguments& a, int64_t c, const Channel& k, GradientOfY<T>& gradients) {
-    const V mean(k.mean), scale(k.scale), bias(k.bias), mean_r(Two ? channel(*a.of_residual, c).mean : A(0));
-    double total = 0, total_d = 0, total_r = 0;
-    V s(A(0)), s_d(A(0)), s_r(A(0));
-    int64_t held = 0;
-    for (int64_t r = 0; r < a.rows; ++r) {
-      const int64_t ahead = ahead_of(a, r);
+  static void reduce(const BnArguments& a, int64_t begin, int64_t end, GradientOfY<T>& gradients) {
+    Group<Reduced> group(
+        begin, end, [&](int64_t c) { return Reduced{channel(a, c), Two ? channel(*a.of_residual, c).mean : A(0)}; });
+    group.planes(a, [&](Reduced& k, int64_t r, int64_t c) {
+      const V mean(k.main.mean), scale(k.main.scale), bias(k.main.bias), mean_r(k.mean_r);
+      const int64_t ahead = planes_ahead(a, r, 1);
       for (int64_t i0 = 0; i0 < a.inner; i0 += kChunk) {
+        V s = k.s, s_d = k.s_d, s_r = k.s_r;
         const int64_t plane = r * a.channels + c, at = plane * a.inner + i0;
         const int64_t count = i0 + kChunk < a.inner ? kChunk : a.inner - i0;
         const T* x = static_cast<const T*>(a.x) + at;
@@ -147,20 +190,22 @@ struct Bn {
           s_d = V::fma(dz, (v - mean).keep(lanes), s_d);
           if constexpr (Two) s_r = V::fma(dz, (load_n<A>(residual + i, n) - mean_r).keep(lanes), s_r);
         });
-        if ((held += count) < kChunk) continue;
-        total += sum(s), total_d += sum(s_d), total_r += sum(s_r);
-        s = s_d = s_r = V(A(0));
-        held = 0;
+        k.s = s, k.s_d = s_d, k.s_r = s_r;
+        if ((k.held += count) >= kChunk) k.settle();
       }
+    });
+    for (int64_t c = begin; c < end; ++c) {
+      Reduced& k = group.of[c - begin];
+      k.settle();
+      static_cast<A*>(a.dbias)[c] = A(k.total);
+      store_dweight(a, c, k.total_d);
+      if constexpr (Two) store_dweight(*a.of_residual, c, k.total_r);
     }
-    static_cast<A*>(a.dbias)[c] = A(total + sum(s));
-    store_dweight(a, c, total_d + sum(s_d));
-    if constexpr (Two) store_dweight(*a.of_residual, c, total_r + sum(s_r));
   }
 
   template <Gate G, bool Two>
-  static void reduce(const BnArguments& a, int64_t c, const Channel& k, GradientOfY<T>& gradients) {
-    a.dz ? reduce<G, Two, true>(a, c, k, gradients) : reduce<G, Two, false>(a, c, k, gradients);
+  static void reduce(const BnArguments& a, int64_t begin, int64_t end, GradientOfY<T>& gradients) {
+    a.dz ? reduce<G, Two, true>(a, begin, end, gradients) : reduce<G, Two, false>(a, begin, end, gradients);
   }
 
   static void store_dweight(const BnArguments& a, int64_t c, double sum_dz_d) {
@@ -190,14 +235,26 @@ struct Bn {
     }
   };
 
+  struct Differentiated {
+    Channel main;
+    BnBackward<A> factors, factors_r;
+    A mean_r;
+    bool vanishes;
+  };
+
   template <Gate G, bool Two>
-  static void backward(const BnArguments& a, int64_t c, const Channel& k) {
-    const BnBackward<A> f = factors(a, c), f_r = Two ? factors(*a.of_residual, c) : BnBackward<A>{};
-    const V scale(k.scale), bias(k.bias), zero(A(0));
-    const Input input{V(k.mean), scale, V(f.shift), V(f.slope)};
-    const Input input_r{V(Two ? channel(*a.of_residual, c).mean : A(0)), V(f_r.scale), V(f_r.shift), V(f_r.slope)};
-    const bool nothing = vanishes(a, f, k, c), constant = !a.training;
-    for (int64_t r = 0; r < a.rows; ++r) {
+  static void backward(const BnArguments& a, int64_t begin, int64_t end) {
+    Group<Differentiated> group(begin, end, [&](int64_t c) {
+      const Channel main = channel(a, c);
+      const BnBackward<A> f = factors(a, c), f_r = Two ? factors(*a.of_residual, c) : BnBackward<A>{};
+      return Differentiated{main, f, f_r, Two ? channel(*a.of_residual, c).mean : A(0), vanishes(a, f, main, c)};
+    });
+    const bool constant = !a.training;
+    group.planes(a, [&](const Differentiated& k, int64_t r, int64_t c) {
+      const BnBackward<A>&f = k.factors, &f_r = k.factors_r;
+      const V scale(k.main.scale), bias(k.main.bias), zero(A(0));
+      const Input input{V(k.main.mean), scale, V(f.shift), V(f.slope)};
+      const Input input_r{V(k.mean_r), V(f_r.scale), V(f_r.shift), V(f_r.slope)};
       const int64_t at = (r * a.channels + c) * a.inner;
       const T* x = static_cast<const T*>(a.x) + at;
       const T* residual = static_cast<const T*>(a.residual) + at;
@@ -209,15 +266,15 @@ struct Bn {
         if constexpr (Two) dz = input_r.gradient(dz, load_n<A>(residual + i, n), constant);
         if (dresidual) store_n(dz, dresidual + i, n);
       };
-      if (nothing) {  // dz may lie where dx will
+      if (k.vanishes) {  // dz may lie where dx will
         if (G != Gate::kOutput && dresidual)
           each<V>(a.inner, [&](int64_t i, int n) FT_LAMBDA {
             store_dresidual(gradient<G>(load_n<A>(dy + i, n), zero, zero, zero, zero, bits, n), i, n);
           });
         each<V>(a.inner, [&](int64_t i, int n) FT_LAMBDA { store_n(zero, dx + i, n); });
-        continue;
+        return;
       }
-      const int64_t ahead = ahead_of(a, r);
+      const int64_t ahead = planes_ahead(a, r, 1);
       each<V>(a.inner, [&](int64_t i, int n) FT_LAMBDA {
         fetch<false, V::N>(x + i, ahead), fetch<false, V::N>(dy + i, ahead);
         if constexpr (Two) fetch<false, V::N>(residual + i, ahead);
@@ -228,42 +285,34 @@ struct Bn {
         store_dresidual(dz, i, n);
         store_n(input.gradient(dz, v, constant), dx + i, n);
       });
-    }
-  }
-
-  template <Shortcut S>
-  static void apply(const BnArguments& a, int64_t c, const Channel& k, MeansOfY<T>& means, bool first, bool last) {
-    vanishes(a, k, c) ? apply<false, S>(a, c, k, means, first, last) : apply<true, S>(a, c, k, means, first, last);
+    });
   }
 
   static void channels(const BnArguments& a, int passes, int64_t begin, int64_t end) {
     GradientOfY<T> gradients(a, a.inner < kChunk ? a.inner : kChunk);
     MeansOfY<T> means(a);
-    for (int64_t c = begin; c < end; ++c) {
+    const int64_t together = channels_together(a);
+    for (int64_t from = begin; from < end; from += together) {
+      const int64_t to = from + together < end ? from + together : end;
       if (passes & kBnStatistics) {
-        BnStatistics<T>::of_channel(a, c);
-        if (a.of_residual) BnStatistics<T>::of_channel(*a.of_residual, c);
+        BnStatistics<T>::of_channels(a, from, to - from);
+        if (a.of_residual) BnStatistics<T>::of_channels(*a.of_residual, from, to - from);
       }
-      if (passes == kBnStatistics) continue;
-      const Channel k = channel(a, c);
-      if (passes & kBnApply) {
-        // Mask bytes that another thread may also write: those at the range's ends, or all if inner < 8.
-        const bool first = c == begin || a.inner < 8, last = c == end - 1 || a.inner < 8;
-        a.of_residual ? apply<Shortcut::kNormalised>(a, c, k, means, first, last)
-        : a.residual  ? apply<Shortcut::kPlain>(a, c, k, means, first, last)
-                      : apply<Shortcut::kNone>(a, c, k, means, first, last);
-      }
+      if (passes & kBnApply)
+        a.of_residual ? apply<Shortcut::kNormalised>(a, from, to, means, begin, end - 1)
+        : a.residual  ? apply<Shortcut::kPlain>(a, from, to, means, begin, end - 1)
+                      : apply<Shortcut::kNone>(a, from, to, means, begin, end - 1);
       if (passes & kBnReduce)
-        a.of_residual ? reduce<Gate::kMask, true>(a, c, k, gradients)
-        : a.mask_in   ? reduce<Gate::kMask, false>(a, c, k, gradients)
-                      : reduce<Gate::kOutput, false>(a, c, k, gradients);
+        a.of_residual ? reduce<Gate::kMask, true>(a, from, to, gradients)
+        : a.mask_in   ? reduce<Gate::kMask, false>(a, from, to, gradients)
+                      : reduce<Gate::kOutput, false>(a, from, to, gradients);
       if (passes & kBnBackward) {
         if (a.of_residual)
-          a.dz ? backward<Gate::kOpen, true>(a, c, k) : backward<Gate::kMask, true>(a, c, k);
+          a.dz ? backward<Gate::kOpen, true>(a, from, to) : backward<Gate::kMask, true>(a, from, to);
         else
-          a.dz        ? backward<Gate::kOpen, false>(a, c, k)
-          : a.mask_in ? backward<Gate::kMask, false>(a, c, k)
-                      : backward<Gate::kOutput, false>(a, c, k);
+          a.dz        ? backward<Gate::kOpen, false>(a, from, to)
+          : a.mask_in ? backward<Gate::kMask, false>(a, from, to)
+                      : backward<Gate::kOutput, false>(a, from, to);
       }
     }
   }
