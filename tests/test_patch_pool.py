@@ -66,8 +66,8 @@ two_models = pytest.mark.parametrize("name", ["own 18", "timm 18"])
 
 
 def images(height: int = 33, width: int = 45) -> Tensor:
-    """Of a size whose stages have odd ones."""
-    return torch.randn(2, 3, height, width).double()
+    """Of a size whose stages have odd ones. The last statistics are of 16 values: those of fewer enlarge rounding."""
+    return torch.randn(4, 3, height, width).double()
 
 
 def results(model: nn.Module, x: Tensor, call: Callable[[nn.Module, Tensor], Tensor] | None = None) -> list[Tensor]:
@@ -80,7 +80,7 @@ def results(model: nn.Module, x: Tensor, call: Callable[[nn.Module, Tensor], Ten
     return [y, x.grad, *(p.grad for p in model.parameters() if p.grad is not None), *model.buffers()]
 
 
-def assert_equal(got: list[Tensor], want: list[Tensor], bound: float = 1e-10) -> None:
+def assert_equal(got: list[Tensor], want: list[Tensor], bound: float = 1e-9) -> None:
     assert len(got) == len(want)
     for a, b in zip(got, want, strict=True):
         assert relative_error(a, b.double()) < bound
@@ -312,7 +312,7 @@ def test_another_ceil_mode_than_at_fusion(taken: Taken) -> None:
     fused, plain = of_timm()
     for model in (fused, plain):
         blocks(model)[1].downsample[0].ceil_mode = False
-    x = images(64, 32)
+    x = images(64, 64)
     assert_equal(results(fused, x), results(plain, x))
     assert len(taken) == 2
 
