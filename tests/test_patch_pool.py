@@ -80,7 +80,7 @@ def results(model: nn.Module, x: Tensor, call: Callable[[nn.Module, Tensor], Ten
     return [y, x.grad, *(p.grad for p in model.parameters() if p.grad is not None), *model.buffers()]
 
 
-def assert_equal(got: list[Tensor], want: list[Tensor], bound: float = 1e-9) -> None:
+def assert_equal(got: list[Tensor], want: list[Tensor], bound: float = 1e-10) -> None:
     assert len(got) == len(want)
     for a, b in zip(got, want, strict=True):
         assert relative_error(a, b.double()) < bound

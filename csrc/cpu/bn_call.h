@@ -109,8 +109,8 @@ struct Call : BnCall {
     const int64_t rows = std::max<int64_t>(8, (1 << 17) / arguments.channels);
     return std::clamp<int64_t>(arguments.rows / rows, 1, 64);
   }
-  // Calls f(s) for the slices s of n. Of two passes one goes backwards, because the last rows of the first are still in
-  // the cache: the statistics, since those of x are too, which a convolution has just written, and dx.
+  // Calls f(s) for the slices s of n. Of two passes over the same rows one goes backwards, so that the second begins
+  // with rows that are in the cache. Forward it is the first: a convolution has just written the last rows of x.
   template <class F>
   static void each_slice(int64_t n, bool backwards, const F& f) {
     parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {

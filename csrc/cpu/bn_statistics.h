@@ -2,6 +2,7 @@
 // ISA.
 #pragma once
 
+#include "cpu/bn_planes.h"
 #include "cpu/bn_relu.h"
 #include "cpu/shuffle.h"
 #include "cpu/vec.h"
@@ -17,20 +18,6 @@ constexpr int64_t kRowBlock = 32768;
 FT_INLINE int64_t rows_together(int64_t channels) {
   const int64_t rows = kRowBlock / channels;
   return rows < 4 ? 4 : rows > 512 ? 512 : rows;
-}
-
-// NCHW: how many channels are computed together, row by row. Small planes are read one after another then.
-constexpr int64_t kMostTogether = 16;
-FT_INLINE int64_t channels_together(const BnArguments& a) {
-  const int64_t channels = kAhead / a.inner;
-  return channels < 1 ? 1 : channels < kMostTogether ? channels : kMostTogether;
-}
-
-// NCHW, from a plane of row r: how far ahead the plane of the same channel lies that is `rows` rows later or, if there
-// are no more rows, that of the channel next computed.
-FT_INLINE int64_t planes_ahead(const BnArguments& a, int64_t r, int64_t rows) {
-  if (rows > a.rows) rows = a.rows;
-  return (r + rows < a.rows ? rows * a.channels : channels_together(a) + (rows - a.rows) * a.channels) * a.inner;
 }
 
 template <class T>
@@ -60,7 +47,7 @@ struct BnStatistics {
     t.s0 = s0;
   }
 
-  // The values are in the cache: meanwhile those `ahead` are prefetched.
+  // The values are in the cache; those that lie `ahead` are prefetched meanwhile.
   static FT_INLINE void slab_m2(const T* p, int64_t n, V m, int64_t ahead, Lanes& t) {
     V s0 = t.s0;
     int64_t i = 0;
@@ -98,9 +85,11 @@ struct BnStatistics {
         for (int64_t r = r0; r < r1; ++r)
           for (int64_t k = 0; k < channels; ++k) slab_sum(x + r * stride + k * a.inner + i, n, total[k]);
         for (int64_t k = 0; k < channels; ++k) mean[k] = double(total[k].total()) / values;
-        for (int64_t r = r0; r < r1; ++r)
+        for (int64_t r = r0; r < r1; ++r) {
+          const int64_t ahead = planes_ahead(a, r, together);
           for (int64_t k = 0; k < channels; ++k)
-            slab_m2(x + r * stride + k * a.inner + i, n, V(A(mean[k])), planes_ahead(a, r, together), square[k]);
+            slab_m2(x + r * stride + k * a.inner + i, n, V(A(mean[k])), ahead, square[k]);
+        }
         for (int64_t k = 0; k < channels; ++k) all[k] = merge(all[k], {values, mean[k], double(square[k].total())});
       }
     }

@@ -4,6 +4,7 @@
 #include "cpu/bits.h"
 #include "cpu/bn_gradient.h"
 #include "cpu/bn_means.h"
+#include "cpu/bn_planes.h"
 #include "cpu/bn_statistics.h"
 #include "cpu/shuffle.h"
 #include "cpu/vec.h"
@@ -61,34 +62,17 @@ struct Bn {
 
   // ---- NCHW: a group of channels ----
 
-  // Channels [begin, end), at most kMostTogether; Each is what is known of one of them.
-  template <class Each>
-  struct Group {
-    int64_t begin, end;
-    Each of[kMostTogether];
-    template <class Make>
-    Group(int64_t begin, int64_t end, Make make) : begin(begin), end(end) {
-      for (int64_t c = begin; c < end; ++c) of[c - begin] = make(c);
-    }
-    // f(one, r, c) for their planes, row by row.
-    template <class F>
-    FT_INLINE void planes(const BnArguments& a, F f) {
-      for (int64_t r = 0; r < a.rows; ++r)
-        for (int64_t c = begin; c < end; ++c) f(of[c - begin], r, c);
-    }
-  };
-
   struct Applied {
     Channel main, residual;
     bool vanishes;
   };
 
   template <bool ReadX, Shortcut S>
-  static FT_INLINE void apply_plane(const BnArguments& a, const Applied& k, int64_t r, int64_t c, bool first,
-                                    bool last) {
+  static FT_INLINE void apply_plane(const BnArguments& a, const Applied& k, int64_t r, int64_t c, int64_t ahead,
+                                    bool first, bool last) {
     const V mean(k.main.mean), scale(k.main.scale), bias(k.main.bias);
     const V mean_r(k.residual.mean), scale_r(k.residual.scale), bias_r(k.residual.bias);
-    const int64_t at = (r * a.channels + c) * a.inner, ahead = planes_ahead(a, r, 1);
+    const int64_t at = (r * a.channels + c) * a.inner;
     const T* x = static_cast<const T*>(a.x) + at;
     const T* residual = static_cast<const T*>(a.residual) + at;
     T* y = static_cast<T*>(a.y) + at;
@@ -118,14 +102,15 @@ struct Bn {
   template <Shortcut S>
   static void apply(const BnArguments& a, int64_t begin, int64_t end, MeansOfY<T>& means, int64_t shared_from,
                     int64_t shared_to) {
-    Group<Applied> group(begin, end, [&](int64_t c) {
+    ChannelGroup<Applied> group(begin, end, [&](int64_t c) {
       const Channel main = channel(a, c);
       return Applied{main, S == Shortcut::kNormalised ? channel(*a.of_residual, c) : Channel{}, vanishes(a, main, c)};
     });
     const bool all_shared = a.inner < 8;
-    group.planes(a, [&](const Applied& k, int64_t r, int64_t c) {
+    group.planes(a, [&](const Applied& k, int64_t r, int64_t c, int64_t ahead) {
       const bool first = c == shared_from || all_shared, last = c == shared_to || all_shared;
-      k.vanishes ? apply_plane<false, S>(a, k, r, c, first, last) : apply_plane<true, S>(a, k, r, c, first, last);
+      k.vanishes ? apply_plane<false, S>(a, k, r, c, ahead, first, last)
+                 : apply_plane<true, S>(a, k, r, c, ahead, first, last);
       if constexpr (S == Shortcut::kPlain) means.of_plane(r, c);
     });
   }
@@ -164,11 +149,10 @@ struct Bn {
   // Two: the residual has a BatchNorm of its own. Keep: dz is kept.
   template <Gate G, bool Two, bool Keep>
   static void reduce(const BnArguments& a, int64_t begin, int64_t end, GradientOfY<T>& gradients) {
-    Group<Reduced> group(
+    ChannelGroup<Reduced> group(
         begin, end, [&](int64_t c) { return Reduced{channel(a, c), Two ? channel(*a.of_residual, c).mean : A(0)}; });
-    group.planes(a, [&](Reduced& k, int64_t r, int64_t c) {
+    group.planes(a, [&](Reduced& k, int64_t r, int64_t c, int64_t ahead) {
       const V mean(k.main.mean), scale(k.main.scale), bias(k.main.bias), mean_r(k.mean_r);
-      const int64_t ahead = planes_ahead(a, r, 1);
       for (int64_t i0 = 0; i0 < a.inner; i0 += kChunk) {
         V s = k.s, s_d = k.s_d, s_r = k.s_r;
         const int64_t plane = r * a.channels + c, at = plane * a.inner + i0;
@@ -244,13 +228,13 @@ struct Bn {
 
   template <Gate G, bool Two>
   static void backward(const BnArguments& a, int64_t begin, int64_t end) {
-    Group<Differentiated> group(begin, end, [&](int64_t c) {
+    ChannelGroup<Differentiated> group(begin, end, [&](int64_t c) {
       const Channel main = channel(a, c);
       const BnBackward<A> f = factors(a, c), f_r = Two ? factors(*a.of_residual, c) : BnBackward<A>{};
       return Differentiated{main, f, f_r, Two ? channel(*a.of_residual, c).mean : A(0), vanishes(a, f, main, c)};
     });
     const bool constant = !a.training;
-    group.planes(a, [&](const Differentiated& k, int64_t r, int64_t c) {
+    group.planes(a, [&](const Differentiated& k, int64_t r, int64_t c, int64_t ahead) {
       const BnBackward<A>&f = k.factors, &f_r = k.factors_r;
       const V scale(k.main.scale), bias(k.main.bias), zero(A(0));
       const Input input{V(k.main.mean), scale, V(f.shift), V(f.slope)};
@@ -274,7 +258,6 @@ struct Bn {
         each<V>(a.inner, [&](int64_t i, int n) FT_LAMBDA { store_n(zero, dx + i, n); });
         return;
       }
-      const int64_t ahead = planes_ahead(a, r, 1);
       each<V>(a.inner, [&](int64_t i, int n) FT_LAMBDA {
         fetch<false, V::N>(x + i, ahead), fetch<false, V::N>(dy + i, ahead);
         if constexpr (Two) fetch<false, V::N>(residual + i, ahead);

@@ -160,9 +160,14 @@ def _own(norm: Any, tensors: dict[str, Any], name: str) -> Any:
     return getattr(norm, name)  # FSDP and pruning replace a parameter by a plain attribute
 
 
+def _weight_and_bias(module: Any) -> tuple[Any, Any]:
+    parameters = module._parameters
+    return _own(module, parameters, "weight"), _own(module, parameters, "bias")
+
+
 def _state(norm: Any) -> tuple[bool, Norm]:
     """Whether norm uses batch statistics, and its parameters, statistics and options as the ops take them."""
-    parameters, buffers = norm._parameters, norm._buffers
+    buffers = norm._buffers
     training, momentum, tracked = norm.training, norm.momentum, None
     mean, var = _own(norm, buffers, "running_mean"), _own(norm, buffers, "running_var")
     if training:
@@ -172,8 +177,7 @@ def _state(norm: Any) -> tuple[bool, Norm]:
             mean = var = None  # untracked buffers are not updated
     if momentum is None and tracked is None:
         momentum = 0.0  # without a count there is no cumulative average, and torch then updates nothing
-    weight, bias = _own(norm, parameters, "weight"), _own(norm, parameters, "bias")
-    return training or mean is None, (weight, bias, mean, var, momentum, norm.eps, tracked)
+    return training or mean is None, (*_weight_and_bias(norm), mean, var, momentum, norm.eps, tracked)
 
 
 def _op(
@@ -294,7 +298,7 @@ def avgpool_conv1x1_of(
 
 def pool_and_conv1x1(conv: Any, x: torch.Tensor, ceil_mode: bool) -> torch.Tensor:
     """As one op or, if the block that made x has pooled it, the convolution alone."""
-    weight, bias = _own(conv, conv._parameters, "weight"), _own(conv, conv._parameters, "bias")
+    weight, bias = _weight_and_bias(conv)
     if (means := pooled_output.taken(x, ceil_mode, weight)) is not None:
         return F.conv2d(means, weight, bias)
     return avgpool_conv1x1(x, weight, bias, stride=2, ceil_mode=ceil_mode)
@@ -313,7 +317,7 @@ def conv1x1_avgpool_of(conv: nn.Conv2d, x: torch.Tensor, ceil_mode: bool, min_el
     """avg_pool2d(conv(x), 2, ceil_mode=ceil_mode) of a 1x1 convolution."""
     if x.dim() != 4 or (min_elements != 0 and is_small(x, min_elements)):
         return F.avg_pool2d(conv(x), 2, ceil_mode=ceil_mode)
-    return avgpool_conv1x1(x, conv.weight, conv.bias, stride=2, ceil_mode=ceil_mode)
+    return avgpool_conv1x1(x, *_weight_and_bias(conv), stride=2, ceil_mode=ceil_mode)
 
 
 def pooled_shape_of_module(pool: nn.AvgPool2d, x: torch.Tensor) -> torch.Size:
