@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import os
 import platform
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 import pytest
@@ -22,8 +22,8 @@ LAYOUTS = (torch.contiguous_format, torch.channels_last)
 
 def relative_error(out: torch.Tensor, exact: np.ndarray | torch.Tensor) -> float:
     """||out - exact|| / ||exact||, or ||out|| if exact is zero, in the dtype of a NumPy `exact`, else in float64."""
-    want = exact if isinstance(exact, np.ndarray) else exact.detach().double().numpy()
-    got = out.detach().double().numpy().astype(want.dtype)
+    want = exact if isinstance(exact, np.ndarray) else exact.detach().double().cpu().numpy()
+    got = out.detach().double().cpu().numpy().astype(want.dtype)
     norm = np.sqrt((want**2).sum())
     return float(np.sqrt(((got - want) ** 2).sum()) / (norm if norm > 0 else 1))
 
@@ -31,14 +31,6 @@ def relative_error(out: torch.Tensor, exact: np.ndarray | torch.Tensor) -> float
 def allowed(torch_error: float, dtype: torch.dtype) -> float:
     """The largest error allowed: twice torch's own error, plus one unit in the last place."""
     return 2 * torch_error + torch.finfo(dtype).eps
-
-
-def sums_in_float32() -> bool:
-    """Whether this test's backend sums float32 and half values in float32, as GPU kernels do.
-
-    CPU kernels, torch's included, sum in float64, so torch's error is no bound for float32 sums that cancel.
-    """
-    return backends._forced in ("cuda", "triton")
 
 
 def triton_device() -> torch.device:
@@ -185,26 +177,41 @@ def bn_wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def assert_bn_close(name: str, got: torch.Tensor, want: torch.Tensor, peer: torch.Tensor, dy: torch.Tensor) -> None:
-    """Asserts that a result errs at most twice as much as torch's `peer`; `want` is exact, dy the gradient of y.
+def nudged(t: torch.Tensor) -> torch.Tensor:
+    """t in float64, each value changed by at most one rounding of the type in which it is summed."""
+    eps = torch.finfo(bn_wide(t.dtype)).eps
+    return t.double() * (1 + eps * (2 * torch.rand(t.shape, dtype=torch.float64, device=t.device) - 1))
 
-    name: y; dx for a gradient through batch statistics; anything else for the other gradients.
+
+def assert_bn_close(
+    results: Mapping[str, torch.Tensor],
+    by_torch: Callable[[Callable[[torch.Tensor], torch.Tensor]], Iterable[torch.Tensor]],
+    roundings: int = 32,
+) -> None:
+    """Asserts that each result errs at most twice as much as torch's, plus what some roundings of the inputs change.
+
+    The latter is large where few values per channel cancel, or where the ReLU lets few through.
+
+    by_torch(to): the values in the order of `results`, by torch's ops on inputs that `to` was applied to.
     """
-    eps, want, scale = torch.finfo(got.dtype).eps, want.detach(), dy.double().norm()
-    error, limit = relative_error(got, want), allowed(max(relative_error(peer, want), eps), got.dtype)
-    if got.dtype == torch.float64 and dy.dtype == torch.float64:
-        limit = 1e-12  # the exact values are float64 themselves
-    elif name not in ("y", "dx"):
-        limit = max(limit, 2e-6)  # float32 sums of values that cancel, each as large as dy
-        error = float((got.double() - want).norm() / (want.norm() + scale))
-    elif name == "dx":  # with few values per channel nearly everything cancels: errors relative to dy / 4
-        error = float((got.double() - want).norm() / torch.maximum(want.norm(), scale / 4))
-    if name in ("y", "dx") and sums_in_float32():
-        limit = max(limit, 32 * torch.finfo(torch.float32).eps)
-    assert error <= limit, (name, error, limit)
-    norms = got.double().norm() * want.norm()
-    if norms > 0:
-        assert (got.double() * want).sum() / norms > 1 - 1e-4, name
+    peers, exact, *near = (list(by_torch(to)) for to in (torch.clone, torch.Tensor.double, *[nudged] * 4))
+    for (name, got), peer, want, *others in zip(results.items(), peers, exact, *near, strict=True):
+        # at least a rounding in float64, in which the exact values are computed
+        change = max(torch.finfo(torch.float64).eps, *(relative_error(other, want) for other in others))
+        error, limit = relative_error(got, want), allowed(relative_error(peer, want), got.dtype) + roundings * change
+        assert error <= limit, (name, error, limit)
+
+
+def assert_bn_statistics(mean: torch.Tensor, var: torch.Tensor, x: torch.Tensor) -> None:
+    """Asserts that these are the mean and the biased variance of each channel of x, in the type of sums."""
+    dims = [0, *range(2, x.dim())]
+
+    def by_torch(to: Callable[[torch.Tensor], torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        values = to(x)
+        return torch.var_mean(values.to(bn_wide(values.dtype)), dims, correction=0)[::-1]
+
+    assert mean.dtype == var.dtype == bn_wide(x.dtype)
+    assert_bn_close({"mean": mean, "var": var}, by_torch, roundings=64)
 
 
 # Shapes whose pixels are pooled: one pixel, row or column, odd edges, rows that span the chunks of a reduction

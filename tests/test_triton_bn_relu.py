@@ -6,11 +6,12 @@ Without a GPU the kernels need TRITON_INTERPRET=1, set before the process starts
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DTYPES, LAYOUTS, allowed, poisoned_memory, relative_error, triton_device
+from cases import DTYPES, LAYOUTS, assert_bn_close, assert_bn_statistics, poisoned_memory, relative_error, triton_device
 from triton_meter import metered
 
 DEVICE = triton_device()
@@ -35,19 +36,26 @@ def tensors(shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_for
 
 
 def composition(
-    t: dict[str, torch.Tensor], dtype: torch.dtype, residual: bool, training: bool, mask: torch.Tensor | None
-) -> list[torch.Tensor]:
-    """y and all gradients by torch's ops in `dtype`; mask: that of the ReLU, None: computed."""
-    x, r = (t[k].to(dtype).requires_grad_() for k in ("x", "residual"))
-    parameter = torch.promote_types(dtype, torch.float32)
-    w, b = (t[k].to(parameter).requires_grad_() for k in ("weight", "bias"))
-    mean, var = t["running_mean"].to(parameter), t["running_var"].to(parameter)
+    t: dict[str, torch.Tensor], to: Callable[[torch.Tensor], torch.Tensor], residual: bool, training: bool,
+    mask: torch.Tensor | None,
+) -> list[torch.Tensor]:  # fmt: skip
+    """y and all gradients by torch's ops on inputs mapped by `to`; mask: that of the ReLU, None: computed."""
+    x, r, w, b = (to(t[k]).requires_grad_() for k in ("x", "residual", "weight", "bias"))
+    mean, var = to(t["running_mean"]), to(t["running_var"])
     z = F.batch_norm(x, None if training else mean, None if training else var, w, b, training, 0.0, EPS)
     if residual:
         z = z + r
     y = F.relu(z) if mask is None else z * mask
-    grads = torch.autograd.grad(y, [x, w, b, *([r] if residual else [])], t["dy"].to(dtype))
+    grads = torch.autograd.grad(y, [x, w, b, *([r] if residual else [])], to(t["dy"]))
     return [y.detach(), *grads]
+
+
+def assert_close_to_torch(
+    t: dict[str, torch.Tensor], y: torch.Tensor, gradients: Sequence[torch.Tensor], residual: bool, training: bool
+) -> None:
+    dx, dresidual, dweight, dbias = gradients
+    results = {"y": y, "dx": dx, "dweight": dweight, "dbias": dbias, **({"dresidual": dresidual} if residual else {})}
+    assert_bn_close(results, lambda to: composition(t, to, residual, training, ~(y <= 0)))
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -73,30 +81,14 @@ def test_equals_torch(
             out = apply(t["x"], *extra, *parameters, mean, var, EPS)
             y, *rest = out if residual else (out,)
         mask = rest[0] if residual else None
-        dx, dresidual, dw, db = ops.bn_relu_backward(
-            t["dy"], t["x"], mask, *parameters, mean, var, EPS, training, residual
-        )
-    through = ~(y <= 0)
+        gradients = ops.bn_relu_backward(t["dy"], t["x"], mask, *parameters, mean, var, EPS, training, residual)
     if mask is not None:
-        assert torch.equal(unpack_mask(mask, y), through), "the saved mask is that of y"
+        assert torch.equal(unpack_mask(mask, y), ~(y <= 0)), "the saved mask is that of y"
     assert y.stride() == t["x"].stride()
-    assert dx.stride() == t["x"].stride()
-    exact = composition(t, torch.float64, residual, training, through)
-    theirs = composition(t, dtype, residual, training, through)
-    mine = [y, dx, dw, db, *([dresidual] if residual else [])]
-    for name, got, want, other in zip(("y", "dx", "dw", "db", "dr"), mine, exact, theirs, strict=False):
-        limit = allowed(relative_error(other.cpu(), want.cpu()), dtype if name in ("y", "dx", "dr") else other.dtype)
-        if name in ("dw", "db"):
-            limit = max(limit, 2e-6)  # float32 sums of values that cancel
-        if dtype == torch.float32:  # on the CPU torch sums statistics in float64
-            limit = max(limit, 4 * torch.finfo(dtype).eps)
-        if dtype == torch.float64:  # the exact values are float64 themselves
-            limit = 64 * torch.finfo(dtype).eps
-        assert relative_error(got.cpu(), want.cpu()) <= limit, name
+    assert gradients[0].stride() == t["x"].stride()
+    assert_close_to_torch(t, y, gradients, residual, training)
     if training:
-        assert relative_error(mean.cpu(), t["x"].double().mean((0, 2, 3)).cpu()) < 1e-6
-        want_var = t["x"].double().var((0, 2, 3), unbiased=False).cpu()
-        assert relative_error(var.cpu(), want_var) < 1e-6
+        assert_bn_statistics(mean, var, t["x"])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
@@ -221,12 +213,10 @@ def test_sums_in_many_splits_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
     for layout in LAYOUTS:
         t = tensors((7, 3, 11, 5), torch.float32, layout)
         mean, var = ops.bn_stats(t["x"])
-        assert relative_error(var.cpu(), t["x"].double().var((0, 2, 3), unbiased=False).cpu()) < 1e-6
+        assert_bn_statistics(mean, var, t["x"])
         grads = ops.bn_relu_backward(t["dy"], t["x"], None, t["weight"], t["bias"], mean, var, EPS, True, False)
         y = ops.bn_relu_apply(t["x"], t["weight"], t["bias"], mean, var, EPS)
-        exact = composition({**t, "running_mean": mean, "running_var": var}, torch.float64, False, True, y > 0)
-        for got, want in zip((grads[0], grads[2], grads[3]), exact[1:], strict=True):
-            assert relative_error(got.cpu(), want.cpu()) < 1e-5
+        assert_close_to_torch({**t, "running_mean": mean, "running_var": var}, y, grads, False, True)
 
 
 @pytest.mark.parametrize("channels", [24, 8, 256])

@@ -14,7 +14,7 @@ from ..backends import loaded_namespaces, ops_for
 from ..checks import check_bool
 from ..recomputation import current
 from ..reference import bn_add_bn_relu as plain
-from ..reference.bn_relu import spread
+from ..reference.bn_relu import spread, widened
 from . import second_gradient
 from .bn_add_bn_relu_checks import check_apply, check_backward, check_forward, check_public
 from .bn_outputs import empty_like_x, mask_of, pack_mask, per_channel_of, unpack_mask
@@ -246,13 +246,16 @@ def _composed(
     """As `_raw`, in torch's own differentiable ops."""
     ops, training, (mean, var, momentum, eps, batches), residual_constants = constants
     residual_mean, residual_var, residual_momentum, residual_eps, residual_batches = residual_constants
+    values, residual_values = widened(x), widened(residual)
     if training:
-        mean, var = differentiable_statistics(ops, x, mean, var, batches, momentum)
+        mean, var = differentiable_statistics(ops, values, mean, var, batches, momentum)
         residual_mean, residual_var = differentiable_statistics(
-            ops, residual, residual_mean, residual_var, residual_batches, residual_momentum
+            ops, residual_values, residual_mean, residual_var, residual_batches, residual_momentum
         )
     statistics = (mean, var, residual_mean, residual_var)
-    y = plain.apply(x, residual, weight, bias, residual_weight, residual_bias, *statistics, eps, residual_eps)
+    y = plain.apply(
+        values, residual_values, weight, bias, residual_weight, residual_bias, *statistics, eps, residual_eps, x.dtype
+    )
     return y, *statistics, pack_mask(~(y <= 0), x)
 
 

@@ -362,9 +362,10 @@ def differentiable_statistics(
 def composed(x: Any, residual: Any, weight: Any, bias: Any, constants: Constants) -> tuple[Any, Any, Any, Any]:
     """As `_raw`, in torch's own differentiable ops."""
     ops, training, momentum, eps, mean, var, batches = constants
+    values = plain.widened(x)
     if training:
-        mean, var = differentiable_statistics(ops, x, mean, var, batches, momentum)
-    y = plain.apply(x, residual, weight, bias, mean, var, eps)
+        mean, var = differentiable_statistics(ops, values, mean, var, batches, momentum)
+    y = plain.apply(values, residual, weight, bias, mean, var, eps, x.dtype)
     return y, mean, var, None if residual is None else pack_mask(~(y <= 0), x)
 
 

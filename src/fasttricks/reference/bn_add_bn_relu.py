@@ -13,12 +13,12 @@ from . import bn_relu as plain
 def apply(
     x: torch.Tensor, residual: torch.Tensor, weight: Any, bias: Any, residual_weight: Any, residual_bias: Any,
     mean: torch.Tensor, var: torch.Tensor, residual_mean: torch.Tensor, residual_var: torch.Tensor, eps: float,
-    residual_eps: float,
+    residual_eps: float, dtype: torch.dtype,
 ) -> torch.Tensor:  # fmt: skip
-    """relu(bn(x) + bn(residual)), summed in float32 or 64."""
+    """relu(bn(x) + bn(residual)), summed in float32 or 64, in `dtype`."""
     z = plain.normalised(x, weight, bias, mean, var, eps)
     z = z + plain.normalised(residual, residual_weight, residual_bias, residual_mean, residual_var, residual_eps)
-    return F.relu(z.to(x.dtype))
+    return F.relu(z.to(dtype))
 
 
 def backward(

@@ -13,6 +13,11 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def widened(x: torch.Tensor) -> torch.Tensor:
+    """x in the dtype of sums. One such tensor for statistics and values: the gradient of x is then rounded once."""
+    return x.to(accumulate_dtype(x.dtype))
+
+
 def _per_channel(t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return t.to(accumulate_dtype(like.dtype)).reshape(-1, *[1] * (like.dim() - 2))
 
@@ -24,7 +29,7 @@ def values_per_channel(x: torch.Tensor) -> int:
 
 def statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and biased variance per channel of x (N, C, ...); zeros of an empty x."""
-    values = x.to(accumulate_dtype(x.dtype))
+    values = widened(x)
     if x.numel() == 0:
         return values.new_zeros(x.shape[1]), values.new_zeros(x.shape[1])
     dims = [d for d in range(x.dim()) if d != 1]
@@ -56,12 +61,13 @@ def apply(
     mean: torch.Tensor,
     var: torch.Tensor,
     eps: float,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
-    """relu(weight * (x - mean) / sqrt(var + eps) + bias [+ residual]), summed in float32 or 64."""
+    """relu(weight * (x - mean) / sqrt(var + eps) + bias [+ residual]), summed in float32 or 64, in `dtype`."""
     z = normalised(x, weight, bias, mean, var, eps)
     if residual is not None:
         z = z + residual.to(z.dtype)
-    return F.relu(z.to(x.dtype))
+    return F.relu(z.to(dtype))
 
 
 def update_statistics(
@@ -115,12 +121,13 @@ def bn_add_relu(
     if not training:
         assert running_mean is not None
         assert running_var is not None
-        return apply(x, residual, weight, bias, running_mean, running_var, eps)
-    mean, var = statistics(x)
+        return apply(x, residual, weight, bias, running_mean, running_var, eps, x.dtype)
+    values = widened(x)
+    mean, var = statistics(values)
     update_statistics(
         running_mean, running_var, mean.detach(), var.detach(), values_per_channel(x), num_batches_tracked, momentum
     )
-    return apply(x, residual, weight, bias, mean, var, eps)
+    return apply(values, residual, weight, bias, mean, var, eps, x.dtype)
 
 
 def pool(y: torch.Tensor, ceil_mode: bool) -> torch.Tensor:
@@ -158,14 +165,14 @@ def backward(
     passes: which elements the ReLU passed, where that was saved; else it is computed again from x. In training the
     statistics are functions of x and are recomputed, so that a second derivative sees them.
     """
-    dtype = accumulate_dtype(x.dtype)
+    values = widened(x)
+    dtype = values.dtype
     if training:
-        mean, var = statistics(x)
-    values = x.to(dtype)
+        mean, var = statistics(values)
     rstd = torch.rsqrt(var.to(dtype) + eps)
     if passes is None:
         with torch.no_grad():
-            y = apply(x, residual, weight, bias, mean, var, eps)
+            y = apply(x, residual, weight, bias, mean, var, eps, x.dtype)
             passes = ~(y <= 0)
     dz = torch.where(passes, dy.to(dtype), torch.zeros((), dtype=dtype, device=x.device))
     centred = values - _per_channel(mean, x)
