@@ -234,7 +234,7 @@ def check(make: Callable[[], nn.Module], batch: int, edge: int) -> None:
     ):  # statistics of few values enlarge rounding from layer to layer: that of images, too
         nearby = [x * (1 + 1e-15 * torch.randn_like(x)) for x in batches]
         assert_same(got, want, min(1e-4, 10 * distance(train(moved, nearby), want)))
-    assert_close_in_float32(*singles, batches[:1])
+    assert_close_in_float32(*singles, batches)
     assert taken(fused.train(), batches[0]) >= pairs
     assert_survives_copies(fused.eval(), batches[0])
 

@@ -42,7 +42,7 @@ def wrong(
         truths = [
             f(t) for t in wide[:2] for f in (lambda t: t.mean((0, 2, 3)), lambda t: t.var((0, 2, 3), correction=0))
         ]
-        want = exact.apply(*wide, *truths, EPS, RESIDUAL_EPS)
+        want = exact.apply(*wide, *truths, EPS, RESIDUAL_EPS, torch.float64)
         both = (dy if dy2 is None else bn_add_gradients(dy, dy2)).double()
         wide_weights = wide[2], wide[4]
         wanted = exact.backward(both, *wide[:2], *wide_weights, *truths, EPS, RESIDUAL_EPS, True, ~(y <= 0))

@@ -34,7 +34,7 @@ def wrong(library: emulated.Library, schedule: dict, dtype: torch.dtype) -> str:
             applied = ops.bn_add_relu_pool_apply(x, z, weight, bias, mean, var, EPS, ceil_mode)
         wide = x.double()
         statistics = wide.mean((0, 2, 3)), wide.var((0, 2, 3), correction=0)
-        want = exact.apply(wide, z.double(), weight.double(), bias.double(), *statistics, EPS)
+        want = exact.apply(wide, z.double(), weight.double(), bias.double(), *statistics, EPS, torch.float64)
         pairs = {"mean": (mean, statistics[0]), "var": (var, statistics[1])}
         for of, values in {"forward": (y, pooled, mask), "apply": applied}.items():
             if not torch.equal(unpack_mask(values[2], x), ~(values[0] <= 0)):
