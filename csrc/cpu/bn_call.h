@@ -106,7 +106,7 @@ struct Call : BnCall {
 
   // NHWC: slices of whole rows that do not depend on the number of threads; eight rows end on a byte of the mask.
   int64_t slices() const {
-    const int64_t rows = std::max<int64_t>(8, (1 << 17) / arguments.channels);
+    const int64_t rows = std::max<int64_t>(8, (1 << 15) / arguments.channels);
     return std::clamp<int64_t>(arguments.rows / rows, 1, 64);
   }
   // Calls f(s) for the slices s of n. Of two passes over the same rows one goes backwards, so that the second begins
