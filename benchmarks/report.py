@@ -1,7 +1,8 @@
 """Condenses benchmark results, and writes the tables and pictures of README.md and docs/.
 
     python benchmarks/report.py                          rewrites the tables and draws the pictures
-    python benchmarks/report.py RAW.json... RESULT.json  the same, after condensing pytest-benchmark's files into one
+    python benchmarks/report.py RAW.json... RESULT.json  the same, after condensing pytest-benchmark's files into one,
+                                                         which keeps what it holds of other benchmarks
     python benchmarks/report.py --runs RUN...            the same, after storing the curves of runs in digits.json
     python benchmarks/report.py --ablations RUN...       the same, after storing ablations in ablations.json
 
@@ -45,6 +46,22 @@ def condense(*raws: dict) -> dict:
     }
     about = {"processor": cpu.get("brand_raw", "unknown"), "cores": cpu["count"], "torch": torch.__version__}
     return {"machine": {**about, "isa": fasttricks.info()["cpu_isa"]}, "cases": cases}
+
+
+def with_other_benchmarks(result: dict, target: Path) -> dict:
+    """The result and, of the same machine, what `target` holds of benchmarks that have no case in it."""
+    if not target.exists():
+        return result
+    before = json.loads(target.read_text())
+    if before["machine"] != result["machine"]:
+        return result
+    measured = {_file_of(case) for case in result["cases"]}
+    others = {case: figures for case, figures in before["cases"].items() if _file_of(case) not in measured}
+    return {**result, "cases": {**others, **result["cases"]}}
+
+
+def _file_of(case: str) -> str:
+    return case.partition("::")[0]
 
 
 def condense_runs(folders: Sequence[Path]) -> dict:
@@ -340,7 +357,7 @@ def main() -> None:
     elif sys.argv[1:]:
         *sources, target = map(Path, sys.argv[1:])
         result = condense(*(json.loads(source.read_text()) for source in sources))
-        target.write_text(json.dumps(result, indent=1) + "\n")
+        target.write_text(json.dumps(with_other_benchmarks(result, target), indent=1) + "\n")
         for name, figures in result["cases"].items():
             print(name, ", ".join(f"{key} {value:g}" for key, value in figures.items()))
     for page in PAGES:

@@ -200,6 +200,9 @@ def assert_bn_close(
         change = max(torch.finfo(torch.float64).eps, *(relative_error(other, want) for other in others))
         error, limit = relative_error(got, want), allowed(relative_error(peer, want), got.dtype) + roundings * change
         assert error <= limit, (name, error, limit)
+        norms = got.double().norm() * want.norm()
+        if norms > 0:  # whatever the limit, the values point in the exact direction
+            assert (got.double() * want).sum() / norms > 1 - 1e-4, name
 
 
 def assert_bn_statistics(mean: torch.Tensor, var: torch.Tensor, x: torch.Tensor) -> None:

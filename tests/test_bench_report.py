@@ -294,3 +294,16 @@ def test_files_of_pytest_benchmark_become_one_result() -> None:
         "bench_a.py::test_a": {"best_ms": 500.0, "median_ms": 1000.0, "eager": 1.2346},
         "bench_b.py::test_b": {"best_ms": 250.0, "median_ms": 500.0, "eager": 1.2346},
     }
+
+
+def test_a_part_replaces_its_own_cases_alone(tmp_path: Path) -> None:
+    """Of the same machine: figures of another one are not mixed with these."""
+    here, elsewhere = {"processor": "EPIC", "cores": 2}, {"processor": "EPIC", "cores": 4}
+    target = tmp_path / "cpu-more.json"
+    part = {"machine": here, "cases": {"bench_a.py::test_a[2]": {"eager": 2.0}}}
+    assert report.with_other_benchmarks(part, target) == part
+    of_others = {"bench_b.py::test_b": {"eager": 4.0}}
+    target.write_text(json.dumps({"machine": here, "cases": {"bench_a.py::test_a[1]": {"eager": 1.0}, **of_others}}))
+    assert report.with_other_benchmarks(part, target) == {"machine": here, "cases": {**of_others, **part["cases"]}}
+    part["machine"] = elsewhere
+    assert report.with_other_benchmarks(part, target) == part

@@ -172,7 +172,7 @@ def backward(
     rstd = torch.rsqrt(var.to(dtype) + eps)
     if passes is None:
         with torch.no_grad():
-            y = apply(x, residual, weight, bias, mean, var, eps, x.dtype)
+            y = apply(values, residual, weight, bias, mean, var, eps, x.dtype)
             passes = ~(y <= 0)
     dz = torch.where(passes, dy.to(dtype), torch.zeros((), dtype=dtype, device=x.device))
     centred = values - _per_channel(mean, x)
